@@ -1,0 +1,208 @@
+"""What kernels are compiled for, and how they are launched: pure functions of the case and the target.
+
+A row of a table says where it was measured, or "unmeasured, compiles". No autotuning happens when serving.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swath.cache import PagedKeys, PagedKV
+from swath.problem import Problem
+from swath.target import Target
+from swath.window import Window
+
+STORED = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+"""Names of the 8-bit storage types in kernels; everything else is "wide"."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a kernel is compiled for: one constexpr. Lengths, window sizes, batch and bounds are not in it."""
+
+    head_dim: int
+    kv_heads: int
+    group: int
+    causal: bool = True
+    window: bool = False
+    leading: str = ""  # "", "count" or "tensor"
+    softcap: bool = False
+    interleaved: bool = False
+    page_size: int = 0  # 0: dense keys
+    stored: str = "wide"
+    pairs: bool = False  # 8-bit rows read as 16-bit units (NVIDIA)
+    k_fold: str = "none"
+    v_fold: str = "none"
+    q_scale: str = ""  # "", "tensor" or "row"
+    compute_int8: bool = False
+    fp32: bool = False  # float32 queries: IEEE dots
+    interpret: bool = False
+
+    @property
+    def stored_dim(self) -> int:
+        """Columns of a stored row in units of the pointer that kernels see."""
+        return self.head_dim // 2 if self.pairs else self.head_dim
+
+    @property
+    def block_d(self) -> int:
+        """Columns of a tile of such rows: the next power of two, at least what a dot takes."""
+        return max(16, 1 << (self.stored_dim - 1).bit_length())
+
+    @property
+    def padded(self) -> bool:
+        """Whether tiles have columns past the row."""
+        return self.block_d != self.stored_dim
+
+    @property
+    def unit_q(self) -> bool:
+        """Whether query rows are divided by their largest magnitude: over 8-bit caches, unless dots are float32."""
+        return self.stored != "wide"
+
+
+def features_of(problem: Problem, target: Target) -> Features:
+    """The features of a call on a target."""
+    window, keys = problem.window, problem.keys
+    leading = ""
+    if window.size is not None and not (isinstance(window.global_tokens, int) and window.global_tokens == 0):
+        leading = "count" if isinstance(window.global_tokens, int) else "tensor"
+    paged = keys.cache if isinstance(keys, PagedKeys) else None
+    stored = "wide" if paged is None else STORED.get(paged.k.dtype, "wide")
+    fp32 = problem.q.dtype == torch.float32
+    int8 = problem.compute == "int8"
+    return Features(
+        head_dim=problem.head_dim,
+        kv_heads=keys.num_kv_heads,
+        group=problem.group,
+        causal=window.causal,
+        window=window.size is not None,
+        leading=leading,
+        softcap=problem.softcap > 0,
+        interleaved=problem.interleaved,
+        page_size=0 if paged is None else paged.page_size,
+        stored=stored,
+        pairs=stored != "wide" and target.has_pairs(stored) and not (fp32 or int8) and _viewable_as_pairs(problem),
+        k_fold="none" if paged is None else paged.quant.k,
+        v_fold="none" if paged is None else paged.quant.v_granularity,
+        q_scale="" if problem.q_scale is None else "row" if problem.q_scale.dim() else "tensor",
+        compute_int8=int8,
+        fp32=fp32,
+        interpret=target.interpret,
+    )
+
+
+def cache_features(cache: PagedKV) -> Features:
+    """The features of a kernel that only knows a cache: append."""
+    return Features(
+        head_dim=cache.head_dim,
+        kv_heads=cache.num_kv_heads,
+        group=1,
+        page_size=cache.page_size,
+        stored=STORED.get(cache.k.dtype, "wide"),
+        k_fold=cache.quant.k,
+        v_fold=cache.quant.v_granularity,
+    )
+
+
+def token_strides(scale: Tensor | None) -> tuple[int, ...]:
+    """Strides of a token scale; zeros for the other granularities, whose scales kernels take contiguous."""
+    return tuple(scale.stride()) if scale is not None and scale.dim() == 3 else (0, 0, 0)
+
+
+def kernel_scale(scale: Tensor | None) -> Tensor | None:
+    """A scale as kernels take it: token scales with any strides, the small static ones contiguous."""
+    return scale if scale is None or scale.dim() == 3 else scale.contiguous()
+
+
+def kernel_bytes(pool: Tensor) -> Tensor:
+    """Stored tensors as kernels take them: fp8 as bytes, which every target can load."""
+    return pool.view(torch.uint8) if pool.dtype in STORED and pool.dtype != torch.int8 else pool
+
+
+def _viewable_as_pairs(problem: Problem) -> bool:
+    """Rows must start at even elements to be read as 16-bit units."""
+    if not isinstance(problem.keys, PagedKeys):
+        return False
+    k, v = problem.keys.cache.k, problem.keys.cache.v
+    return all(s % 2 == 0 for s in k.stride()[:3]) and k.storage_offset() % 2 == 0 and v.storage_offset() % 2 == 0
+
+
+@dataclass(frozen=True)
+class TileLaunch:
+    """Tile shape and pipeline of a kernel, and where that was measured."""
+
+    block_n: int
+    warps: int
+    stages: int
+    source: str
+
+
+UNMEASURED = "unmeasured, compiles"
+H200 = "H200, torch 2.11, Triton 3.6, 2026-11-21"
+
+
+def split_launch(F: Features, target: Target) -> TileLaunch:
+    """Decode: keys per tile, warps and pipeline depth."""
+    source = H200 if target.arch == "sm_90" else UNMEASURED
+    if F.interpret:
+        return TileLaunch(32, 1, 1, "interpreter")
+    if F.fp32:
+        return TileLaunch(32, 4, 1, UNMEASURED)
+    if F.pairs:
+        return TileLaunch(64, 2, 3, source)
+    if F.head_dim <= 64:
+        return TileLaunch(32, 1, 4, source)
+    return TileLaunch(64, 4, 3 if F.head_dim <= 128 else 2, source)
+
+
+def tile_launch(F: Features, target: Target, short: bool) -> tuple[int, TileLaunch]:
+    """Prefill: rows per tile, then keys per tile, warps and pipeline depth; ``short``: the window is a few tiles."""
+    source = H200 if target.arch == "sm_90" else UNMEASURED
+    if F.interpret:
+        return 32, TileLaunch(32, 1, 1, "interpreter")
+    if F.fp32:
+        return 64, TileLaunch(32, 4, 1, UNMEASURED)
+    if F.head_dim <= 64:
+        return (64, TileLaunch(32, 4, 2, source)) if short else (128, TileLaunch(64, 4, 3, source))
+    if F.head_dim <= 128:
+        return 64, TileLaunch(64, 4, 3, source)
+    return 64, TileLaunch(32, 4, 2, UNMEASURED)
+
+
+SHORT_WINDOW = 512
+"""Windows up to this size see so few tiles that small tiles and packed heads pay."""
+
+
+def is_short(window: Window) -> bool:
+    """Whether a window is a few tiles wide."""
+    return window.size is not None and window.size <= SHORT_WINDOW
+
+
+MIN_SPLIT_TILES = 16
+"""Key tiles that a split should have: shorter ones cost more in the reduce than they win."""
+EVEN_PROGRAMS = 2
+WAVE_PROGRAMS = 15
+"""Programs per multiprocessor: either one even round of two, or about five rounds of the three that fit."""
+
+
+def num_splits_for(owners: int, tiles: int, num_sms: int) -> int:
+    """How many slices to cut the visible keys into, for ``owners`` = sequences x kv heads x row tiles.
+
+    One even round where the owners allow it (8 owners: 33 slices on 132 multiprocessors, measured best); else enough
+    rounds that the last one matters little, as far as slices stay long.
+    """
+    even = EVEN_PROGRAMS * num_sms // owners
+    if even * owners >= 0.93 * EVEN_PROGRAMS * num_sms:
+        return max(1, min(even, tiles // 4))
+    return max(1, min(-(-WAVE_PROGRAMS * num_sms // owners), tiles // MIN_SPLIT_TILES))
+
+
+def pack_heads(F: Features, short: bool, block_m: int) -> int:
+    """Heads of a kv head's group packed into a row tile: all of them where a short window makes that pay.
+
+    A tile of M positions with window W visits M + W keys; packed with G heads it visits M / G + W.
+    """
+    power = F.group & (F.group - 1) == 0
+    return F.group if short and power and 1 < F.group <= block_m // 4 else 1

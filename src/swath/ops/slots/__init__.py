@@ -1,0 +1,54 @@
+"""``slots``: where new tokens go in a paged cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from swath import checks, library
+from swath.cache import check_page_size, locate_slots
+from swath.errors import bad_type, bad_value
+
+
+def slots(
+    block_table: Tensor | Sequence[Tensor],
+    seq_lens: Tensor,
+    page_size: int,
+    *,
+    num_tokens: int,
+    cu_seqlens_q: Tensor | None = None,
+) -> Tensor:
+    """Where the newest tokens of each sequence are written, on the device of the table and without a sync.
+
+    A worked example: ``slots(tensor([[7, 2]]), tensor([19]), 16, num_tokens=2)`` (int32 tensors) is
+    ``[2 * 16 + 1, 2 * 16 + 2]``: the new tokens stand at positions 17 and 18, both in page 2.
+
+    Args:
+        block_table: int32 [B, max_pages], or flat ``(page_ids [N], page_indptr [B + 1])``.
+        seq_lens: int32 [B], keys of each sequence with its new tokens counted.
+        page_size: token slots in a page.
+        num_tokens: new tokens in all, T; without ``cu_seqlens_q`` every sequence has ``T / B``.
+        cu_seqlens_q: int32 [B + 1]; sequence b owns tokens ``cu[b] .. cu[b + 1] - 1``.
+
+    Returns:
+        int64 [T], ``page * page_size + offset``; -1 for a token without a place: a negative table entry, a position
+        outside the table, the tail past ``cu_seqlens_q[-1]``. An entry past the pool gives a slot past the pool,
+        which ``append_kv`` skips.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came.
+    """
+    if library.must_dispatch(seq_lens):
+        return library.slots(block_table, seq_lens, page_size, num_tokens=num_tokens, cu_seqlens_q=cu_seqlens_q)
+    check_page_size(page_size)
+    checks.check_tensor("seq_lens", seq_lens, 1)
+    checks.check_int32("seq_lens", seq_lens, None, seq_lens.device)
+    num_seqs = seq_lens.shape[0]
+    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
+        raise bad_type("num_tokens", "an int", type(num_tokens).__name__)
+    if num_tokens < 0 or (cu_seqlens_q is None and num_tokens % max(num_seqs, 1)):
+        raise bad_value("num_tokens", f"a multiple of the {num_seqs} sequences, at least 0", num_tokens)
+    if cu_seqlens_q is not None:
+        checks.check_int32("cu_seqlens_q", cu_seqlens_q, num_seqs + 1, seq_lens.device)
+    return locate_slots(block_table, seq_lens, page_size, num_tokens, cu_seqlens_q)

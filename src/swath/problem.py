@@ -1,0 +1,121 @@
+"""One checked attention call, dense or paged, in the form that every backend reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swath.cache import DenseKeys, PagedKeys
+from swath.window import Window
+
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Problem:
+    """Queries, where their keys are, who sees whom, how scores are made, and where results go.
+
+    q: [B, S, Hq, D] (every sequence has S query tokens) or [T, Hq, D] with cu_seqlens_q [B + 1].
+    out: as q (bf16 for fp8 queries); lse: None or fp32 as q without D. Both are written in place.
+    max_q_len, max_kv_len: host bounds for launch and scratch; no result depends on them.
+    """
+
+    q: Tensor
+    cu_seqlens_q: Tensor | None
+    keys: DenseKeys | PagedKeys
+    q_start: Tensor | None
+    window: Window
+    scale: float
+    q_scale: Tensor | None
+    softcap: float
+    sink: Tensor | None
+    interleaved: bool
+    out: Tensor
+    lse: Tensor | None
+    max_q_len: int
+    max_kv_len: int
+    compute: str = "float"
+    split_size: int | None = None
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences in the batch, B."""
+        return self.keys.num_seqs
+
+    @property
+    def num_q_heads(self) -> int:
+        """Query heads, Hq."""
+        return self.q.shape[-2]
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a head, D."""
+        return self.q.shape[-1]
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a kv head."""
+        return self.num_q_heads // self.keys.num_kv_heads
+
+    def sequences(self) -> Iterator[SequenceRows]:
+        """The rows of each sequence, for host backends; reads lengths to the host."""
+        bounds = None if self.cu_seqlens_q is None else self.cu_seqlens_q.tolist()
+        starts = None if self.q_start is None else self.q_start.tolist()
+        for b in range(self.num_seqs):
+            rows = b if bounds is None else slice(bounds[b], max(bounds[b], bounds[b + 1]))
+            q, kv_len = self.q[rows], self.keys.kv_len(b)
+            start = kv_len - q.shape[0] if starts is None else starts[b]
+            q_scale = self.q_scale
+            if q_scale is not None and q_scale.dim():
+                q_scale = q_scale[rows]
+            lse = None if self.lse is None else self.lse[rows]
+            yield SequenceRows(b, q, q_scale, start, kv_len, self.window.for_sequence(b), self.out[rows], lse)
+
+    def by_kv_head(self, x: Tensor) -> Tensor:
+        """Split the query heads of ``x`` [n, Hq, ...] by kv head: [Hkv, n, group, ...], in either GQA layout."""
+        num_kv_heads = self.keys.num_kv_heads
+        if self.interleaved:
+            by_member: Tensor = x.unflatten(1, (self.group, num_kv_heads))
+            return by_member.movedim(2, 0)
+        by_head: Tensor = x.unflatten(1, (num_kv_heads, self.group))
+        return by_head.movedim(1, 0)
+
+    def by_q_head(self, x: Tensor) -> Tensor:
+        """Undo ``by_kv_head``: [Hkv, n, group, ...] to [n, Hq, ...]."""
+        return x.movedim(0, 2 if self.interleaved else 1).flatten(1, 2)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SequenceRows:
+    """The query rows of one sequence: q [n, Hq, D] standing at positions ``start .. start + n - 1``."""
+
+    index: int
+    q: Tensor
+    q_scale: Tensor | None
+    start: int
+    kv_len: int
+    window: Window
+    out: Tensor
+    lse: Tensor | None
+
+    def positions(self, first: int = 0, end: int | None = None) -> Tensor:
+        """Positions of rows ``first .. end - 1``, int64."""
+        end = self.q.shape[0] if end is None else end
+        return torch.arange(self.start + first, self.start + end, device=self.q.device)
+
+    def visible(self, keys: DenseKeys | PagedKeys, first: int, end: int) -> tuple[int, int, int]:
+        """Keys that rows ``first .. end - 1`` can see together, as ``Window.key_ranges``; nothing for no rows."""
+        if end <= first:
+            return 0, 0, 0
+        return self.window.key_ranges(self.start + first, self.start + end - 1, min(self.kv_len, keys.capacity))
+
+    def dequantised_q(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Query rows ``first .. end - 1`` in ``dtype``, the fp8 scale applied."""
+        q = self.q[first:end].to(dtype)
+        if self.q_scale is None:
+            return q
+        scale = self.q_scale.to(dtype)
+        return q * (scale[first:end, :, None] if scale.dim() else scale)

@@ -1,0 +1,166 @@
+"""Quantised caches: what a scale's rank means, quantise and dequantise in torch, and where scales fold.
+
+value = stored x scale, symmetric. The granularity is the rank of the scale:
+
+==== =========== ============================== ============================ =============================
+rank granularity shape                          K folds into                 V folds into
+==== =========== ============================== ============================ =============================
+0    "tensor"    []                             the score scale              the output
+1    "head"      [Hkv]                          the score scale              the output
+2    "channel"   [Hkv, D]                       q, before the dot            the output
+3    "token"     [num_pages, Hkv, page_size]    the score columns            p, before the dot
+==== =========== ============================== ============================ =============================
+
+This table is the folding rule; ``fold_q``, ``score_scale``, ``fold_scores``, ``fold_p`` and ``fold_out`` below
+apply it on the host and device/quant.py applies it in kernels. An unquantised cache is granularity "none".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swath.errors import bad_type, bad_value
+
+GRANULARITIES = ("tensor", "head", "channel", "token")
+"""Granularity by the rank of its scale."""
+
+LARGEST: dict[torch.dtype, float] = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+"""The largest magnitude stored by each quantised dtype; int8 stays symmetric, so -128 is not used."""
+
+SCALE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def granularity_of(scale: Tensor | None) -> str:
+    """The granularity a scale tensor stands for: its rank, also where Hkv is 1."""
+    return "none" if scale is None else GRANULARITIES[scale.dim()]
+
+
+def check_scale(name: str, scale: Tensor | None, stored: Tensor) -> None:
+    """Check a cache's scale against its stored tensor [num_pages, Hkv, page_size, D]."""
+    if scale is None:
+        if stored.dtype == torch.int8:
+            raise bad_value(name, "a scale tensor for an int8 cache", None)
+        return
+    if stored.dtype not in LARGEST:
+        raise bad_value(name, f"None for an unquantised {stored.dtype} cache", f"a tensor {tuple(scale.shape)}")
+    if scale.dtype not in SCALE_DTYPES:
+        raise bad_type(name, "float32 or bfloat16", scale.dtype)
+    num_pages, num_kv_heads, page_size, head_dim = stored.shape
+    shapes = ((), (num_kv_heads,), (num_kv_heads, head_dim), (num_pages, num_kv_heads, page_size))
+    if tuple(scale.shape) not in shapes:
+        raise bad_value(name, f"one of the shapes {', '.join(map(str, shapes))}", tuple(scale.shape))
+    if scale.device != stored.device:
+        raise bad_value(name, f"a tensor on {stored.device}", scale.device)
+
+
+@dataclass(frozen=True)
+class KVQuant:
+    """How a cache stores keys and values: a dtype and a granularity for each of K and V.
+
+    A worked example: ``KVQuant(torch.int8, "token")`` stores the key row ``[0.5, -2.54, 1.0]`` with the scale
+    2.54 / 127 = 0.02 as ``[25, -127, 50]``, and reads it back as ``[0.5, -2.54, 1.0]``.
+
+    Args:
+        dtype: int8, float8_e4m3fn or float8_e5m2; or bfloat16, float16, float32 with granularity "none".
+        k: granularity of K: "tensor", "head", "channel", "token", or "none".
+        v: granularity of V; None is the same as k.
+    """
+
+    dtype: torch.dtype
+    k: str = "none"
+    v: str | None = None
+
+    def __post_init__(self) -> None:
+        quantised = self.dtype in LARGEST
+        if not quantised and self.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise bad_type("dtype", "int8, float8_e4m3fn, float8_e5m2, bfloat16, float16 or float32", self.dtype)
+        allowed: tuple[str, ...] = GRANULARITIES if quantised else ("none",)
+        if self.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            allowed = ("none", *GRANULARITIES)
+        for name, granularity in (("k", self.k), ("v", self.v_granularity)):
+            if granularity not in allowed:
+                raise bad_value(name, f"one of {allowed} for {self.dtype}", repr(granularity))
+        object.__setattr__(self, "v", self.v_granularity)  # so that equal storages compare equal
+
+    @property
+    def v_granularity(self) -> str:
+        """The granularity of V: ``v``, or ``k`` where v is None."""
+        return self.k if self.v is None else self.v
+
+    @property
+    def is_quantised(self) -> bool:
+        """True for int8 and fp8 storage."""
+        return self.dtype in LARGEST
+
+    def bytes_per_token(self, num_kv_heads: int, head_dim: int) -> int:
+        """Cache bytes that one token of one layer takes, token scales (fp32) included."""
+        token_scales = (self.k == "token") + (self.v_granularity == "token")
+        return num_kv_heads * (2 * head_dim * self.dtype.itemsize + 4 * token_scales)
+
+
+def spread(granularity: str, scale: Tensor | None) -> Tensor | None:
+    """A scale shaped to multiply keys or values [Hkv, N, D]; a "token" scale comes gathered for them, [Hkv, N]."""
+    if scale is None or granularity == "tensor":
+        return scale
+    return {"head": scale[:, None, None], "channel": scale[:, None], "token": scale[..., None]}[granularity]
+
+
+def token_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale [..., Hkv] (fp32) that stores each row of ``x`` [..., Hkv, D]: max|x| / largest, 1 for a zero row."""
+    largest = x.float().abs().amax(-1)
+    return torch.where(largest > 0, largest / LARGEST[dtype], 1.0)
+
+
+def quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``x / scale`` in the stored dtype: round half to even, saturated at the largest value (127, 448, 57344)."""
+    if dtype not in LARGEST:
+        return x.to(dtype)
+    scaled = x.float() if scale is None else x.float() / scale.float()
+    scaled = scaled.clamp(-LARGEST[dtype], LARGEST[dtype])
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
+
+
+def dequantise(stored: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``stored x scale`` in ``dtype``; ``scale`` already broadcasts against ``stored``."""
+    value = stored.to(dtype)
+    return value if scale is None else value * scale.to(dtype)
+
+
+def calibrate(x: Tensor, dtype: torch.dtype, granularity: str) -> Tensor:
+    """A static fp32 scale from sample tokens ``x`` [N, Hkv, D]: the largest magnitude seen over ``LARGEST``."""
+    dims = {"tensor": (0, 1, 2), "head": (0, 2), "channel": (0,)}
+    if granularity not in dims:
+        raise bad_value("granularity", f"one of {tuple(dims)}", repr(granularity))
+    largest = x.float().abs().amax(dims[granularity])
+    return torch.where(largest > 0, largest / LARGEST[dtype], 1.0)
+
+
+def fold_q(q: Tensor, granularity: str, scale: Tensor | None) -> Tensor:
+    """Fold K's channel scale [Hkv, D] into ``q`` [Hkv, rows, D]."""
+    return q * scale[:, None].to(q.dtype) if granularity == "channel" and scale is not None else q
+
+
+def fold_scores(s: Tensor, granularity: str, scale: Tensor | None) -> Tensor:
+    """Fold K's tensor [], head [Hkv] or gathered token [Hkv, N] scale into the scores ``s`` [Hkv, rows, N]."""
+    if scale is None or granularity == "channel":
+        return s
+    return s * (scale[:, None] if granularity == "token" else _over_rows(granularity, scale)).to(s.dtype)
+
+
+def fold_p(p: Tensor, granularity: str, scale: Tensor | None) -> Tensor:
+    """Fold V's gathered token scale [Hkv, N] into the probabilities ``p`` [Hkv, rows, N]."""
+    return p * scale[:, None].to(p.dtype) if granularity == "token" and scale is not None else p
+
+
+def fold_out(out: Tensor, granularity: str, scale: Tensor | None) -> Tensor:
+    """Fold V's tensor [], head [Hkv] or channel [Hkv, D] scale into the output ``out`` [Hkv, rows, D]."""
+    if scale is None or granularity == "token":
+        return out
+    return out * (scale[:, None] if granularity == "channel" else _over_rows(granularity, scale)).to(out.dtype)
+
+
+def _over_rows(granularity: str, scale: Tensor) -> Tensor:
+    return scale[:, None, None] if granularity == "head" else scale

@@ -1,0 +1,1 @@
+"""How work is cut: rows (reference), blocks (cpu), tiles, splits and reduce (Triton)."""

@@ -1,0 +1,158 @@
+"""Who sees whom: the only host code that knows the window rule (its device twin is device/window.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from swath.errors import bad_type, bad_value
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Which keys a query sees, by position; keys stand at 0, 1, 2, ... and a query at ``p``.
+
+    - causal: ``k <= p and (size is None or p - k < size or k < global_tokens)``
+    - not causal: ``size is None or |p - k| < size or k < global_tokens``
+
+    A worked example: ``Window(size=4, global_tokens=2)`` lets the query at position 10 see keys 7, 8, 9, 10
+    (four keys, itself included) and the leading keys 0 and 1. The query at position 3 sees 0, 1, 2, 3.
+
+    Args:
+        size: keys in the window, the query's own included, as Hugging Face and vLLM configurations count.
+            None is no limit. With ``causal=False`` the window reaches ``size - 1`` keys to each side.
+        global_tokens: leading keys of the sequence that stay visible: an int, or an int32 tensor [B] with one
+            count per sequence. (gpt-oss "sinks" are something else: logits, see ``sink=`` of the operators.)
+        causal: whether keys after the query are hidden.
+        max_global_tokens: upper bound of a tensor ``global_tokens``, used to size launches; None: not known.
+
+    Raises:
+        TypeError, ValueError: naming the field.
+    """
+
+    size: int | None = None
+    global_tokens: int | Tensor = 0
+    causal: bool = True
+    max_global_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            _check_count("size", self.size, "an int >= 0 or None")
+        if not isinstance(self.causal, bool):
+            raise bad_type("causal", "a bool", type(self.causal).__name__)
+        if isinstance(self.global_tokens, Tensor):
+            if self.global_tokens.dtype != torch.int32:
+                raise bad_type("global_tokens", "an int32 tensor [B]", self.global_tokens.dtype)
+            if self.global_tokens.dim() != 1:
+                raise bad_value("global_tokens", "a tensor of shape [B]", tuple(self.global_tokens.shape))
+            if self.max_global_tokens is not None:
+                _check_count("max_global_tokens", self.max_global_tokens, "an int >= 0 or None")
+        else:
+            _check_count("global_tokens", self.global_tokens, "an int >= 0 or an int32 tensor [B]")
+            if self.max_global_tokens is not None:
+                raise bad_value("max_global_tokens", "None unless global_tokens is a tensor", self.max_global_tokens)
+
+    def __eq__(self, other: object) -> bool:
+        """Field by field; tensors are the same only if they are the same object."""
+        return isinstance(other, Window) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[object, ...]:
+        g = self.global_tokens
+        return self.size, id(g) if isinstance(g, Tensor) else g, self.causal, self.max_global_tokens
+
+    @classmethod
+    def from_flash(cls, left: int, right: int = 0) -> Window:
+        """From ``window_size=(left, right)`` of FlashAttention, torch varlen_attn, FlashInfer's ``window_left``.
+
+        There ``left`` excludes the query itself and -1 is no limit: ``from_flash(127)`` is ``Window(128)``;
+        ``(-1, -1)`` is full non-causal attention; ``right == left`` is a symmetric window.
+        """
+        _check_count("left", left, "an int >= -1", least=-1)
+        _check_count("right", right, "an int >= -1", least=-1)
+        size = None if left == -1 else left + 1
+        if right == 0:
+            return cls(size)
+        if right == left:
+            return cls(size, causal=False)
+        raise bad_value("right", f"0 (causal) or {left} (as left)", right)
+
+    @classmethod
+    def from_mojo(cls, local: int | None, global_: int | None) -> Window:
+        """From mojo_opset's ``local_window_size`` (excludes the query) and ``global_window_size``.
+
+        ``(None, None)`` is full causal attention; ``(None, g)`` sees the first g keys only; ``(w, g)`` sees
+        w + 1 keys and the first g.
+        """
+        if global_ is not None:
+            _check_count("global_", global_, "an int >= 0 or None")
+        if local is None:
+            return cls() if global_ is None else cls(0, global_tokens=global_)
+        _check_count("local", local, "an int >= 0 or None")
+        return cls(local + 1, global_tokens=global_ or 0)
+
+    @property
+    def is_unbounded(self) -> bool:
+        """True where no key is hidden by distance: full attention, causal or not."""
+        return self.size is None
+
+    def for_sequence(self, b: int) -> Window:
+        """The window of sequence ``b`` with its leading-token count read to the host (reference and cpu only)."""
+        if not isinstance(self.global_tokens, Tensor):
+            return self
+        return replace(self, global_tokens=max(int(self.global_tokens[b]), 0), max_global_tokens=None)
+
+    def global_bound(self, max_kv_len: int) -> int:
+        """An upper bound of the leading tokens of any sequence, for launches and scratch."""
+        g = self.max_global_tokens if isinstance(self.global_tokens, Tensor) else self.global_tokens
+        return max_kv_len if g is None else min(g, max_kv_len)
+
+    def mask(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+        """The rule itself: bool [Q, K], true where the query at ``q_pos[i]`` sees the key at ``k_pos[j]``.
+
+        Positions are integer tensors [Q] and [K] and may be negative or beyond the keys. ``global_tokens``
+        must be an int (see ``for_sequence``).
+        """
+        p, k = q_pos[:, None], k_pos[None, :]
+        visible = torch.ones(p.shape[0], k.shape[1], dtype=torch.bool, device=k.device)
+        if self.size is not None:
+            visible = ((p - k).abs() < self.size) | (k < self._global_int())
+        return visible & (k <= p) if self.causal else visible
+
+    def key_ranges(self, first: int, last: int, kv_len: int) -> tuple[int, int, int]:
+        """Keys that any query at positions ``first .. last`` can see: ``(lead, left, right)``.
+
+        They are ``[0, lead)`` and ``[left, right)``, disjoint, with ``lead <= left <= right <= kv_len``.
+        ``Window(4, global_tokens=2).key_ranges(10, 11, 100)`` is ``(2, 7, 12)``.
+        """
+        causal_end = min(max(last + 1, 0), kv_len) if self.causal else kv_len
+        if self.size is None:
+            return 0, 0, causal_end
+        lead = min(self._global_int(), causal_end)
+        right = min(max(last + self.size, 0), causal_end) if self.size else 0
+        left = min(max(first - self.size + 1, 0), right)
+        return (0, 0, max(lead, right)) if left <= lead else (lead, left, right)
+
+    def visible_bound(self, max_q_len: int, max_kv_len: int) -> int:
+        """An upper bound of the keys that ``max_q_len`` neighbouring queries see together."""
+        if self.size is None:
+            return max_kv_len
+        sides = 1 if self.causal else 2
+        span = sides * max(self.size - 1, 0) + max_q_len if self.size else 0
+        return min(max_kv_len, span + self.global_bound(max_kv_len))
+
+    def _global_int(self) -> int:
+        if isinstance(self.global_tokens, Tensor):
+            raise bad_type("global_tokens", "an int here; call for_sequence(b) first", "a tensor")
+        return self.global_tokens
+
+
+def _check_count(name: str, value: object, wanted: str, least: int = 0) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise bad_type(name, wanted, type(value).__name__)
+    if value < least:
+        raise bad_value(name, wanted, value)
