@@ -1,0 +1,75 @@
+"""Where keys are, on the device: page tables, addresses and loads that touch nothing nobody may see."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Keys(NamedTuple):
+    """The keys of one sequence and kv head. Dense sequences have no table; their rows follow one another."""
+
+    k: tl.tensor  # at this kv head (dense: and at the sequence's first row)
+    v: tl.tensor
+    table: tl.tensor  # at the sequence's first entry
+    num_pages: tl.tensor  # in the pool; an entry outside is dead
+    k_page: tl.tensor  # strides in elements
+    k_token: tl.tensor
+    v_page: tl.tensor
+    v_token: tl.tensor
+
+
+@triton.jit
+def table_row(table, indptr, b, stride, max_pages):
+    """The first entry of sequence ``b`` and how many it has; a hostile ``indptr`` is cut to what exists."""
+    if indptr is None:
+        return table + b.to(tl.int64) * stride, max_pages
+    else:
+        return flat_row(table, indptr, b, max_pages)
+
+
+@triton.jit
+def flat_row(table, indptr, b, max_pages):
+    """The same for a flat table of ``max_pages`` entries."""
+    first = tl.minimum(tl.maximum(tl.load(indptr + b), 0), max_pages)
+    end = tl.minimum(tl.maximum(tl.load(indptr + b + 1), first), max_pages)
+    return table + first, end - first
+
+
+@triton.jit
+def page_ids(keys, pos, wanted, F: tl.constexpr):
+    """The table entries of positions ``pos``, -1 where not ``wanted``; a dense sequence has none."""
+    if F.page_size == 0:
+        return tl.where(wanted, 0, -1)
+    else:
+        return tl.load(keys.table + pos // F.page_size, mask=wanted, other=-1)
+
+
+@triton.jit
+def locate(keys, pos, page, F: tl.constexpr):
+    """Element offsets of the K and V rows (int64), and whether each may be read."""
+    if F.page_size == 0:
+        slot, live = pos.to(tl.int64), page >= 0
+        k_row, v_row = slot * keys.k_token, slot * keys.v_token
+    else:
+        live = (page >= 0) & (page < keys.num_pages)
+        slot = pos % F.page_size
+        k_row = page.to(tl.int64) * keys.k_page + slot * keys.k_token
+        v_row = k_row  # the same strides, as PagedKV demands: one offset tensor serves both
+    return k_row, v_row, live
+
+
+@triton.jit
+def load_rows(base, row, column, live, ALL_LIVE: tl.constexpr, F: tl.constexpr):
+    """Rows [N, columns] of K or V; what is not ``live`` is not read and comes as 0."""
+    at = base + row[:, None] + column[None, :]
+    if ALL_LIVE and not F.padded:
+        return tl.load(at)
+    elif ALL_LIVE:
+        return tl.load(at, mask=(column < F.stored_dim)[None, :], other=0)
+    elif F.padded:
+        return tl.load(at, mask=live[:, None] & (column < F.stored_dim)[None, :], other=0)
+    else:
+        return tl.load(at, mask=live[:, None], other=0)

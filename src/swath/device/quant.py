@@ -1,0 +1,137 @@
+"""Stored values on the device: decoding to dot operands, encoding on append, and where scales fold.
+
+The folding table stands in swath/quant.py; this is its device twin. 8-bit values become float16 exactly, so 8-bit
+caches multiply in float16: query rows are divided by their largest magnitude (returned as a factor of the scores), and
+V's token scales are taken relative to the tile's largest.
+
+A "pair" is the fast way on NVIDIA: 8-bit pages seen as 16-bit units, so that a dot-operand register of 32 bits holds
+(k: d0, d1; k + 1: d0, d1) and three or four instructions make two float16 operands of it, the even and the odd columns.
+The int8 trick is the well-known one of LLM dequantisation kernels: the byte becomes the low mantissa of 1024 or so.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INT8_EVEN = tl.constexpr(
+    "{ .reg .b32 t, c; lop3.b32 t, $1, 0x00ff00ff, 0x64806480, 0x6a; mov.b32 c, 0x64806480; sub.rn.f16x2 $0, t, c; }"
+)
+INT8_ODD = tl.constexpr(
+    "{ .reg .b32 t, c; shr.b32 t, $1, 8; lop3.b32 t, t, 0x00ff00ff, 0x64806480, 0x6a; mov.b32 c, 0x64806480; "
+    "sub.rn.f16x2 $0, t, c; }"
+)
+E4M3_EVEN = tl.constexpr(
+    "{ .reg .b32 t; .reg .b16 l, h; prmt.b32 t, $1, 0, 0x4420; mov.b32 {l, h}, t; cvt.rn.f16x2.e4m3x2 $0, l; }"
+)
+E4M3_ODD = tl.constexpr(
+    "{ .reg .b32 t; .reg .b16 l, h; prmt.b32 t, $1, 0, 0x4431; mov.b32 {l, h}, t; cvt.rn.f16x2.e4m3x2 $0, l; }"
+)
+E5M2_EVEN = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 8; and.b32 $0, t, 0xff00ff00; }")
+E5M2_ODD = tl.constexpr("{ and.b32 $0, $1, 0xff00ff00; }")
+
+
+@triton.jit
+def half_of_pair(x, ODD: tl.constexpr, F: tl.constexpr):
+    """The even or odd columns of 16-bit units ``x`` as float16."""
+    even: tl.constexpr = INT8_EVEN if F.stored == "int8" else E4M3_EVEN if F.stored == "e4m3" else E5M2_EVEN
+    odd: tl.constexpr = INT8_ODD if F.stored == "int8" else E4M3_ODD if F.stored == "e4m3" else E5M2_ODD
+    code: tl.constexpr = odd if ODD else even
+    return tl.inline_asm_elementwise(code, "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def decode_e4m3(x):
+    """Bytes of float8_e4m3fn to float16 by bit moves, which every target has; exact, NaN stays NaN."""
+    bits = x.to(tl.uint8, bitcast=True).to(tl.int16)
+    magnitude = bits & 0x7F
+    value = ((magnitude << 7) | ((bits & 0x80) << 8)).to(tl.float16, bitcast=True) * 256.0
+    return tl.where(magnitude == 0x7F, float("nan"), value).to(tl.float16)
+
+
+@triton.jit
+def decode_e5m2(x):
+    """Bytes of float8_e5m2 to float16: they are its upper bytes."""
+    return (x.to(tl.uint8, bitcast=True).to(tl.int16) << 8).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def decode(x, F: tl.constexpr):
+    """Stored values as a dot operand: float16 for 8-bit values (float32 under float32 queries), else as they are."""
+    value = x
+    if F.stored == "e4m3":
+        value = decode_e4m3(x)
+    elif F.stored == "e5m2":
+        value = decode_e5m2(x)
+    elif F.stored == "int8" and not F.compute_int8:
+        value = x.to(tl.float16)
+    return value.to(tl.float32) if F.fp32 else value
+
+
+@triton.jit
+def unit_rows(q, largest, F: tl.constexpr):
+    """Query rows over an 8-bit cache as dot operands: divided by their ``largest`` magnitude, in 127ths for int8."""
+    unit = q / tl.where(largest > 0, largest, 1.0)[:, None]
+    if F.compute_int8:
+        return round_half_even(unit * 127.0).to(tl.int8)
+    else:
+        return unit if F.fp32 else unit.to(tl.float16)
+
+
+@triton.jit
+def head_scale(scale, head, OF_V: tl.constexpr, F: tl.constexpr):
+    """K's (or V's) tensor or head scale as a float32 factor; 1 for the granularities that fold elsewhere."""
+    fold: tl.constexpr = F.v_fold if OF_V else F.k_fold
+    if fold == "tensor":
+        return tl.load(scale).to(tl.float32)
+    elif fold == "head":
+        return tl.load(scale + head).to(tl.float32)
+    else:
+        return 1.0
+
+
+@triton.jit
+def channel_scale(scale, head, column, dim, live):
+    """A channel scale [Hkv, D] at the ``column`` indices of one head; 0 where not ``live``."""
+    return tl.load(scale + head * dim + column, mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def relative(scale):
+    """A tile's V token scales relative to the largest of them, and that largest (1 where all are 0)."""
+    largest = tl.max(tl.abs(scale), 0)
+    largest = tl.where(largest > 0, largest, 1.0)
+    return scale / largest, largest
+
+
+@triton.jit
+def round_half_even(x):
+    """Nearest integer of |x| < 2^22 in float32: adding 1.5 * 2^23 leaves no bits for a fraction."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def encode_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
+    """float32 to the byte of an 8-bit float: round half to even, saturated, NaN kept. By bits, on every target."""
+    dropped: tl.constexpr = 23 - MANTISSA
+    magnitude = tl.minimum(tl.abs(x), LARGEST)
+    bits = magnitude.to(tl.int32, bitcast=True)
+    rounded = bits + ((bits >> dropped) & 1) + ((1 << (dropped - 1)) - 1)
+    normal = (rounded >> dropped) - ((127 - BIAS) << MANTISSA)
+    subnormal = round_half_even(magnitude * (2.0 ** (BIAS - 1 + MANTISSA))).to(tl.int32)
+    code = tl.where(magnitude < 2.0 ** (1 - BIAS), subnormal, normal)
+    code = tl.where(x == x, code, 0x7F)
+    return (code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def encode(x, F: tl.constexpr):
+    """float32 values, scale divided out, as stored: int8 clamped to +-127, fp8 as bytes, wider types as they are."""
+    if F.stored == "int8":
+        return round_half_even(tl.minimum(tl.maximum(x, -127.0), 127.0)).to(tl.int8)
+    elif F.stored == "e4m3":
+        return encode_fp8(x, 3, 7, 448.0)
+    elif F.stored == "e5m2":
+        return encode_fp8(x, 2, 15, 57344.0)
+    else:
+        return x

@@ -1,0 +1,208 @@
+"""The inner loop that tiles and splits share: query rows over a run of key tiles.
+
+The visible keys of a program, ``[0, lead)`` and ``[left, right)``, become one list of tiles: those of the leading keys
+from 0, then those of the band from ``origin``. No key is in two tiles, and a tile that no row sees is not in the list.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from swath.device.cache import load_rows, locate, page_ids
+from swath.device.quant import decode, half_of_pair, relative, round_half_even
+from swath.device.softmax import FLOOR, soft_cap, step
+from swath.device.window import interior_of, visible
+
+
+class Walk(NamedTuple):
+    """The list of key tiles: ``num_lead`` from key 0, then the band's from key ``origin``; ``total`` in all."""
+
+    num_lead: tl.tensor
+    origin: tl.tensor
+    total: tl.tensor
+
+
+class Rows(NamedTuple):
+    """Query rows as dot operands (even and odd columns where pairs are read, else the same), factors, positions."""
+
+    q: tl.tensor
+    q_odd: tl.tensor
+    scale: tl.tensor  # [M] or scalar: makes base-2 scores of dots
+    p: tl.tensor  # [M] positions
+
+
+class Rule(NamedTuple):
+    """Run-time values of who sees whom and of the soft cap."""
+
+    size: tl.tensor
+    leading: tl.tensor
+    cap_log2: tl.tensor
+
+
+class TokenScales(NamedTuple):
+    """Token scales of K and V at one kv head, and their strides."""
+
+    k: tl.tensor
+    v: tl.tensor
+    k_page: tl.tensor
+    k_token: tl.tensor
+    v_page: tl.tensor
+    v_token: tl.tensor
+
+
+@triton.jit
+def plan_walk(band, aligned, BLOCK_N: tl.constexpr):
+    """List the tiles of a band; ``aligned`` puts every tile at a multiple of BLOCK_N."""
+    num_lead = tl.cdiv(band.lead, BLOCK_N)
+    left = tl.where(aligned, band.left // BLOCK_N * BLOCK_N, band.left)
+    origin = tl.maximum(left, num_lead * BLOCK_N)
+    return Walk(num_lead, origin, num_lead + tl.cdiv(tl.maximum(band.right - origin, 0), BLOCK_N))
+
+
+@triton.jit
+def tile_start(i, walk, BLOCK_N: tl.constexpr):
+    """The first key of tile ``i`` of the list."""
+    return tl.where(i < walk.num_lead, i * BLOCK_N, walk.origin + (i - walk.num_lead) * BLOCK_N)
+
+
+@triton.jit
+def seen_by_any(pos, band):
+    """Which key positions some row of the program sees."""
+    return (pos < band.lead) | ((pos >= band.left) & (pos < band.right))
+
+
+@triton.jit
+def interior_tiles(band, walk, first, last, size, F: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tiles ``begin .. end - 1`` of the list in which every row sees every key: they need no mask."""
+    start, stop = interior_of(band, first, last, size, F)
+    begin = walk.num_lead + tl.cdiv(tl.maximum(start - walk.origin, 0), BLOCK_N)
+    begin = tl.minimum(begin, walk.total)
+    end = walk.num_lead + tl.maximum(stop - walk.origin, 0) // BLOCK_N
+    return begin, tl.maximum(tl.minimum(end, walk.total), begin)
+
+
+@triton.jit
+def mma(a, b, acc, F: tl.constexpr):
+    """a @ b + acc; IEEE for float32. The interpreter's dot computes garbage for 16-bit operands, so it gets float32."""
+    if F.interpret:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def scores(rows, k, k_scale, rule, F: tl.constexpr):
+    """Scores [M, N] of the rows with stored keys ``k`` [N, columns], and the scale that makes them base-2."""
+    BLOCK_M: tl.constexpr = rows.q.shape[0]
+    BLOCK_N: tl.constexpr = k.shape[0]
+    if F.compute_int8:
+        s = tl.dot(rows.q, tl.trans(k), out_dtype=tl.int32).to(tl.float32)
+    else:
+        s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if F.pairs:
+            kt = tl.trans(k)
+            s = mma(rows.q, half_of_pair(kt, False, F), s, F)
+            s = mma(rows.q_odd, half_of_pair(kt, True, F), s, F)
+        else:
+            s = mma(rows.q, tl.trans(decode(k, F)), s, F)
+    scale = rows.scale
+    if F.unit_q:
+        s *= rows.scale[:, None]
+        scale = 1.0
+    if F.k_fold == "token":
+        s *= k_scale[None, :]
+    if F.softcap:
+        s = soft_cap(s * scale, rule.cap_log2)
+        scale = 1.0
+    return s, scale
+
+
+@triton.jit
+def accumulate(p, v, factor, acc, acc_odd, F: tl.constexpr):
+    """acc += factor * (p @ v): the even columns, and the odd ones where pairs are read."""
+    if F.compute_int8:
+        acc += tl.dot(round_half_even(p * 127.0).to(tl.int8), v, out_dtype=tl.int32).to(tl.float32) * (1.0 / 127.0)
+    elif F.pairs:
+        if F.v_fold == "token":
+            zero = tl.zeros(acc.shape, tl.float32)
+            p = p.to(tl.float16)
+            acc += factor * tl.dot(p, half_of_pair(v, False, F), zero)
+            acc_odd += factor * tl.dot(p, half_of_pair(v, True, F), zero)
+        else:
+            p = p.to(tl.float16)
+            acc = tl.dot(p, half_of_pair(v, False, F), acc)
+            acc_odd = tl.dot(p, half_of_pair(v, True, F), acc_odd)
+    else:
+        values = decode(v, F)
+        if F.v_fold == "token":
+            acc += factor * mma(p.to(values.dtype), values, tl.zeros(acc.shape, tl.float32), F)
+        else:
+            acc = mma(p.to(values.dtype), values, acc, F)
+    return acc, acc_odd
+
+
+@triton.jit
+def new_state(BLOCK_M: tl.constexpr, F: tl.constexpr):
+    """The state of rows that have seen nothing: m, l [M] and acc [M, columns] (even, odd)."""
+    BLOCK_D: tl.constexpr = F.block_d
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    return tl.full((BLOCK_M,), FLOOR, tl.float32), tl.zeros((BLOCK_M,), tl.float32), acc, acc
+
+
+@triton.jit
+def attend(
+    state, rows, keys, scales, band, rule, walk, first_tile, end_tile, gap, gap_tiles,
+    F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows over tiles ``first_tile .. end_tile - 1``; those from ``gap`` on stand ``gap_tiles`` later in the list.
+
+    Without ``MASKED`` every row sees every key of these tiles; only dead pages are masked then.
+    """
+    BLOCK_D: tl.constexpr = F.block_d
+    ALL_LIVE: tl.constexpr = not MASKED and F.page_size == 0
+    m, l, acc, acc_odd = state
+    n = tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_D)
+    pos = tile_start(first_tile + tl.where(first_tile >= gap, gap_tiles, 0), walk, BLOCK_N) + n
+    page = page_ids(keys, pos, seen_by_any(pos, band), F)
+    for i in tl.range(first_tile, end_tile, num_stages=STAGES):
+        pos = tile_start(i + tl.where(i >= gap, gap_tiles, 0), walk, BLOCK_N) + n
+        k_row, v_row, live = locate(keys, pos, page, F)
+        k_scale, v_scale = load_token_scales(scales, page, pos, live, F)
+        # The next tile's entries are asked for before this tile's rows: the pipeliner would spend a stage on them.
+        ahead = tile_start(i + 1 + tl.where(i + 1 >= gap, gap_tiles, 0), walk, BLOCK_N) + n
+        page = page_ids(keys, ahead, seen_by_any(ahead, band) & (i + 1 < end_tile), F)
+        k = load_rows(keys.k, k_row, column, live, ALL_LIVE, F)
+        s, scale = scores(rows, k, k_scale, rule, F)
+        if MASKED:
+            seen = visible(rows.p[:, None], pos[None, :], rule.size, rule.leading, F) & live[None, :]
+            s = tl.where(seen, s, float("-inf"))
+        elif not ALL_LIVE:
+            s = tl.where(live[None, :], s, float("-inf"))
+        p, m, l, alpha = step(s, scale, m, l)
+        v = load_rows(keys.v, v_row, column, live, ALL_LIVE, F)
+        factor = 1.0
+        if F.v_fold == "token":
+            v_scale, factor = relative(v_scale)
+            p *= v_scale[None, :]
+        acc *= alpha[:, None]
+        if F.pairs:
+            acc_odd *= alpha[:, None]
+        acc, acc_odd = accumulate(p, v, factor, acc, acc_odd, F)
+    return m, l, acc, acc_odd
+
+
+@triton.jit
+def load_token_scales(scales, page, pos, live, F: tl.constexpr):
+    """Token scales [N] of K and V at ``pos``, 0 where not live; a placeholder for other granularities."""
+    k_scale, v_scale = 1.0, 1.0
+    if F.k_fold == "token":
+        at = page.to(tl.int64) * scales.k_page + (pos % F.page_size) * scales.k_token
+        k_scale = tl.load(scales.k + at, mask=live, other=0.0).to(tl.float32)
+    if F.v_fold == "token":
+        at = page.to(tl.int64) * scales.v_page + (pos % F.page_size) * scales.v_token
+        v_scale = tl.load(scales.v + at, mask=live, other=0.0).to(tl.float32)
+    return k_scale, v_scale
