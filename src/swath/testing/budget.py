@@ -1,0 +1,130 @@
+"""How far from float64 a result may be: its own rounding, and the rounding of the sums behind it.
+
+For an element t of the output, in the names of ``Truth`` (oracle.py), the budget is
+
+    u |t| + (|t| + 4 quadrature) u (1 + Q) + 4 (|t| + quadrature) (score + sum) + a (4 v_norm + keys |t|) peak
+    score = noise (u Q + D e) + 8 score_size e,   sum = (sqrt(keys) + 8) e
+
+- ``u`` is half a unit in the last place of the 16-bit type (2^-8 bf16, 2^-11 fp16, 2^-24 for fp32), ``e`` that of
+  fp32, D the head_dim, Q 1 for a quantised cache and 0 otherwise.
+- ``u |t|``: the result is rounded once.
+- ``u (1 + Q)``: p is rounded to 16 bits before the product with V; so is a dequantised V. Where all p are equal, so
+  are their errors: that part goes with |t|.
+- ``score``: scores are sums of D products in fp32; a dequantised K, or a q with K's scale folded in, is rounded to 16
+  bits before them. What follows (scale, soft cap, base 2) rounds in proportion to the score.
+- ``sum``: sums over the keys, running rescales, the exponential.
+- ``a``: p rounded in absolute steps: fp16, which holds p of a quantised cache too, has no values below 2^-24;
+  ``compute="int8"`` keeps p in 127ths of the largest. There q too has 127ths of its largest element, which adds
+  coarse_noise / 254 to the scores. fp32 and unquantised bf16 have no such step.
+
+The roundings of many terms add in quadrature (probabilistic rounding analysis, Higham and Mary, 2019): quadrature is
+the root of the sum of squares of p_j v_j, and 4 stands where a normal distribution has its standard deviations; up
+to 16 terms 4 is even the worst case. So the budget shrinks with the length of the sum, as the effect of a lost key
+does, where a bound on the sum of absolute values would hide it.
+
+A kernel that casts p to bf16 before the PV product uses about a third of its budget. One that loses a key among a
+thousand random ones is some ten times over it, one that loses a spiked key (making.py) far more at any length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from swath.testing.oracle import Truth
+
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+"""Half a unit in the last place of 1."""
+
+_DEVIATIONS = 4.0
+_INT8_STEP = 1 / 254
+_FP16_STEP = 2.0**-25
+
+
+def out_budget(truth: Truth, dtype: torch.dtype, *, quantised: bool = False, compute: str = "float") -> Tensor:
+    """The largest error allowed for each element of ``out``, float64 [R, Hq, D]; ``dtype`` is out's."""
+    u, e = UNIT[dtype], UNIT[torch.float32]
+    t = truth.out.abs()
+    rounded_p = u * (1 + quantised) * (t + _DEVIATIONS * truth.quadrature)
+    weights = (_score_error(truth, dtype, quantised, compute) + _sum_error(truth))[..., None]
+    has_fp16 = dtype == torch.float16 or (quantised and dtype == torch.bfloat16)
+    step = _INT8_STEP if compute == "int8" else _FP16_STEP if has_fp16 else 0.0
+    steps = step * (_DEVIATIONS * truth.v_norm + truth.keys[..., None] * t) * truth.peak[..., None]
+    smallest = torch.finfo(dtype).tiny * 2 * u
+    return (u + e) * t + rounded_p + _DEVIATIONS * (t + truth.quadrature) * weights + steps + smallest
+
+
+def lse_budget(truth: Truth, dtype: torch.dtype, *, quantised: bool = False, compute: str = "float") -> Tensor:
+    """The largest error allowed for each LSE, float64 [R, Hq]; ``dtype`` is out's, the LSE itself is fp32."""
+    magnitude = 1 + truth.lse.abs().where(truth.lse > -torch.inf, 0.0)
+    p_error = _INT8_STEP * truth.keys * truth.peak if compute == "int8" else 0.0
+    errors = _score_error(truth, dtype, quantised, compute) + _sum_error(truth) * magnitude
+    return _DEVIATIONS * errors + p_error
+
+
+def _score_error(truth: Truth, dtype: torch.dtype, quantised: bool, compute: str) -> Tensor:
+    """Of one score, [R, Hq]."""
+    head_dim = truth.out.shape[-1]
+    e = UNIT[torch.float32]
+    error = truth.noise * (UNIT[dtype] * quantised + head_dim * e) + 8 * truth.score_size * e
+    return error + truth.coarse_noise * _INT8_STEP if compute == "int8" else error
+
+
+def _sum_error(truth: Truth) -> Tensor:
+    """Of fp32 sums over the keys and of the exponential, relative, [R, 1]."""
+    return (truth.keys.sqrt() + 8) * UNIT[torch.float32]
+
+
+def budget_used(
+    out: Tensor, lse: Tensor | None, truth: Truth, *, quantised: bool = False, compute: str = "float"
+) -> float:
+    """The share of its budget that the worst element uses: at most 1 for a right kernel, inf for NaN.
+
+    ``out`` and ``lse`` are shaped as the operator returns them; only ``truth.rows`` of them are looked at.
+    """
+    return max(map(_worst, _shares(out, lse, truth, quantised, compute)))
+
+
+def check_budget(
+    out: Tensor, lse: Tensor | None, truth: Truth, *, quantised: bool = False, compute: str = "float"
+) -> float:
+    """``budget_used``, raising where it is above 1.
+
+    Raises:
+        AssertionError: with the worst row, head and element, and what came there.
+    """
+    shares = _shares(out, lse, truth, quantised, compute)
+    for name, got, want, share in zip(("out", "lse"), (out, lse), (truth.out, truth.lse), shares, strict=False):
+        if got is not None and not _worst(share) <= 1:
+            at = tuple(int(i) for i in torch.unravel_index(share.argmax(), share.shape))
+            came, over = _flat(got, want)[truth.rows][at], int((share > 1).sum())
+            raise AssertionError(
+                f"{name}: row {int(truth.rows[at[0]])}, head and element {at[1:]} uses {_worst(share):.3g} of its "
+                f"error budget: wanted {float(want[at]):.7g}, got {float(came):.7g}; "
+                f"{over} of {share.numel()} elements are over theirs"
+            )
+    return max(map(_worst, shares))
+
+
+def _shares(out: Tensor, lse: Tensor | None, truth: Truth, quantised: bool, compute: str) -> list[Tensor]:
+    """Error over budget of each element of out and, where there is one, of the LSE."""
+    shares = [_share(out, truth.rows, truth.out, out_budget(truth, out.dtype, quantised=quantised, compute=compute))]
+    if lse is not None:
+        allowed = lse_budget(truth, out.dtype, quantised=quantised, compute=compute)
+        shares.append(_share(lse, truth.rows, truth.lse, allowed))
+    return shares
+
+
+def _share(got: Tensor, rows: Tensor, want: Tensor, allowed: Tensor) -> Tensor:
+    came = _flat(got, want)[rows].double()
+    error = torch.where(came == want, 0.0, (came - want).abs())  # two infinities of one sign differ by nothing
+    return torch.where(error == 0, 0.0, error / allowed).nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def _flat(got: Tensor, want: Tensor) -> Tensor:
+    """The rows of an operator's result laid flat, as ``Truth`` counts them."""
+    return got.reshape(-1, *want.shape[1:])
+
+
+def _worst(share: Tensor) -> float:
+    return float(share.max()) if share.numel() else 0.0

@@ -1,0 +1,139 @@
+"""The tensors of a ``Case``, and running and judging the call they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swath.cache import PagedKV
+from swath.ops.attention import attention
+from swath.ops.paged import paged_attention
+from swath.testing import budget, oracle
+from swath.testing.cases import Case
+from swath.testing.oracle import Truth
+from swath.tooling import explain
+from swath.window import Window
+
+SENTINEL = -7.25
+"""What surrounds the rows of a ``Canary``; every 16-bit type holds it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The tensors of a case, made by ``make``; ``keys`` is a PagedKV or the dense pair (k, v)."""
+
+    case: Case
+    q: Tensor
+    keys: PagedKV | tuple[Tensor, Tensor]
+    block_table: Tensor | tuple[Tensor, Tensor] | None
+    seq_lens: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    q_start: Tensor | None
+    global_tokens: int | Tensor
+    q_scale: Tensor | None
+    sink: Tensor | None
+
+    @property
+    def op(self) -> str:
+        """The public function that takes them."""
+        return "attention" if self.case.dense else "paged_attention"
+
+    @property
+    def cache(self) -> PagedKV:
+        """The keys of a paged case."""
+        if not isinstance(self.keys, PagedKV):
+            raise TypeError("a dense case has no cache")
+        return self.keys
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The positional arguments of the public function."""
+        if isinstance(self.keys, PagedKV):
+            return self.q, self.keys, self.block_table, self.seq_lens
+        return self.q, *self.keys, self.cu_seqlens_q, self.cu_seqlens_k
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the public function, but for ``out``, ``return_lse`` and ``impl``."""
+        case = self.case
+        max_q_len, max_kv_len = self._bounds()
+        window = Window(case.size, self.global_tokens, case.causal, case.max_global_tokens)
+        options: dict[str, Any] = dict(
+            max_q_len=max_q_len, max_kv_len=max_kv_len, window=window, scale=case.scale, softcap=case.softcap,
+            sink=self.sink, gqa=case.gqa, q_start=self.q_start,
+        )  # fmt: skip
+        if not case.dense:
+            options |= dict(cu_seqlens_q=self.cu_seqlens_q, q_scale=self.q_scale)
+            options |= dict(compute=case.compute, split_size=case.split_size)
+        return options
+
+    def _bounds(self) -> tuple[int | None, int | None]:
+        q_len, kv_len = max(self.case.row_counts, default=0), max(0, *self.case.kv_lens, 0)
+        loose = (2 * q_len + 5, 3 * kv_len + 70)
+        return {"none": (None, None), "tight": (q_len, kv_len), "loose": loose}[self.case.bounds]
+
+    def why_not(self, impl: str) -> str | None:
+        """The reason that ``impl`` cannot run this call, or None."""
+        return explain(self.op, *self.args, **self.options, impl=impl).reasons[impl]
+
+    def run(self, impl: str = "auto", **changes: Any) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the public function; ``changes`` replace keyword arguments."""
+        public = attention if self.case.dense else paged_attention
+        out, lse = public(*self.args, **{**self.options, "return_lse": True, **changes}, impl=impl)
+        return out, lse
+
+    def truth(self, rows: Tensor | None = None) -> Truth:
+        """The exact results, of all rows or of ``rows`` (indices into q's rows laid flat)."""
+        case = self.case
+        leading = [case.leading(b) for b in range(case.num_seqs)]
+        options: dict[str, Any] = dict(
+            q_start=self.q_start, size=case.size, global_tokens=leading, causal=case.causal, scale=case.score_scale,
+            softcap=case.softcap, sink=self.sink, interleaved=case.gqa == "interleaved", rows=rows,
+        )  # fmt: skip
+        if case.dense:
+            return oracle.dense(*self.args, **options)
+        q, cache, *where = self.args
+        options |= dict(cu_seqlens_q=self.cu_seqlens_q, q_scale=self.q_scale)
+        return oracle.paged(q, cache.k, cache.v, cache.k_scale, cache.v_scale, *where, **options)
+
+    def check(self, out: Tensor, lse: Tensor | None, truth: Truth | None = None) -> float:
+        """``check_budget`` of results of this call: the share of the budget used, at most 1.
+
+        Raises:
+            AssertionError: with the worst element.
+        """
+        case = self.case
+        truth = self.truth() if truth is None else truth
+        return budget.check_budget(out, lse, truth, quantised=case.storage.is_quantised, compute=case.compute)
+
+    def canary(self) -> Canary:
+        """A buffer for ``out=`` that shows every write outside the rows that sequences own."""
+        return Canary.around(self.q, self.case.out_dtype, sum(self.case.row_counts))
+
+
+@dataclass(frozen=True, eq=False)
+class Canary:
+    """An ``out`` inside a larger buffer of sentinels, with padded strides."""
+
+    buffer: Tensor
+    out: Tensor
+    writable: Tensor
+
+    @classmethod
+    def around(cls, q: Tensor, dtype: torch.dtype, owned_rows: int) -> Canary:
+        """An out shaped as ``q`` of whose rows (laid flat) the first ``owned_rows`` may be written."""
+        outer = (*(n + 2 for n in q.shape[:-2]), q.shape[-2] + 1, q.shape[-1] + 16)
+        inner = (*(slice(1, -1) for _ in q.shape[:-2]), slice(0, -1), slice(0, -16))
+        buffer = torch.full(outer, SENTINEL, dtype=dtype, device=q.device)
+        writable = torch.zeros(outer, dtype=torch.bool, device=q.device)
+        owned = torch.arange(q.shape[:-2].numel(), device=q.device) < owned_rows
+        writable[inner] = owned.view(*q.shape[:-2], 1, 1)
+        return cls(buffer, buffer[inner], writable)
+
+    def broken(self) -> int:
+        """Elements changed that nobody may write."""
+        return int(((self.buffer != SENTINEL) & ~self.writable).sum())

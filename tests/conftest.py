@@ -1,0 +1,85 @@
+"""Fixtures: every operator test runs once for each backend that exists, on the device that suits it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+import swath
+from swath import dispatch, target
+from swath.testing import Case, Inputs, make
+
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("steady")
+
+OPS = ("paged", "attention", "append", "merge")
+"""Folders of swath.ops that have backends."""
+
+
+def impls(op: str) -> list[str]:
+    """Backends of an op that exist; a file that appears in its folder joins by itself."""
+    return [name for name in reversed(dispatch.BACKENDS) if find_spec(f"swath.ops.{op}.{name}")]
+
+
+PORTABLE = ("reference", "cpu")
+"""Backends that must run every case, so that a skip here is a failure."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a GPU; torch.cuda.is_available() is False")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=impls("paged"))
+def impl(request: pytest.FixtureRequest) -> str:
+    """The name of a backend: of paged attention, unless a test file says otherwise."""
+    name: str = request.param
+    if name not in PORTABLE and not (torch.cuda.is_available() or target.interpreting()):
+        pytest.skip(f"{name} needs a GPU, or TRITON_INTERPRET=1")
+    return name
+
+
+@pytest.fixture
+def device(impl: str) -> str:
+    """Where the backend's tensors live."""
+    return "cuda" if impl not in PORTABLE and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def prepare(impl: str, device: str) -> Callable[..., Inputs]:
+    """``make`` for this backend; skips with the backend's own reason where it cannot run the case."""
+
+    def prepare(case: Case, seed: int = 0) -> Inputs:
+        inputs = make(case, device, seed)
+        skip_unless_able(impl, inputs.why_not(impl))
+        return inputs
+
+    return prepare
+
+
+def skip_unless_able(impl: str, reason: str | None) -> None:
+    """Skip with the backend's reason; the portable backends may have none."""
+    if reason is not None:
+        if impl in PORTABLE:
+            pytest.fail(f"{impl} must run every case, but says: {reason}")
+        pytest.skip(f"{impl}: {reason}")
+
+
+def truncates_bf16(impl: str, device: str) -> bool:
+    """Triton's interpreter cuts fp32 to bf16 where every GPU rounds: its last bit may differ by one."""
+    return impl not in PORTABLE and device == "cpu"
+
+
+def python_environment() -> dict[str, str]:
+    """The environment of a fresh interpreter that finds the same swath, installed or not."""
+    source = str(Path(swath.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))}
