@@ -1,0 +1,157 @@
+"""swath as an attention implementation of Transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from swath.errors import bad_type, bad_value
+from swath.hf.masks import BandMask, likely_windows
+from swath.hf.settings import Settings
+from swath.ops.attention import attention
+from swath.window import Window
+
+# Keywords that would change the result, so they may not be ignored.
+UNSUPPORTED = (
+    "position_bias",
+    "indices",
+    "block_indices",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "cache",
+    "output_attentions",
+)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a layer makes its scores, in swath's words."""
+
+    scale: float | None
+    softcap: float
+    sink: Tensor | None
+
+
+def scoring_of(
+    query: Tensor,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    others: dict[str, Any],
+) -> Scoring:
+    """The keywords that models pass to attention functions; what swath cannot compute exactly raises ValueError."""
+    if dropout:
+        raise bad_value("dropout", "0 (swath is forward only; call model.eval())", dropout)
+    for name in UNSUPPORTED:
+        if others.get(name) is not None and others[name] is not False:
+            raise bad_value(name, "nothing: swath does not support it", type(others[name]).__name__)
+    return Scoring(scaling, softcap or 0.0, _local_sink(s_aux, query))
+
+
+def attention_forward(
+    settings: Settings,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention of one layer: query [B, Hq, Q, D], key and value [B, Hkv, K, D] to [B, Q, Hq, D].
+
+    Keys come after RoPE and not repeated. Keys that a PagedCache returned are read from its pages instead.
+
+    Raises:
+        TypeError, ValueError: what cannot be computed exactly: dropout, a bias, a mask of another form.
+    """
+    scoring = scoring_of(query, scaling, dropout, softcap, s_aux, kwargs)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    layer = getattr(key, "paged_layer", None)
+    kv_len = key.shape[2] if layer is None else layer.get_seq_length()
+    band = _band(attention_mask, query.shape[0], query.shape[2], kv_len, sliding_window, causal, layer is not None)
+    window = _effective_window(settings.override(getattr(module, "layer_idx", 0)), band)
+    if layer is not None:
+        return cast(Tensor, layer.attend(query, band, window, scoring, settings.impl)), None
+    return _dense(query, key, value, band, window, scoring, settings.impl), None
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, band: BandMask, window: Window, scoring: Scoring, impl: str
+) -> Tensor:
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    cu_seqlens_q, cu_seqlens_k, q_start = band.varlen_on(query.device)
+    out: Any = attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_q_len=band.q_len, max_kv_len=band.kv_len, window=window,
+        scale=scoring.scale, softcap=scoring.softcap, sink=scoring.sink, q_start=q_start, impl=impl,
+    )  # fmt: skip
+    return cast(Tensor, out.unflatten(0, (band.batch, band.q_len)))
+
+
+def _band(
+    mask: Tensor | None, batch: int, q_len: int, kv_len: int, sliding_window: int | None, causal: bool, cached: bool
+) -> BandMask:
+    """The mask as a BandMask of the right size: carried by a tensor, read back from it, or from no mask at all."""
+    if mask is None:
+        return _band_without_mask(batch, q_len, kv_len, sliding_window, causal, cached)
+    if not isinstance(mask, Tensor):
+        raise bad_type("attention_mask", "a 4-D tensor or None", type(mask).__name__)
+    band: BandMask | None = getattr(mask, "band", None)
+    if band is None:
+        if mask.dim() == 4 and mask.shape[0] == 1:
+            mask = mask.expand(batch, -1, -1, -1)
+        band = BandMask.of_dense(mask, likely_windows(sliding_window, causal), kv_len - q_len)
+    if (band.batch, band.q_len, band.kv_len) != (batch, q_len, kv_len):
+        wanted = f"{batch} sequences, {q_len} queries and {kv_len} keys, as query and key"
+        raise bad_value("attention_mask", wanted, f"{band.batch}, {band.q_len} and {band.kv_len}")
+    return band
+
+
+def _band_without_mask(
+    batch: int, q_len: int, kv_len: int, sliding_window: int | None, causal: bool, cached: bool
+) -> BandMask:
+    """The model made no mask: no padding, and the layer's own keywords say who sees whom."""
+    if not causal:
+        if sliding_window is not None:
+            raise bad_value("sliding_window", "None where attention is not causal and has no mask", sliding_window)
+        return BandMask.unpadded(Window(causal=False), batch, q_len, kv_len, 0)
+    if q_len != kv_len and not cached:
+        # Where the queries stand among keys of another number (a static cache's, say) only a mask could tell.
+        raise bad_value("attention_mask", f"a mask for {q_len} causal queries over {kv_len} keys", None)
+    return BandMask.unpadded(Window(sliding_window), batch, q_len, kv_len, kv_len - q_len)
+
+
+def _effective_window(override: Window | None, band: BandMask) -> Window:
+    """The override if there is one, as far as the cache still holds its keys; else the model's window."""
+    if override is None:
+        return band.window
+    if not band.window.causal:
+        raise bad_value("window", "None for a layer that is not causal", override)
+    if band.dropped:
+        check_within(override, band.window.size)
+    return override
+
+
+def check_within(window: Window, held: int | None) -> None:
+    """Refuse a window that reaches keys which a cache of the newest ``held`` keys has dropped."""
+    if held is not None and (window.size is None or window.size > held or window.global_tokens):
+        raise bad_value("window", f"keys within Window({held}): the model's cache drops the others", window)
+
+
+def _local_sink(s_aux: Tensor | None, query: Tensor) -> Tensor | None:
+    """The sink logits of the query heads at hand, in a dtype that swath takes."""
+    if s_aux is None:
+        return None
+    # Under tensor parallelism the parameter is a DTensor of global shape, sharded as the heads are.
+    sink: Tensor = s_aux.to_local() if hasattr(s_aux, "to_local") else s_aux
+    return sink if sink.dtype in (torch.float32, query.dtype) else sink.float()
