@@ -1,0 +1,90 @@
+"""``swath show``: draw who sees whom."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from swath.cli.figure import save
+from swath.cli.options import Causal, GlobalTokens, WindowSize
+from swath.cli.output import console, fail, one_line_errors
+from swath.cli.terminal import facts, grid
+from swath.draw import picture, spelled
+from swath.errors import bad_value
+from swath.window import Window
+
+
+def show(
+    window: WindowSize = None,
+    global_tokens: GlobalTokens = 0,
+    causal: Causal = True,
+    flash: Annotated[str | None, typer.Option(metavar="L,R", help="FlashAttention's window_size instead.")] = None,
+    mojo: Annotated[
+        str | None, typer.Option(metavar="W,G", help="mojo_opset's windows instead; each may be 'none'.")
+    ] = None,
+    q_len: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Queries.", show_default="as many as keys")
+    ] = None,
+    kv_len: Annotated[int, typer.Option(min=1, metavar="N", help="Keys.")] = 12,
+    q_start: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Position of the first query.", show_default="the queries are the last keys"),
+    ] = None,
+    page_size: Annotated[int | None, typer.Option(min=1, metavar="N", help="Mark pages of N keys.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a PNG.", dir_okay=False)] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an SVG.", dir_okay=False)] = None,
+) -> None:
+    """Draw which keys each query sees.
+
+    For example: swath show --window 4 --global-tokens 2 --page-size 4
+    """
+    files = {name: path for name, path in (("png", png), ("svg", svg)) if path is not None}
+    if files and find_spec("matplotlib") is None:
+        raise fail(f"--{' and --'.join(files)} needs matplotlib: pip install 'swath[bench]'")
+    with one_line_errors():
+        chosen = _window(window, global_tokens, causal, flash, mojo)
+        drawn = picture(chosen, kv_len if q_len is None else q_len, kv_len, q_start)
+    out = console()
+    out.print(_title(chosen, flash, mojo), style="bold")
+    out.print()
+    out.print(grid(drawn, out.options, page_size), no_wrap=True)
+    out.print()
+    for line in facts(drawn, page_size):
+        out.print(line)
+    for file_format, path in files.items():
+        try:
+            save(drawn, path, file_format, page_size)
+        except OSError as error:
+            raise fail(f"--{file_format}: {error}") from error
+        out.print(f"Wrote {path}", markup=False, soft_wrap=True)
+
+
+def _window(size: int | None, global_tokens: int, causal: bool, flash: str | None, mojo: str | None) -> Window:
+    own = size is not None or global_tokens != 0 or not causal
+    if (flash is not None) + (mojo is not None) + own > 1:
+        raise bad_value("window", "one of --flash, --mojo, or swath's own options", "more than one")
+    if flash is not None:
+        left, right = _pair("flash", flash, "L,R: two integers, such as 127,0", allow_none=False)
+        return Window.from_flash(cast(int, left), cast(int, right))
+    if mojo is not None:
+        return Window.from_mojo(*_pair("mojo", mojo, "W,G: integers or 'none', such as 127,4", allow_none=True))
+    return Window(size, global_tokens=global_tokens, causal=causal)
+
+
+def _pair(name: str, text: str, wanted: str, allow_none: bool) -> tuple[int | None, int | None]:
+    try:
+        first, second = (None if allow_none and x.strip() == "none" else int(x) for x in text.split(","))
+    except ValueError as error:
+        raise bad_value(name, wanted, repr(text)) from error
+    return first, second
+
+
+def _title(window: Window, flash: str | None, mojo: str | None) -> str:
+    if flash is not None:
+        return f"FlashAttention's window_size {flash} is {spelled(window)}"
+    if mojo is not None:
+        return f"mojo_opset's windows {mojo} are {spelled(window)}"
+    return spelled(window)
