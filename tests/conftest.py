@@ -31,6 +31,16 @@ PORTABLE = ("reference", "cpu")
 """Backends that must run every case, so that a skip here is a failure."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-variants", action="store_true", help="compile every kernel variant, not a covering set")
+
+
+@pytest.fixture
+def all_variants(request: pytest.FixtureRequest) -> bool:
+    """Whether the run asks for every kernel variant."""
+    return bool(request.config.getoption("--all-variants"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a GPU; torch.cuda.is_available() is False")

@@ -5,7 +5,7 @@ A row of a table says where it was measured, or "unmeasured, compiles". No autot
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -143,32 +143,60 @@ UNMEASURED = "unmeasured, compiles"
 H200 = "H200, torch 2.11, Triton 3.6, 2026-11-21"
 
 
-def split_launch(F: Features, target: Target) -> TileLaunch:
-    """Decode: keys per tile, warps and pipeline depth."""
+def split_launch(F: Features, target: Target, block_m: int) -> TileLaunch:
+    """Decode: keys per tile, warps and pipeline depth for ``block_m`` rows."""
     source = H200 if target.arch == "sm_90" else UNMEASURED
     if F.interpret:
-        return TileLaunch(32, 1, 1, "interpreter")
-    if F.fp32:
-        return TileLaunch(32, 4, 1, UNMEASURED)
-    if F.pairs:
-        return TileLaunch(64, 2, 3, source)
-    if F.head_dim <= 64:
-        return TileLaunch(32, 1, 4, source)
-    return TileLaunch(64, 4, 3 if F.head_dim <= 128 else 2, source)
+        launch = TileLaunch(32, 1, 1, "interpreter")
+    elif F.fp32:
+        launch = TileLaunch(16, 4, 1, UNMEASURED)
+    elif target.compute_capability == 0 or block_m > 16:
+        launch = TileLaunch(64, 4, 2, UNMEASURED)
+    elif F.pairs:
+        launch = TileLaunch(64, 2, 3, source)
+    elif F.head_dim <= 64:
+        launch = TileLaunch(32, 1, 4, source)
+    else:
+        launch = TileLaunch(64, 4, 3 if F.head_dim <= 128 else 2, source)
+    return fitting(launch, F, block_m, target)
+
+
+def fitting(launch: TileLaunch, F: Features, block_m: int, target: Target) -> TileLaunch:
+    """The launch with fewer stages, then fewer keys, until its buffers fit the target's shared memory.
+
+    A stage holds a tile of K and one of V; query rows and p on their way through shared memory come on top.
+    """
+    element = 4 if F.fp32 else 2
+    row = F.block_d * (1 if F.stored != "wide" and not F.pairs else element)
+    block_n, stages = launch.block_n, launch.stages
+
+    def used() -> int:
+        decoded = 2 * block_n * F.block_d * element if F.stored != "wide" else 0
+        return 2 * stages * block_n * row + block_m * (F.block_d + block_n) * element + decoded
+
+    while used() > target.shared_bytes and (stages > 1 or block_n > 16):
+        stages, block_n = (stages - 1, block_n) if stages > 1 else (1, block_n // 2)
+    return replace(launch, block_n=block_n, stages=stages)
 
 
 def tile_launch(F: Features, target: Target, short: bool) -> tuple[int, TileLaunch]:
     """Prefill: rows per tile, then keys per tile, warps and pipeline depth; ``short``: the window is a few tiles."""
     source = H200 if target.arch == "sm_90" else UNMEASURED
     if F.interpret:
-        return 32, TileLaunch(32, 1, 1, "interpreter")
-    if F.fp32:
-        return 64, TileLaunch(32, 4, 1, UNMEASURED)
-    if F.head_dim <= 64:
-        return (64, TileLaunch(32, 4, 2, source)) if short else (128, TileLaunch(64, 4, 3, source))
-    if F.head_dim <= 128:
-        return 64, TileLaunch(64, 4, 3, source)
-    return 64, TileLaunch(32, 4, 2, UNMEASURED)
+        block_m, launch = 32, TileLaunch(32, 1, 1, "interpreter")
+    elif F.fp32:
+        block_m, launch = 16, TileLaunch(16, 4, 1, UNMEASURED)
+    elif F.stored != "wide":
+        block_m, launch = 64, TileLaunch(32, 8, 2, UNMEASURED)
+    elif F.head_dim <= 64 and short:
+        block_m, launch = 64, TileLaunch(32, 4, 2, source)
+    elif F.head_dim <= 64:
+        block_m, launch = 128, TileLaunch(64, 4, 3, source)
+    elif F.head_dim <= 128:
+        block_m, launch = 64, TileLaunch(64, 4, 3, source)
+    else:
+        block_m, launch = 64, TileLaunch(32, 4, 2, UNMEASURED)
+    return block_m, fitting(launch, F, block_m, target)
 
 
 SHORT_WINDOW = 512

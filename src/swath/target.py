@@ -9,6 +9,18 @@ from importlib.util import find_spec
 
 import torch
 
+SHARED_BYTES = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_103": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+    "gfx950": 160 << 10,
+}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -31,6 +43,11 @@ class Target:
     def has_pdl(self) -> bool:
         """Whether a kernel may start before the one it depends on has ended (programmatic dependent launch)."""
         return self.compute_capability >= 90
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory (LDS) that one program may use, by the vendors' tables; the least of them where unknown."""
+        return SHARED_BYTES.get(self.arch, min(SHARED_BYTES.values()))
 
     def has_pairs(self, stored: str) -> bool:
         """Whether the inline PTX of device/quant.py runs here: float8_e4m3 conversion came with sm_89."""

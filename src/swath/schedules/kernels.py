@@ -141,11 +141,11 @@ def _as_kernels_see(pool: Tensor, F: Features) -> Tensor:
 
 
 def _split_calls(problem: Problem, F: Features, target: Target, shared: dict[str, Any], steps: int) -> list[KernelCall]:
-    block_m = next((m for m in (16, 32) if steps * F.group <= m), 64)
+    block_m = next((m for m in (16, 32) if F.fp32 or steps * F.group <= m), 64)
     row_tiles = triton.cdiv(max(steps, 1) * F.group, block_m)
     tile_rows = min(block_m, steps * F.group)
     owners = problem.num_seqs * row_tiles * F.kv_heads
-    launch = split_launch(F, target)
+    launch = split_launch(F, target, block_m)
     visible = problem.window.visible_bound(steps, problem.max_kv_len)
     block_n, slice_tiles = launch.block_n, 0
     if problem.split_size is None:

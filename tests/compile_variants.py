@@ -1,0 +1,162 @@
+"""Kernel variants as option values, and a program that compiles them for one target: rows in, results out, as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swath import KVQuant, PagedKV, Window
+from swath.ops.attention import call as attention_call
+from swath.ops.paged import call as paged_call
+from swath.problem import Problem
+from swath.target import Target
+from swath.testing import pairwise
+
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+
+OPTIONS: dict[str, list[str]] = {
+    "queries": ["decode", "steps", "ragged", "dense"],
+    "storage": ["bf16", "fp16", "fp32", "int8 channel", "int8 token", "e4m3 head", "e5m2 tensor", "int8 compute"],
+    "head_dim": ["128", "64", "80", "256"],
+    "window": ["none", "size", "size+count", "size+tensor", "both sides"],
+    "scoring": ["plain", "softcap", "sink+lse", "interleaved"],
+    "paging": ["16", "544", "flat 16", "split 256"],
+}
+
+PAIRED_TARGETS = ("sm_90", "gfx942")
+"""These compile every pair of values; the others the first rows of the same list, which hold most pairs of values."""
+
+
+def rows_of(arch: str) -> list[dict[str, Any]]:
+    """The variants that the suite compiles for a target."""
+    rows = pairwise(OPTIONS)
+    return rows if arch in PAIRED_TARGETS else rows[::4]
+
+
+WINDOWS = {
+    "none": Window(),
+    "size": Window(1024),
+    "size+count": Window(1024, global_tokens=4),
+    "size+tensor": Window(1024, torch.zeros(2, dtype=torch.int32), max_global_tokens=64),
+    "both sides": Window(100, causal=False),
+}
+
+
+def problem_of(row: dict[str, str]) -> Problem:
+    """A call that needs the variant; its tensors are never read."""
+    head_dim, num_seqs, group, kv_heads = int(row["head_dim"]), 2, 8, 2
+    storage, _, granularity = row["storage"].partition(" ")
+    dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(storage, torch.bfloat16)
+    lse = row["scoring"] == "sink+lse"
+    options: dict[str, Any] = {
+        "window": WINDOWS[row["window"]],
+        "softcap": 30.0 if row["scoring"] == "softcap" else 0.0,
+        "sink": torch.empty(group * kv_heads) if lse else None,
+        "gqa": "interleaved" if row["scoring"] == "interleaved" else "grouped",
+        "return_lse": lse,
+    }
+    tokens, cu = 512, torch.zeros(num_seqs + 1, dtype=torch.int32)
+    if row["queries"] == "dense":
+        q, k, v = (torch.empty(tokens, h, head_dim, dtype=dtype) for h in (group * kv_heads, kv_heads, kv_heads))
+        return attention_call.prepare(q, k, v, cu, cu, **options)
+    page_size = int(row["paging"].split()[-1]) if row["paging"] != "split 256" else 16
+    table: Any = torch.zeros(num_seqs, 8192 // page_size, dtype=torch.int32)
+    if row["paging"].startswith("flat"):
+        table = (table.reshape(-1), cu)
+    if row["paging"] == "split 256":
+        options["split_size"] = 256
+    if granularity == "compute":
+        granularity, options["compute"] = "channel", "int8"
+    cache = _cache(storage, granularity, kv_heads, page_size, head_dim, dtype)
+    shape = {"decode": (num_seqs,), "steps": (num_seqs, 4), "ragged": (tokens,)}[row["queries"]]
+    q = torch.empty(*shape, group * kv_heads, head_dim, dtype=dtype)
+    if row["queries"] == "ragged":
+        options["cu_seqlens_q"] = cu
+    return paged_call.prepare(q, cache, table, torch.zeros(num_seqs, dtype=torch.int32), **options)
+
+
+def _cache(storage: str, granularity: str, heads: int, page_size: int, head_dim: int, dtype: torch.dtype) -> PagedKV:
+    stored = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}.get(storage, dtype)
+    scales = {"channel": torch.ones(heads, head_dim), "head": torch.ones(heads), "tensor": torch.ones(())}
+    scale = scales.get(granularity)
+    quant = KVQuant(stored, granularity or "none")
+    return PagedKV.empty(quant, 2, heads, page_size, head_dim, k_scale=scale, v_scale=scale)
+
+
+def main() -> None:
+    """Compile the rows on standard input for the target of the command line; one JSON line a kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    arch = sys.argv[1]
+    target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
+    triton.runtime.driver.set_active(_Driver(target))
+    from swath.schedules.kernels import calls_of
+
+    seen = set()
+    for row in json.load(sys.stdin):
+        for call in calls_of(problem_of(row), Target(arch, num_sms=132)):
+            key = (call.kernel.fn.__name__, *(v for k, v in sorted(call.args.items()) if k.isupper()))
+            if key in seen:
+                continue
+            seen.add(key)
+            print(json.dumps({"row": row, "kernel": call.kernel.fn.__name__} | _compiled(call, arch)), flush=True)
+
+
+def _compiled(call: Any, arch: str) -> dict[str, Any]:
+    try:
+        kernel = call.compile()
+    except Exception as error:  # noqa: BLE001 -- whatever the compiler says is the result
+        return {"error": f"{type(error).__name__}: {str(error)[-500:]}"}
+    return {"shared": kernel.metadata.shared, "spills": _spills(kernel, arch)}
+
+
+def _spills(kernel: Any, arch: str) -> int:
+    """Spilled bytes a thread: of ptxas's report, or of AMD's metadata (registers of 4 bytes)."""
+    if arch.startswith("gfx"):
+        found = re.search(r"vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])
+        return 4 * int(found[1]) if found else 0
+    import triton
+
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin"
+    ptxas = ptxas / (
+        "ptxas-blackwell" if arch in ("sm_100", "sm_120") and (ptxas / "ptxas-blackwell").exists() else "ptxas"
+    )
+    suffix = "a" if arch in ("sm_90", "sm_100", "sm_120") else ""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        command = [str(ptxas), "-v", f"--gpu-name={arch}{suffix}", file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = re.search(r"(\d+) bytes spill stores", report)
+    return int(found[1]) if found else 0
+
+
+class _Driver:
+    """Stands for a GPU that is not there."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+if __name__ == "__main__":
+    main()
