@@ -59,8 +59,11 @@ def add_sink(m, l, sink):
 
 @triton.jit
 def finish(m, l):
-    """The factor that normalises an accumulator, and the natural-log LSE: 0 and -inf for a row that saw nothing."""
-    seen = l > 0
+    """The factor that normalises an accumulator, and the natural-log LSE: 0 and -inf for a row that saw nothing.
+
+    A NaN that a row may see stays NaN.
+    """
+    seen = l != 0
     inverse = tl.where(seen, 1.0 / tl.where(seen, l, 1.0), 0.0)
     lse = tl.where(seen, (m + tl.log2(tl.where(seen, l, 1.0))) * LN_2, float("-inf"))
     return inverse, lse

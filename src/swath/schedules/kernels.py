@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
 from torch import Tensor
 
-from swath.cache import DenseKeys, PagedKeys
+from swath.cache import DenseKeys, PagedKeys, PagedKV, PageTable
 from swath.launch import (
     Features,
+    dequantises,
     features_of,
     is_short,
     kernel_bytes,
@@ -23,6 +24,7 @@ from swath.launch import (
     token_strides,
 )
 from swath.problem import LOG2_E, Problem
+from swath.schedules.dequantise import dequantise_kernel
 from swath.schedules.reduce import reduce_kernel
 from swath.schedules.splits import split_kernel
 from swath.schedules.tiles import tile_kernel
@@ -69,7 +71,13 @@ def calls_of(problem: Problem, target: Target) -> list[KernelCall]:
     shared = _shared_args(problem, F)
     calls = _split_calls(problem, F, target, shared, steps) if splits else []
     if tiles:
-        calls.append(_tile_call(problem, F, target, shared, claimed=MAX_STEPS if splits else 0))
+        claimed = MAX_STEPS if splits else 0
+        if dequantises(problem):
+            call, problem = _dequantise_call(problem, replace(F, pairs=False), claimed)
+            calls.append(call)
+            F = features_of(problem, target)
+            shared = _shared_args(problem, F)
+        calls.append(_tile_call(problem, F, target, shared, claimed))
     return calls
 
 
@@ -141,7 +149,9 @@ def _as_kernels_see(pool: Tensor, F: Features) -> Tensor:
 
 
 def _split_calls(problem: Problem, F: Features, target: Target, shared: dict[str, Any], steps: int) -> list[KernelCall]:
-    block_m = next((m for m in (16, 32) if F.fp32 or steps * F.group <= m), 64)
+    # With split_size the shape of a program must not depend on the batch either: a row's bits would.
+    smallest = F.fp32 or problem.split_size is not None
+    block_m = next((m for m in (16, 32) if smallest or steps * F.group <= m), 64)
     row_tiles = triton.cdiv(max(steps, 1) * F.group, block_m)
     tile_rows = min(block_m, steps * F.group)
     owners = problem.num_seqs * row_tiles * F.kv_heads
@@ -198,6 +208,25 @@ def _tile_call(problem: Problem, F: Features, target: Target, shared: dict[str, 
     }
     args = shared | _kv_strides(problem.keys, shared["k"], shared["v"]) | own
     return KernelCall(tile_kernel, slots * (F.kv_heads * F.group // pack), args, {"num_warps": launch.warps})
+
+
+def _dequantise_call(problem: Problem, F: Features, claimed: int) -> tuple[KernelCall, Problem]:
+    """The launch that copies visible pages into 16-bit scratch, and the problem over the scratch."""
+    keys = cast(PagedKeys, problem.keys)
+    cache, args = keys.cache, _shared_args(problem, F)
+    pages = triton.cdiv(min(problem.max_kv_len, keys.capacity), cache.page_size)
+    shape = (problem.num_seqs * pages, cache.num_kv_heads, cache.page_size, cache.head_dim)
+    k, v = (torch.empty(shape, dtype=problem.q.dtype, device=problem.q.device) for _ in range(2))
+    table = torch.empty(problem.num_seqs, pages, dtype=torch.int32, device=problem.q.device)
+    rows_only = {"q", "out", "lse", "sink", "q_scale", "scale_log2", "cap_log2"}
+    rows_only |= {f"{x}_{s}" for x in ("q", "out") for s in ("seq", "token", "head")}
+    own = {name: value for name, value in args.items() if name not in rows_only}
+    own |= dict(zip(("kv_page", "kv_head_stride", "kv_token"), args["k"].stride()[:3], strict=True))
+    own |= {"new_k": k, "new_v": v, "new_table": table, "pages": pages, "claimed": claimed, "BLOCK_T": 16}
+    own["steps"] = 0 if problem.cu_seqlens_q is not None else problem.q.shape[1]
+    call = KernelCall(dequantise_kernel, problem.num_seqs * pages * cache.num_kv_heads, own, {"num_warps": 4})
+    scratch = PagedKeys(PagedKV(k, v), PageTable(table), keys.seq_lens)
+    return call, replace(problem, keys=scratch)
 
 
 def _contiguous(x: Any) -> Any:

@@ -57,7 +57,7 @@ def slice_of(j, walk, num_splits, slice_tiles, BLOCK_N: tl.constexpr):
     return Slices(first, end, tl.where(num_band > 0, count, lead_slices))
 
 
-RUN_TIME = ("size", "steps", "num_splits", "slice_tiles", "max_pages", "num_pages", "table_stride")
+RUN_TIME = ("leading", "size", "steps", "num_splits", "slice_tiles", "max_pages", "num_pages", "table_stride")
 
 
 @triton.jit(do_not_specialize=RUN_TIME)

@@ -41,7 +41,7 @@ def sequence_at(slot, cu_q, num_seqs, steps, POSITIONS: tl.constexpr):
     return low, tl.load(cu_q + low) // POSITIONS + low
 
 
-RUN_TIME = ("size", "steps", "claimed", "num_seqs", "max_pages", "num_pages", "table_stride")
+RUN_TIME = ("leading", "size", "steps", "claimed", "num_seqs", "max_pages", "num_pages", "table_stride")
 
 
 @triton.jit(do_not_specialize=RUN_TIME)

@@ -59,8 +59,8 @@ def prepare(
     uniform = cu_seqlens_q is None
     max_q = (q.shape[1] if q.dim() == 4 else 1) if uniform else q.shape[0]
     if uniform and q.dim() == 3:
-        q, out, lse = q[:, None], out[:, None], None if lse is None else lse[:, None]
-        q_scale = q_scale[:, None] if q_scale is not None and q_scale.dim() else q_scale
+        q, out, lse = q.unsqueeze(1), out.unsqueeze(1), None if lse is None else lse.unsqueeze(1)
+        q_scale = q_scale.unsqueeze(1) if q_scale is not None and q_scale.dim() else q_scale
     return Problem(
         q=q, cu_seqlens_q=cu_seqlens_q, keys=keys, q_start=q_start, window=window, scale=scoring.scale,
         q_scale=q_scale, softcap=scoring.softcap, sink=sink, interleaved=scoring.interleaved, out=out, lse=lse,

@@ -1,0 +1,120 @@
+"""Launch rules: pure functions of the case and the target."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from compile_variants import OPTIONS, TARGETS, problem_of
+from swath import Window
+from swath.launch import (
+    SCRATCH_BYTES,
+    Features,
+    dequantises,
+    features_of,
+    fitting,
+    num_splits_for,
+    pack_heads,
+    split_launch,
+    tile_launch,
+)
+from swath.problem import Problem
+from swath.target import SHARED_BYTES, Target
+
+ROW = {name: values[0] for name, values in OPTIONS.items()}
+
+
+def problem(**row: str) -> Problem:
+    return problem_of(ROW | row)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("storage", OPTIONS["storage"])
+@pytest.mark.parametrize("head_dim", OPTIONS["head_dim"])
+def test_a_launch_fits_the_target(arch: str, storage: str, head_dim: str) -> None:
+    target = Target(arch, 132)
+    F = features_of(problem(storage=storage, head_dim=head_dim), target)
+    for block_m, launch in ((64, split_launch(F, target, 64)), tile_launch(F, target, False)):
+        assert launch.block_n >= 16
+        assert launch.stages >= 1
+        assert fitting(launch, F, block_m, target) == launch, "what fits stays"
+
+
+def test_an_unknown_target_gets_the_least_shared_memory() -> None:
+    assert Target("sm_77").shared_bytes == min(SHARED_BYTES.values())
+
+
+@pytest.mark.parametrize(
+    ("owners", "tiles", "slices"),
+    [
+        (8, 2048, 33),  # one even round of two programs on each of 132 multiprocessors
+        (64, 64, 4),
+        (512, 128, 4),  # five rounds
+        (1024, 16, 1),  # a short window is not worth a reduce
+        (1, 1, 1),
+        (10**6, 4096, 1),
+    ],
+)
+def test_slices_follow_owners_and_visible_tiles(owners: int, tiles: int, slices: int) -> None:
+    assert num_splits_for(owners, tiles, 132) == slices
+
+
+@pytest.mark.parametrize(
+    ("group", "short", "packed"), [(8, True, 8), (8, False, 1), (3, True, 1), (64, True, 1), (1, True, 1)]
+)
+def test_heads_are_packed_for_short_windows(group: int, short: bool, packed: int) -> None:
+    assert pack_heads(Features(head_dim=64, kv_heads=1, group=group), short, 64) == packed
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"queries": "ragged", "storage": "int8 token"}, True),
+        ({"queries": "decode", "storage": "int8 token"}, False),
+        ({"queries": "ragged", "storage": "bf16"}, False),
+        ({"queries": "ragged", "storage": "int8 compute"}, False),
+        ({"queries": "dense", "storage": "bf16"}, False),
+    ],
+)
+def test_long_prefills_over_8_bit_caches_dequantise_once(row: dict[str, str], expected: bool) -> None:
+    assert dequantises(problem(**row)) is expected
+
+
+def test_scratch_is_bounded() -> None:
+    long = problem(queries="ragged", storage="int8 token")
+    table = torch.zeros(2, SCRATCH_BYTES // (2 * 16 * 2 * 128 * 4), dtype=torch.int32)
+    keys = replace(long.keys, table=replace(long.keys.table, entries=table))  # type: ignore[arg-type]
+    assert not dequantises(replace(long, keys=keys, max_kv_len=keys.capacity))
+    assert dequantises(replace(long, keys=keys, max_kv_len=1024)), "max_kv_len bounds the scratch"
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "value"),
+    [
+        ({"window": "none"}, "window", False),
+        ({"window": "size+tensor"}, "leading", "tensor"),
+        ({"storage": "int8 token"}, "pairs", True),
+        ({"storage": "int8 compute"}, "pairs", False),
+        ({"storage": "fp32"}, "fp32", True),
+        ({"paging": "544"}, "page_size", 544),
+        ({"queries": "dense"}, "page_size", 0),
+    ],
+)
+def test_features_name_what_a_kernel_is_compiled_for(change: dict[str, str], field: str, value: Any) -> None:
+    assert getattr(features_of(problem(**change), Target("sm_90", 132)), field) == value
+
+
+def test_pairs_need_even_rows_and_a_target_that_converts() -> None:
+    e4m3 = problem(storage="e4m3 head")
+    assert not features_of(e4m3, Target("sm_80")).pairs, "fp8 conversion came with sm_89"
+    assert features_of(e4m3, Target("sm_89")).pairs
+    assert not features_of(e4m3, Target("gfx942")).pairs
+
+
+def test_the_window_size_is_no_feature() -> None:
+    target = Target("sm_90", 132)
+    one = features_of(problem(window="size"), target)
+    assert one == features_of(replace(problem(window="size"), window=Window(7)), target)
