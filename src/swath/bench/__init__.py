@@ -1,0 +1,1 @@
+"""Benchmarks: each states what it is measured against and what ratio it should reach."""
