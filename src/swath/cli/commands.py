@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ import swath
 from swath.cli.demo import demo
 from swath.cli.doctor import doctor
 from swath.cli.explain import explain
+from swath.cli.output import fail
 from swath.cli.show import show
 
 app = typer.Typer(
@@ -49,3 +51,22 @@ def bench_cpu() -> None:
     from swath.bench import cpu  # here, because no other command needs it
 
     cpu.main()
+
+
+@bench.command("gpu")
+def bench_gpu(
+    match: Annotated[str, typer.Option(metavar="TEXT", help="Only cases whose name contains this.")] = "",
+    output: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines, appended.")] = Path("swath-bench.jsonl"),
+) -> None:
+    """Check, then time the GPU backend on serving shapes, beside the floor of each."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise fail("bench gpu needs a GPU that torch can use; torch.cuda.is_available() is False")
+    from swath.bench import cases, gpu, table
+
+    chosen = tuple(case for case in cases.CASES if match in case.name)
+    if not chosen:
+        raise fail(f"no case contains {match!r}; there are: {', '.join(case.name for case in cases.CASES)}")
+    table.show(gpu.write(gpu.measure(chosen), output), len(chosen))
+    typer.echo(f"written to {output}")
