@@ -48,18 +48,22 @@ def test_an_unknown_target_gets_the_least_shared_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("owners", "tiles", "slices"),
+    ("owners", "tiles", "places", "slices"),
     [
-        (8, 2048, 33),  # one even round of two programs on each of 132 multiprocessors
-        (64, 64, 4),
-        (512, 128, 4),  # five rounds
-        (1024, 16, 1),  # a short window is not worth a reduce
-        (1, 1, 1),
-        (10**6, 4096, 1),
+        (8, 2048, 264, 33),  # one full round
+        (64, 64, 264, 4),
+        (256, 256, 264, 1),
+        (256, 256, 528, 2),
+        (512, 128, 264, 1),  # two full rounds
+        (1024, 16, 264, 1),
+        (100, 4096, 264, 5),  # two rounds, for one would leave a quarter of the places empty
+        (1, 1, 264, 1),
+        (10**6, 4096, 264, 1),
+        (1, 12, 264, 3),  # no slice under four tiles
     ],
 )
-def test_slices_follow_owners_and_visible_tiles(owners: int, tiles: int, slices: int) -> None:
-    assert num_splits_for(owners, tiles, 132) == slices
+def test_slices_fill_their_rounds(owners: int, tiles: int, places: int, slices: int) -> None:
+    assert num_splits_for(owners, tiles, places) == slices
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -67,6 +69,11 @@ def _gpu_target(device: torch.device) -> Target:
     else:
         arch = f"sm_{properties.major}{properties.minor}"
     return Target(arch, int(properties.multi_processor_count))
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensors' one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import triton
 from torch import Tensor
 
 from swath.cache import DenseKeys, PagedKeys, PagedKV, PageTable
 from swath.launch import (
     Features,
+    ceil_div,
     dequantises,
     features_of,
+    in_step,
     is_short,
     kernel_bytes,
     kernel_scale,
@@ -25,6 +26,7 @@ from swath.launch import (
 )
 from swath.problem import LOG2_E, Problem
 from swath.schedules.dequantise import dequantise_kernel
+from swath.schedules.launcher import KernelCall
 from swath.schedules.reduce import reduce_kernel
 from swath.schedules.splits import split_kernel
 from swath.schedules.tiles import tile_kernel
@@ -34,28 +36,6 @@ MAX_STEPS = 16
 """Query tokens that a sequence may have to be decoded by splits; longer ones are cut into tiles."""
 REDUCE_CHUNK = 16
 LARGEST_SIZE = 1 << 30
-
-
-@dataclass(frozen=True)
-class KernelCall:
-    """One launch: kernel, grid, arguments by name, and the compiler's options."""
-
-    kernel: Any
-    grid: int
-    args: dict[str, Any]
-    options: dict[str, Any]
-
-    def run(self) -> None:
-        """Launch it."""
-        self.kernel[(self.grid,)](**self.args, **self.options)
-
-    def compile(self) -> Any:
-        """Compile it without running."""
-        return self.kernel.warmup(**self.args, **self.options, grid=(self.grid,))
-
-    def __str__(self) -> str:
-        shape = ", ".join(f"{k} {v}" for k, v in (self.args | self.options).items() if k.isupper() and k != "F")
-        return f"{self.kernel.fn.__name__} x {self.grid} ({shape}, warps {self.options['num_warps']})"
 
 
 def calls_of(problem: Problem, target: Target) -> list[KernelCall]:
@@ -152,18 +132,19 @@ def _split_calls(problem: Problem, F: Features, target: Target, shared: dict[str
     # With split_size the shape of a program must not depend on the batch either: a row's bits would.
     smallest = F.fp32 or problem.split_size is not None
     block_m = next((m for m in (16, 32) if smallest or steps * F.group <= m), 64)
-    row_tiles = triton.cdiv(max(steps, 1) * F.group, block_m)
+    row_tiles = ceil_div(max(steps, 1) * F.group, block_m)
     tile_rows = min(block_m, steps * F.group)
     owners = problem.num_seqs * row_tiles * F.kv_heads
     launch = split_launch(F, target, block_m)
     visible = problem.window.visible_bound(steps, problem.max_kv_len)
     block_n, slice_tiles = launch.block_n, 0
     if problem.split_size is None:
-        num_splits = num_splits_for(owners, triton.cdiv(visible, block_n), target.num_sms)
+        num_splits = num_splits_for(owners, ceil_div(visible, block_n), launch.resident * target.num_sms)
+        launch = in_step(launch, F, block_m, owners * num_splits, target)
     else:
         block_n = min(block_n, problem.split_size & -problem.split_size)
         slice_tiles = problem.split_size // block_n
-        num_splits = triton.cdiv(visible, problem.split_size) + 3
+        num_splits = ceil_div(visible, problem.split_size) + 3
     device = problem.q.device
     partial = state = counts = None
     if num_splits > 1:
@@ -179,7 +160,7 @@ def _split_calls(problem: Problem, F: Features, target: Target, shared: dict[str
     calls = [KernelCall(split_kernel, owners * num_splits, first, {"num_warps": launch.warps})]
     if num_splits > 1:
         names = ("out", "lse", "sink", "cu_q", "out_seq", "out_token", "out_head", "F")
-        block_d = triton.next_power_of_2(F.head_dim)
+        block_d = 1 << (F.head_dim - 1).bit_length()
         second = {n: shared[n] for n in names} | split | common
         second |= {"BLOCK_D": block_d, "CHUNK": REDUCE_CHUNK}
         options = {"num_warps": 4} | ({"launch_pdl": True} if pdl else {})
@@ -194,7 +175,7 @@ def _tile_call(problem: Problem, F: Features, target: Target, shared: dict[str, 
     positions = block_m // pack
     if problem.cu_seqlens_q is None:
         steps = problem.q.shape[1]
-        slots = problem.num_seqs * triton.cdiv(steps, positions)
+        slots = problem.num_seqs * ceil_div(steps, positions)
     else:
         steps, slots = 0, problem.q.shape[0] // positions + problem.num_seqs
     own = {
@@ -214,7 +195,7 @@ def _dequantise_call(problem: Problem, F: Features, claimed: int) -> tuple[Kerne
     """The launch that copies visible pages into 16-bit scratch, and the problem over the scratch."""
     keys = cast(PagedKeys, problem.keys)
     cache, args = keys.cache, _shared_args(problem, F)
-    pages = triton.cdiv(min(problem.max_kv_len, keys.capacity), cache.page_size)
+    pages = ceil_div(min(problem.max_kv_len, keys.capacity), cache.page_size)
     shape = (problem.num_seqs * pages, cache.num_kv_heads, cache.page_size, cache.head_dim)
     k, v = (torch.empty(shape, dtype=problem.q.dtype, device=problem.q.device) for _ in range(2))
     table = torch.empty(problem.num_seqs, pages, dtype=torch.int32, device=problem.q.device)

@@ -7,7 +7,7 @@ from typing import Any
 from swath.launch import cache_features, kernel_bytes, kernel_scale, token_strides
 from swath.ops.append.call import AppendCase
 from swath.quant import LARGEST
-from swath.target import why_no_triton
+from swath.target import on_device, why_no_triton
 
 
 def why_not(case: AppendCase) -> str | None:
@@ -59,4 +59,5 @@ def _launch(case: AppendCase, warm: bool) -> None:
     if warm:
         append_kernel.warmup(*args, **constants, grid=grid)
     else:
-        append_kernel[grid](*args, **constants)
+        with on_device(k.device):
+            append_kernel[grid](*args, **constants)

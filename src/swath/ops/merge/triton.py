@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from swath.ops.merge.call import MergeCase
-from swath.target import why_no_triton
+from swath.target import on_device, why_no_triton
 
 
 def why_not(case: MergeCase) -> str | None:
@@ -41,4 +41,5 @@ def _launch(case: MergeCase, warm: bool) -> None:
     if warm:
         merge_kernel.warmup(*inputs, case.out, case.lse, **constants, grid=(rows,))
     else:
-        merge_kernel[(rows,)](*inputs, case.out, case.lse, **constants)
+        with on_device(case.out.device):
+            merge_kernel[(rows,)](*inputs, case.out, case.lse, **constants)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from swath.problem import Problem
-from swath.target import target_of, why_no_triton
+from swath.target import on_device, target_of, why_no_triton
 
 if TYPE_CHECKING:
-    from swath.schedules.kernels import KernelCall
+    from swath.schedules.launcher import KernelCall
 
 
 def why_not(problem: Problem) -> str | None:
@@ -29,8 +29,9 @@ def warm(problem: Problem) -> None:
 
 def run(problem: Problem) -> None:
     """Launch."""
-    for call in _calls(problem):
-        call.run()
+    with on_device(problem.q.device):
+        for call in _calls(problem):
+            call.run()
 
 
 def _calls(problem: Problem) -> list[KernelCall]:
