@@ -22,7 +22,7 @@ from swath.testing import pairwise
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 
 OPTIONS: dict[str, list[str]] = {
-    "queries": ["decode", "steps", "ragged", "dense"],
+    "queries": ["decode", "steps", "ragged", "dense", "many steps"],
     "storage": ["bf16", "fp16", "fp32", "int8 channel", "int8 token", "e4m3 head", "e5m2 tensor", "int8 compute"],
     "head_dim": ["128", "64", "80", "256"],
     "window": ["none", "size", "size+count", "size+tensor", "both sides"],
@@ -75,7 +75,9 @@ def problem_of(row: dict[str, str]) -> Problem:
     if granularity == "compute":
         granularity, options["compute"] = "channel", "int8"
     cache = _cache(storage, granularity, kv_heads, page_size, head_dim, dtype)
-    shape = {"decode": (num_seqs,), "steps": (num_seqs, 4), "ragged": (tokens,)}[row["queries"]]
+    shape = {"decode": (num_seqs,), "steps": (num_seqs, 4), "many steps": (num_seqs, 20), "ragged": (tokens,)}[
+        row["queries"]
+    ]
     q = torch.empty(*shape, group * kv_heads, head_dim, dtype=dtype)
     if row["queries"] == "ragged":
         options["cu_seqlens_q"] = cu

@@ -47,10 +47,11 @@ LENGTHS: list[Fields] = [
 
 QUERIES: list[Fields] = [
     *({"q_lens": steps} for steps in range(1, 9)),
+    {"q_lens": 20},
     {"q_lens": (5, 33, 60)},
     {"q_lens": (1, 0, 70), "tail": 3},
 ]
-"""Decode, n-step decode, ragged prefill, a mixed batch with rows of nobody at the end."""
+"""Decode, n-step decode, more steps than decode takes, ragged prefill, a mixed batch with rows of nobody at the end."""
 
 WINDOWS: list[Fields] = [
     {},

@@ -28,10 +28,17 @@ from swath.schedules.walk import Rule, attend, interior_tiles, new_state, plan_w
 
 @triton.jit
 def sequence_at(slot, cu_q, num_seqs, steps, POSITIONS: tl.constexpr):
-    """The sequence that owns a slot of the flat tile list, and its first slot: a search over ``cu_q``."""
+    """The sequence that owns a slot of the flat tile list, and its first slot."""
     if cu_q is None:
         each = tl.cdiv(steps, POSITIONS)
         return slot // each, slot // each * each
+    else:
+        return search_sequence(slot, cu_q, num_seqs, POSITIONS)
+
+
+@triton.jit
+def search_sequence(slot, cu_q, num_seqs, POSITIONS: tl.constexpr):
+    """The same for a ragged batch: the last sequence that begins at or before the slot."""
     low, high = slot * 0, num_seqs - 1
     while low < high:
         middle = (low + high + 1) // 2
