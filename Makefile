@@ -6,7 +6,7 @@ JOBS ?= 2
 # Passed on to the command that a target runs: make demo ARGS="--quick"
 ARGS ?=
 
-# Kernels run in Triton's interpreter here: on a CPU, element by element, so every option alone.
+# Kernels run in Triton's interpreter here: every option alone and in pairs, at small sizes.
 INTERPRETED := tests/test_operators.py tests/test_append.py tests/test_merge.py
 # OpenMP threads that wait without spinning: with another busy process, torch's many small operations are far faster.
 CALM := OMP_WAIT_POLICY=PASSIVE
@@ -25,7 +25,7 @@ TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_6
 # One environment, one installer at a time, also under `make -j test demo`.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-pairs test-gpu compile-all lint bench clean
+.PHONY: help demo test test-gpu compile-all lint bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,14 +36,11 @@ demo: $(DEMO_STAMP) ## run the demo: a small language model served through swath
 # Each pytest process computes on one thread: together they fill the cores, and results do not depend on how many.
 test: lint ## lint, type check and run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -k "triton and not in_pairs" $(INTERPRETED)
-
-test-pairs: $(DEV_STAMP) ## run all pairs of options in Triton's interpreter (long; a GPU runs them in make test-gpu)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -k "triton and in_pairs" $(INTERPRETED)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -k triton $(INTERPRETED)
 
 # A GPU machine comes with a torch and triton made for it: use the Python that is there and install nothing.
-test-gpu: ## run the GPU tests with the installed Python, installing nothing
-	PYTHONPATH=src $(PYTHON) -m pytest tests -m gpu $(ARGS)
+test-gpu: ## run the kernels' tests on the GPU with the installed Python, installing nothing (ARGS="-n 16" with xdist)
+	PYTHONPATH=src $(PYTHON) -m pytest tests -k "triton or gpu" $(ARGS)
 
 compile-all: $(DEV_STAMP) ## compile every kernel variant for every GPU target (no GPU needed; long)
 	PYTHONPATH=src $(BIN)/python -m pytest tests/test_compile.py --all-variants $(ARGS)
