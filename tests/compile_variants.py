@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,17 +124,14 @@ def _spills(kernel: Any, arch: str) -> int:
     if arch.startswith("gfx"):
         found = re.search(r"vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])
         return 4 * int(found[1]) if found else 0
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin"
-    ptxas = ptxas / (
-        "ptxas-blackwell" if arch in ("sm_100", "sm_120") and (ptxas / "ptxas-blackwell").exists() else "ptxas"
-    )
+    ptxas = get_ptxas(int(arch[3:])).path
     suffix = "a" if arch in ("sm_90", "sm_100", "sm_120") else ""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(kernel.asm["ptx"])
         file.flush()
-        command = [str(ptxas), "-v", f"--gpu-name={arch}{suffix}", file.name, "-o", "/dev/null"]
+        command = [ptxas, "-v", f"--gpu-name={arch}{suffix}", file.name, "-o", "/dev/null"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     found = re.search(r"(\d+) bytes spill stores", report)
     return int(found[1]) if found else 0
