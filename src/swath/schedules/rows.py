@@ -8,6 +8,20 @@ from torch import Tensor
 from swath.problem import Problem
 
 
+def why_not(problem: Problem) -> str | None:
+    """Runs everywhere, slowly."""
+    return None
+
+
+def plan(problem: Problem) -> str:
+    """The launch in words."""
+    return "torch, float64, one row at a time"
+
+
+def warm(problem: Problem) -> None:
+    """Nothing to compile."""
+
+
 def run(problem: Problem, dtype: torch.dtype = torch.float64) -> None:
     """Write out and lse of every row of every sequence, computed in ``dtype`` (float64 or float32)."""
     for rows in problem.sequences():
