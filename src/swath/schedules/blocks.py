@@ -125,6 +125,8 @@ def _run_sequence(problem: Problem, rows: SequenceRows) -> None:
                 s = queries.scores(at, keys)
                 _hide(s, rows, stretch, left, keys)
                 softmax.step(at, s, keys)
+    if problem.sink is not None:
+        softmax.take_sink(problem, problem.sink)
     softmax.write(problem, rows, span)
 
 
@@ -209,17 +211,10 @@ class _Softmax:
 
     @classmethod
     def start(cls, problem: Problem, rows: SequenceRows) -> _Softmax:
-        """The state before any key: nothing, or the sink logit with no value."""
-        num_kv_heads, n = problem.keys.num_kv_heads, rows.q.shape[0]
-        acc = torch.zeros(num_kv_heads, n * problem.group, problem.head_dim)
-        p_steps = LARGEST_INT8 if problem.compute == "int8" else 0
-        if problem.sink is None:
-            l = acc.new_zeros(*acc.shape[:2], 1)
-            return cls(torch.full_like(l, FLOOR), l, acc, p_steps)
-        sink = problem.by_kv_head(problem.sink.float()[None] * LOG2_E)
-        sink = sink.expand(num_kv_heads, n, problem.group).reshape(num_kv_heads, -1, 1)
-        m = sink.clamp(min=FLOOR)
-        return cls(m, torch.exp2(sink - m), acc, p_steps)
+        """The state before any key."""
+        acc = torch.zeros(problem.keys.num_kv_heads, rows.q.shape[0] * problem.group, problem.head_dim)
+        l = acc.new_zeros(*acc.shape[:2], 1)
+        return cls(torch.full_like(l, FLOOR), l, acc, LARGEST_INT8 if problem.compute == "int8" else 0)
 
     def step(self, at: slice, s: Tensor, keys: KeySlice) -> None:
         """Take in the scores ``s`` [Hkv, rows, N], which are consumed, and the values of the same keys."""
@@ -234,6 +229,17 @@ class _Softmax:
             acc.add_(torch.bmm(p.mul_(self.p_steps).round_(), keys.v), alpha=1 / self.p_steps)
         else:
             acc.baddbmm_(fold_p(p, keys.quant.v_granularity, keys.v_scale), keys.v)
+
+    def take_sink(self, problem: Problem, sink: Tensor) -> None:
+        """Add the sink logits [Hq] to the denominator: last, so that p in steps is relative to the keys alone."""
+        heads, rows = self.l.shape[:2]
+        sink = problem.by_kv_head(sink.float()[None] * LOG2_E)
+        sink = sink.expand(heads, rows // problem.group, problem.group).reshape(self.l.shape)
+        m_new = torch.maximum(self.m, sink)
+        alpha = torch.exp2(self.m - m_new)
+        self.l.mul_(alpha).add_(torch.exp2(sink - m_new))
+        self.acc.mul_(alpha)
+        self.m.copy_(m_new)
 
     def write(self, problem: Problem, rows: SequenceRows, keys: KeySlice | None) -> None:
         """Normalise, fold V's static scale, round once. ``keys``: any of the sequence's, None where no row sees one."""
