@@ -16,16 +16,35 @@ class Band(NamedTuple):
     right: tl.tensor
 
 
+class Reach(NamedTuple):
+    """The keys that query rows see: ``low .. end - 1`` by their windows, and the leading ones before ``lead``."""
+
+    low: tl.tensor
+    end: tl.tensor
+    lead: tl.tensor
+
+
 @triton.jit
-def visible(p, k, size, leading, F: tl.constexpr):
-    """The rule itself, for broadcastable positions ``p`` of queries and ``k`` of keys."""
-    seen = k >= 0
+def reach_of(p, band, size, leading, F: tl.constexpr):
+    """The reach of queries at positions ``p``; no key from ``band.right`` on is in it."""
+    low, end = p * 0, p * 0 + band.right
     if F.window:
-        seen = (p - k < size) if F.causal else (tl.abs(p - k) < size)
-        if F.leading != "":
-            seen = seen | (k < leading)
+        low = p - tl.minimum(size, 1 << 30) + 1
+        if not F.causal:
+            end = tl.minimum(p + tl.minimum(size, 1 << 30), end)
     if F.causal:
-        seen = seen & (k <= p)
+        end = tl.minimum(p + 1, end)
+    return Reach(low, end, tl.minimum(leading, end if F.causal else band.right + p * 0))
+
+
+@triton.jit
+def visible(k, low, end, lead, F: tl.constexpr):
+    """The rule itself: keys ``k`` >= 0 [1, N] in the reach of rows [M, 1]."""
+    seen = k < end
+    if F.window:
+        seen = seen & (k >= low)
+    if F.leading != "":
+        seen = seen | (k < lead)
     return seen
 
 

@@ -101,19 +101,19 @@ def load_half(q, offset, valid, column, k_scale, kv_head, F: tl.constexpr):
 
 
 @triton.jit
-def load_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, p, F: tl.constexpr):
+def load_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach, F: tl.constexpr):
     """Query rows as dot operands with their score factors, K's scales folded in (all but a token scale)."""
     if F.unit_q:
-        return load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, p, F)
+        return load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
     else:
         column = tl.arange(0, F.block_d)
         mask = valid[:, None] & (column < F.head_dim)[None, :] if F.padded else valid[:, None]
         x = tl.load(q + offset[:, None] + column[None, :], mask=mask, other=0.0)
-        return Rows(x, x, scale_log2, p)
+        return Rows(x, x, scale_log2, reach)
 
 
 @triton.jit
-def load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, p, F: tl.constexpr):
+def load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach, F: tl.constexpr):
     """``load_query`` over an 8-bit cache: rows divided by their largest magnitude, which goes into the factors."""
     column = tl.arange(0, F.block_d)
     even = 2 * column if F.pairs else column
@@ -126,7 +126,7 @@ def load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, p
     factor = largest * row_scale * (scale_log2 * head_scale(k_scale, kv_head, False, F))
     if F.compute_int8:
         factor *= 1.0 / 127.0
-    return Rows(unit_rows(x_even, largest, F), unit_rows(x_odd, largest, F), factor, p)
+    return Rows(unit_rows(x_even, largest, F), unit_rows(x_odd, largest, F), factor, reach)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from swath.device.cache import Keys, table_row
-from swath.device.window import band_of
+from swath.device.window import band_of, reach_of
 from swath.schedules.query import (
     join_columns,
     leading_of,
@@ -25,7 +25,7 @@ from swath.schedules.query import (
     store_rows,
     token_scales,
 )
-from swath.schedules.walk import Rule, attend, new_state, plan_walk
+from swath.schedules.walk import attend, new_state, plan_walk
 
 
 class Slices(NamedTuple):
@@ -92,9 +92,9 @@ def split_kernel(
     p = seq.start + r // F.group
     first = seq.start + tile * BLOCK_M // F.group
     last = seq.start + (tl.minimum((tile + 1) * BLOCK_M, rows) - 1) // F.group
-    rule = Rule(size, leading_of(b, leading, F), cap_log2)
-    band = band_of(first, last, tl.minimum(seq.kv_len, pages * F.page_size), size, rule.leading, F)
-    walk = plan_walk(band, slice_tiles > 0, BLOCK_N)
+    lead = leading_of(b, leading, F)
+    band = band_of(first, last, tl.minimum(seq.kv_len, pages * F.page_size), size, lead, F)
+    walk = plan_walk(band, tl.where(slice_tiles > 0, BLOCK_N, 1), BLOCK_N)
     cut = slice_of(j, walk, num_splits, slice_tiles, BLOCK_N)
     if partial is not None:
         if j == 0:
@@ -106,12 +106,12 @@ def split_kernel(
     valid = r < rows
     at = row_offsets(b, r // F.group, token, member, q_seq, q_token, q_head, cu_q)
     row_scale = query_scale(q_scale, token * F.kv_heads * F.group + member, valid, F)
-    query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, p, F)
+    query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach_of(p, band, size, lead, F), F)
     base = kv_head.to(tl.int64) * kv_head_stride
     keys = Keys(k + base, v + base, entries, num_pages, kv_page, kv_token, kv_page, kv_token)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
     m, l, acc, acc_odd = attend(
-        new_state(BLOCK_M, F), query, keys, scales, band, rule, walk, cut.first, cut.end, cut.end, 0,
+        new_state(BLOCK_M, F), query, keys, scales, band, cap_log2, walk, cut.first, cut.end, cut.end, 0,
         F, BLOCK_N, STAGES, MASKED=True,
     )  # fmt: skip
     acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from swath.device.cache import Keys, table_row
-from swath.device.window import band_of
+from swath.device.window import band_of, reach_of
 from swath.schedules.query import (
     join_columns,
     leading_of,
@@ -23,7 +23,7 @@ from swath.schedules.query import (
     store_rows,
     token_scales,
 )
-from swath.schedules.walk import Rule, attend, interior_tiles, new_state, plan_walk
+from swath.schedules.walk import attend, interior_tiles, new_state, plan_walk
 
 
 @triton.jit
@@ -88,13 +88,14 @@ def tile_kernel(
         kv_len = tl.minimum(kv_len, pages * F.page_size)
     first = seq.start + begin
     last = seq.start + tl.minimum(begin + POSITIONS, seq.q_len) - 1
-    rule = Rule(size, leading_of(b, leading, F), cap_log2)
-    band = band_of(first, last, kv_len, size, rule.leading, F)
-    walk = plan_walk(band, False, BLOCK_N)
+    lead = leading_of(b, leading, F)
+    band = band_of(first, last, kv_len, size, lead, F)
+    walk = plan_walk(band, 1, BLOCK_N)
     token = seq.token + step
     at = row_offsets(b, step, token, member, q_seq, q_token, q_head, cu_q)
     row_scale = query_scale(q_scale, token * F.kv_heads * F.group + member, valid, F)
-    query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, seq.start + step, F)
+    reach = reach_of(seq.start + step, band, size, lead, F)
+    query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
     key_row = seq.key_row.to(tl.int64)
     k += kv_head.to(tl.int64) * k_head + key_row * k_token
     v += kv_head.to(tl.int64) * v_head + key_row * v_token
@@ -103,11 +104,11 @@ def tile_kernel(
     begin, end = interior_tiles(band, walk, first, last, size, F, BLOCK_N)
     # The order of keys is free: first the interior, then all tiles that need a mask (leading, left edge, causal edge).
     state = attend(
-        new_state(BLOCK_M, F), query, keys, scales, band, rule, walk, begin, end, end, 0,
+        new_state(BLOCK_M, F), query, keys, scales, band, cap_log2, walk, begin, end, end, 0,
         F, BLOCK_N, STAGES, MASKED=False,
     )  # fmt: skip
     m, l, acc, acc_odd = attend(
-        state, query, keys, scales, band, rule, walk, 0, walk.total - (end - begin), begin, end - begin,
+        state, query, keys, scales, band, cap_log2, walk, 0, walk.total - (end - begin), begin, end - begin,
         F, BLOCK_N, STAGES, MASKED=True,
     )  # fmt: skip
     acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)

@@ -26,20 +26,12 @@ class Walk(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Query rows as dot operands (even and odd columns where pairs are read, else the same), factors, positions."""
+    """Query rows as dot operands (even and odd columns where pairs are read, else the same), factors, reach."""
 
     q: tl.tensor
     q_odd: tl.tensor
     scale: tl.tensor  # [M] or scalar: makes base-2 scores of dots
-    p: tl.tensor  # [M] positions
-
-
-class Rule(NamedTuple):
-    """Run-time values of who sees whom and of the soft cap."""
-
-    size: tl.tensor
-    leading: tl.tensor
-    cap_log2: tl.tensor
+    reach: tl.tensor  # a Reach: who sees whom
 
 
 class TokenScales(NamedTuple):
@@ -54,11 +46,10 @@ class TokenScales(NamedTuple):
 
 
 @triton.jit
-def plan_walk(band, aligned, BLOCK_N: tl.constexpr):
-    """List the tiles of a band; ``aligned`` puts every tile at a multiple of BLOCK_N."""
+def plan_walk(band, align, BLOCK_N: tl.constexpr):
+    """List the tiles of a band; each starts at a multiple of ``align``, a divisor of BLOCK_N."""
     num_lead = tl.cdiv(band.lead, BLOCK_N)
-    left = tl.where(aligned, band.left // BLOCK_N * BLOCK_N, band.left)
-    origin = tl.maximum(left, num_lead * BLOCK_N)
+    origin = tl.maximum(band.left // align * align, num_lead * BLOCK_N)
     return Walk(num_lead, origin, num_lead + tl.cdiv(tl.maximum(band.right - origin, 0), BLOCK_N))
 
 
@@ -94,7 +85,7 @@ def mma(a, b, acc, F: tl.constexpr):
 
 
 @triton.jit
-def scores(rows, k, k_scale, rule, F: tl.constexpr):
+def scores(rows, k, k_scale, cap_log2, F: tl.constexpr):
     """Scores [M, N] of the rows with stored keys ``k`` [N, columns], and the scale that makes them base-2."""
     BLOCK_M: tl.constexpr = rows.q.shape[0]
     BLOCK_N: tl.constexpr = k.shape[0]
@@ -115,7 +106,7 @@ def scores(rows, k, k_scale, rule, F: tl.constexpr):
     if F.k_fold == "token":
         s *= k_scale[None, :]
     if F.softcap:
-        s = soft_cap(s * scale, rule.cap_log2)
+        s = soft_cap(s * scale, cap_log2)
         scale = 1.0
     return s, scale
 
@@ -154,7 +145,7 @@ def new_state(BLOCK_M: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def attend(
-    state, rows, keys, scales, band, rule, walk, first_tile, end_tile, gap, gap_tiles,
+    state, rows, keys, scales, band, cap_log2, walk, first_tile, end_tile, gap, gap_tiles,
     F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Rows over tiles ``first_tile .. end_tile - 1``; those from ``gap`` on stand ``gap_tiles`` later in the list.
@@ -176,9 +167,10 @@ def attend(
         ahead = tile_start(i + 1 + tl.where(i + 1 >= gap, gap_tiles, 0), walk, BLOCK_N) + n
         page = page_ids(keys, ahead, seen_by_any(ahead, band) & (i + 1 < end_tile), F)
         k = load_rows(keys.k, k_row, column, live, ALL_LIVE, F)
-        s, scale = scores(rows, k, k_scale, rule, F)
+        s, scale = scores(rows, k, k_scale, cap_log2, F)
         if MASKED:
-            seen = visible(rows.p[:, None], pos[None, :], rule.size, rule.leading, F) & live[None, :]
+            reach = rows.reach
+            seen = visible(pos[None, :], reach.low[:, None], reach.end[:, None], reach.lead[:, None], F) & live[None, :]
             s = tl.where(seen, s, float("-inf"))
         elif not ALL_LIVE:
             s = tl.where(live[None, :], s, float("-inf"))
