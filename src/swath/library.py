@@ -153,8 +153,7 @@ def _run_paged(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     cache = PagedKV(k, v, k_scale=k_scale, v_scale=v_scale)
     problem = paged_call.prepare(q, cache, _table(entries, indptr), seq_lens, **_with_window(options))
-    decode = options["cu_seqlens_q"] is None and q.dim() == 3
-    return _out_and_lse(paged_call.execute(problem, impl, decode))
+    return _out_and_lse(paged_call.execute(problem, impl))
 
 
 def _run_append(
