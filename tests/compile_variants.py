@@ -111,7 +111,10 @@ def main() -> None:
             if key in seen:
                 continue
             seen.add(key)
-            print(json.dumps({"row": row, "kernel": call.kernel.fn.__name__} | _compiled(call, operands, arch)), flush=True)
+            print(
+                json.dumps({"row": row, "kernel": call.kernel.fn.__name__} | _compiled(call, operands, arch)),
+                flush=True,
+            )
 
 
 def _compiled(call: Any, operands: Any, arch: str) -> dict[str, Any]:

@@ -56,11 +56,14 @@ def must_dispatch(*operands: object) -> bool:
     """
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return True
-    unpacked = (x.k if isinstance(x, PagedKV) else x for x in operands)
-    tensors = [x for x in unpacked if isinstance(x, Tensor)]
-    if any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
-        return True
-    return bool(tensors) and all(x.is_meta for x in tensors)
+    all_meta = None
+    for x in operands:
+        x = x.k if isinstance(x, PagedKV) else x
+        if isinstance(x, Tensor):
+            if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+                return True
+            all_meta = x.is_meta and all_meta is not False
+    return bool(all_meta)
 
 
 def attention(

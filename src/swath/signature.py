@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from swath.cache import PagedKV
 from swath.window import Window
@@ -31,28 +32,28 @@ def signature_of(tensors: tuple[object, ...], values: tuple[object, ...]) -> Sig
     Arguments of any type are taken, since wrong ones are for the checks to name. Values count with their types: 1, 1.0
     and True are equal to Python and not to the checks.
     """
-    return (torch.is_grad_enabled(), *map(_look, tensors), *values, *map(type, values))
+    looks: list[object] = [torch.is_grad_enabled()]
+    for x in tensors:
+        if x is None:
+            looks.append(None)
+        elif type(x) is Tensor or type(x) is Parameter:  # no function of its own: calls cost too
+            looks.append((x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % ALIGNMENT, x.requires_grad))
+        else:
+            looks.append(_look(x))
+    return *looks, *values, *map(type, values)
 
 
 def _look(x: object) -> object:
-    kind = type(x)
-    if x is None:
-        return None
-    if kind is Tensor or kind is torch.nn.Parameter:
-        return _tensor_look(x)  # type: ignore[arg-type]
     if isinstance(x, PagedKV):
-        return tuple(map(_look, x.tensors))
-    if kind is Window:
-        return x.size, x.causal, x.max_global_tokens, _look(x.global_tokens)  # type: ignore[attr-defined]
+        return PagedKV, signature_of(x.tensors, ())
+    if type(x) is Window:
+        g = x.global_tokens
+        return x.size, x.causal, x.max_global_tokens, g if isinstance(g, int) else signature_of((g,), ())
     if isinstance(x, (tuple, list)):
-        return kind, *map(_look, x)
+        return type(x), signature_of(tuple(x), ())
     if isinstance(x, Tensor):
-        return [x]  # a list is no key: what else decides about a subclass of Tensor is not known
-    return kind, x
-
-
-def _tensor_look(x: Tensor) -> object:
-    return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % ALIGNMENT, x.requires_grad
+        return [x]  # a list is no key: what else decides about other subclasses of Tensor is not known
+    return type(x), x
 
 
 def coarse(bound: object) -> object:

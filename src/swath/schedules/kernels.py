@@ -51,7 +51,7 @@ def plan_of(problem: Problem, target: Target) -> Plan:
         add_splits(plan, problem, target, steps)
     if not splits or (ragged and problem.max_q_len > MAX_STEPS):
         claimed = MAX_STEPS if splits else 0
-        sources = {}
+        sources: dict[str, str] = {}
         if dequantises(problem):
             problem, sources = add_dequantise(plan, problem, target, claimed)
         add_tiles(plan, problem, target, claimed, sources)
@@ -70,7 +70,7 @@ def operands_of(problem: Problem) -> Operands:
     """The tensors of a call by the names of kernel parameters: what a plan takes anew in every run."""
     problem = with_positive_scale(problem)
     keys, leading = problem.keys, problem.window.global_tokens
-    operands: Operands = {
+    operands: dict[str, Tensor | None] = {
         "q": problem.q,
         "out": problem.out,
         "lse": problem.lse,
@@ -142,10 +142,10 @@ def _paged_args(keys: PagedKeys, F: Features) -> dict[str, Any]:
 
 
 def _dense_args(keys: DenseKeys) -> dict[str, Any]:
-    zero = ("ks_page", "ks_head", "ks_token", "vs_page", "vs_head", "vs_token", "max_pages", "num_pages", "table_stride")
+    absent = "ks_page ks_head ks_token vs_page vs_head vs_token max_pages num_pages table_stride"
     # [Tk, Hkv, D] as one page that nobody looks up.
     k, v = ((0, *x.stride()[1::-1]) for x in (keys.k, keys.v))
-    return dict.fromkeys(zero, 0) | _kv_strides(k, v)
+    return dict.fromkeys(absent.split(), 0) | _kv_strides(k, v)
 
 
 def _kv_strides(k: tuple[int, ...], v: tuple[int, ...]) -> dict[str, int]:
@@ -193,7 +193,7 @@ def add_splits(plan: Plan, problem: Problem, target: Target, steps: int) -> None
 
 
 def add_tiles(plan: Plan, problem: Problem, target: Target, claimed: int, sources: dict[str, str]) -> None:
-    """Tiles for the sequences of more than ``claimed`` query tokens; ``sources``: where their keys are, if elsewhere."""
+    """Tiles for the sequences of more than ``claimed`` query tokens; ``sources``: where their keys are."""
     F = features_of(problem, target)
     short = is_short(problem.window)
     block_m, launch = tile_launch(F, target, short)

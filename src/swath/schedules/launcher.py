@@ -8,7 +8,7 @@ addresses of tensors in their places.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -19,7 +19,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-Operands = dict[str, Tensor | None]
+Operands = Mapping[str, Tensor | None]
 """The tensors of a call by name; None, or no entry, for what the call lacks."""
 
 
@@ -40,18 +40,14 @@ class KernelCall:
 
     def launch(self, operands: Operands) -> Any:
         """Launch it the ordinary way; the compiled kernel, or None from the interpreter."""
-        return self.kernel[(self.grid,)](**self._arguments(operands), **self.options)
+        return self.kernel[(self.grid,)](**self.arguments(operands), **self.options)
 
     def compile(self, operands: Operands) -> Any:
         """Compile it without running."""
-        return self.kernel.warmup(**self._arguments(operands), **self.options, grid=(self.grid,))
+        return self.kernel.warmup(**self.arguments(operands), **self.options, grid=(self.grid,))
 
-    def places(self, operands: Operands) -> list[tuple[int, str]]:
-        """Positions of the kernel's arguments that take an operand, and its name."""
-        named = ((i, self.sources.get(p, p)) for i, p in enumerate(self.kernel.arg_names) if p not in self.args)
-        return [(i, name) for i, name in named if operands.get(name) is not None]
-
-    def _arguments(self, operands: Operands) -> dict[str, Any]:
+    def arguments(self, operands: Operands) -> dict[str, Any]:
+        """All arguments of the kernel by name."""
         return {p: self.args[p] if p in self.args else self._operand(p, operands) for p in self.kernel.arg_names}
 
     def _operand(self, parameter: str, operands: Operands) -> Tensor | None:
@@ -81,7 +77,7 @@ class Scratch:
         """The bytes of all of them."""
         return torch.empty(self.nbytes, dtype=torch.uint8, device=device) if self.nbytes else None
 
-    def tensors(self, device: torch.device | str) -> Operands:
+    def tensors(self, device: torch.device | str) -> dict[str, Tensor]:
         """All of them, allocated."""
         block = self.allocate(device)
         if block is None:
@@ -91,12 +87,9 @@ class Scratch:
             for name, (at, dtype, shape) in self._parts.items()
         }
 
-    def addresses(self, block: Tensor | None) -> dict[str, int]:
-        """Where in memory they are."""
-        if block is None:
-            return {}
-        base = block.data_ptr()
-        return {name: base + at for name, (at, _, _) in self._parts.items()}
+    def offsets(self) -> dict[str, int]:
+        """Where in the allocation each of them begins, in bytes."""
+        return {name: at for name, (at, _, _) in self._parts.items()}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -111,20 +104,21 @@ class Plan:
         """Launch on ``device``, which is the current one."""
         if self._ready and not _watched():
             block = self.scratch.allocate(device)
-            addresses = {name: x.data_ptr() for name, x in operands.items() if x is not None}
-            addresses |= self.scratch.addresses(block)
+            base = 0 if block is None else block.data_ptr()
             stream = driver.active.get_current_stream(device.index)
             for launch in self._ready:
-                launch(addresses, stream)
+                launch(operands, base, stream)
             return
-        operands = operands | self.scratch.tensors(device)
-        ready = [ready_launch(call, call.launch(operands), operands) for call in self.calls]
-        if None not in ready:
+        operands = {**operands, **self.scratch.tensors(device)}
+        offsets = self.scratch.offsets()
+        launches = [ready_launch(call, call.launch(operands), operands, offsets) for call in self.calls]
+        ready = [launch for launch in launches if launch is not None]
+        if len(ready) == len(self.calls):
             self._ready[:] = ready
 
     def compile(self, operands: Operands) -> list[Any]:
         """Compile every kernel without running or allocating anything."""
-        operands = operands | self.scratch.tensors("meta")
+        operands = {**operands, **self.scratch.tensors("meta")}
         return [call.compile(operands) for call in self.calls]
 
     def __str__(self) -> str:
@@ -133,34 +127,49 @@ class Plan:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ReadyLaunch:
-    """A launch of a compiled kernel through Triton's own launcher, past its lookups (50 us for our entries)."""
+    """A launch of a compiled kernel through Triton's own launcher, past its lookups (50 us for our entries).
+
+    The launcher takes addresses for tensors: of operands by name, and of scratch by its offset in the allocation.
+    """
 
     run: Callable[..., None]
-    head: tuple[Any, ...]
+    head: tuple[int, Any, Any]
     values: list[Any]
-    places: list[tuple[int, str]]
+    operands: list[tuple[int, str]]
+    scratch: list[tuple[int, int]]
 
-    def __call__(self, addresses: dict[str, int], stream: int) -> None:
-        """Launch with operands at ``addresses``; kernels take an address for a tensor."""
+    def __call__(self, operands: Operands, scratch: int, stream: int) -> None:
+        """Launch on ``stream`` with the addresses of ``operands``, and scratch that begins at ``scratch``."""
         values = self.values.copy()
-        for place, name in self.places:
-            values[place] = addresses[name]
+        for place, name in self.operands:
+            values[place] = operands[name].data_ptr()  # type: ignore[union-attr]
+        for place, offset in self.scratch:
+            values[place] = scratch + offset
         grid, function, metadata = self.head
-        # No launch metadata and no hooks.
-        self.run(grid, 1, 1, stream, function, metadata, None, None, None, *values)
+        self.run(grid, 1, 1, stream, function, metadata, *UNWATCHED, *values)
 
 
-def ready_launch(call: KernelCall, compiled: Any, operands: Operands) -> ReadyLaunch | None:
+UNWATCHED = (None, None, None)
+"""No launch metadata, no hook before a launch, none after it."""
+
+
+def ready_launch(call: KernelCall, compiled: Any, operands: Operands, offsets: dict[str, int]) -> ReadyLaunch | None:
     """The launch of a call that ran; None for the interpreter, and for a Triton that keeps its kernels otherwise."""
     parts = ("run", "function", "packed_metadata")
     if not isinstance(call.kernel, JITFunction) or not all(hasattr(compiled, part) for part in parts):
         return None
-    values = [call.args.get(p) for p in call.kernel.arg_names]
-    head = (call.grid, compiled.function, compiled.packed_metadata)
-    return ReadyLaunch(compiled.run, head, values, call.places(operands))
+    parameters = call.kernel.arg_names
+    taken = [(i, call.sources.get(p, p)) for i, p in enumerate(parameters) if p not in call.args]
+    return ReadyLaunch(
+        run=compiled.run,
+        head=(call.grid, compiled.function, compiled.packed_metadata),
+        values=[call.args.get(p) for p in parameters],
+        operands=[(i, name) for i, name in taken if name not in offsets and operands.get(name) is not None],
+        scratch=[(i, offsets[name]) for i, name in taken if name in offsets],
+    )
 
 
 def _watched() -> bool:
     """Whether somebody, a profiler say, asks Triton to be told of launches."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
