@@ -73,15 +73,13 @@ class Scratch:
         self._parts[name] = self.nbytes, dtype, shape
         self.nbytes += -(-prod(shape) * dtype.itemsize // self.ALIGNMENT) * self.ALIGNMENT
 
-    def allocate(self, device: torch.device | str) -> Tensor | None:
+    def allocate(self, device: torch.device | str) -> Tensor:
         """The bytes of all of them."""
-        return torch.empty(self.nbytes, dtype=torch.uint8, device=device) if self.nbytes else None
+        return torch.empty(self.nbytes, dtype=torch.uint8, device=device)
 
     def tensors(self, device: torch.device | str) -> dict[str, Tensor]:
         """All of them, allocated."""
         block = self.allocate(device)
-        if block is None:
-            return {}
         return {
             name: block[at : at + prod(shape) * dtype.itemsize].view(dtype).view(shape)
             for name, (at, dtype, shape) in self._parts.items()
@@ -103,7 +101,7 @@ class Plan:
     def run(self, operands: Operands, device: torch.device) -> None:
         """Launch on ``device``, which is the current one."""
         if self._ready and not _watched():
-            block = self.scratch.allocate(device)
+            block = self.scratch.allocate(device) if self.scratch.nbytes else None
             base = 0 if block is None else block.data_ptr()
             stream = driver.active.get_current_stream(device.index)
             for launch in self._ready:
@@ -133,7 +131,8 @@ class ReadyLaunch:
     """
 
     run: Callable[..., None]
-    head: tuple[int, Any, Any]
+    compiled: Any
+    grid: int
     values: list[Any]
     operands: list[tuple[int, str]]
     scratch: list[tuple[int, int]]
@@ -145,8 +144,8 @@ class ReadyLaunch:
             values[place] = operands[name].data_ptr()  # type: ignore[union-attr]
         for place, offset in self.scratch:
             values[place] = scratch + offset
-        grid, function, metadata = self.head
-        self.run(grid, 1, 1, stream, function, metadata, *UNWATCHED, *values)
+        kernel = self.compiled
+        self.run(self.grid, 1, 1, stream, kernel.function, kernel.packed_metadata, *UNWATCHED, *values)
 
 
 UNWATCHED = (None, None, None)
@@ -162,7 +161,8 @@ def ready_launch(call: KernelCall, compiled: Any, operands: Operands, offsets: d
     taken = [(i, call.sources.get(p, p)) for i, p in enumerate(parameters) if p not in call.args]
     return ReadyLaunch(
         run=compiled.run,
-        head=(call.grid, compiled.function, compiled.packed_metadata),
+        compiled=compiled,
+        grid=call.grid,
         values=[call.args.get(p) for p in parameters],
         operands=[(i, name) for i, name in taken if name not in offsets and operands.get(name) is not None],
         scratch=[(i, offsets[name]) for i, name in taken if name in offsets],
