@@ -99,21 +99,27 @@ def main() -> None:
     arch = sys.argv[1]
     target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
     triton.runtime.driver.set_active(_Driver(target))
-    from swath.schedules.kernels import calls_of
+    from swath.schedules.kernels import operands_of, plan_of
 
     seen = set()
     for row in json.load(sys.stdin):
-        for call in calls_of(problem_of(row), Target(arch, num_sms=132)):
-            key = (call.kernel.fn.__name__, *(v for k, v in sorted(call.args.items()) if k.isupper()))
+        problem = problem_of(row)
+        plan = plan_of(problem, Target(arch, num_sms=132))
+        operands = operands_of(problem) | plan.scratch.tensors("meta")
+        for call in plan.calls:
+            key = (call.kernel.fn.__name__, *(call.args[p] for p in call.kernel.arg_names if p.isupper()))
             if key in seen:
                 continue
             seen.add(key)
-            print(json.dumps({"row": row, "kernel": call.kernel.fn.__name__} | _compiled(call, arch)), flush=True)
+            print(
+                json.dumps({"row": row, "kernel": call.kernel.fn.__name__} | _compiled(call, operands, arch)),
+                flush=True,
+            )
 
 
-def _compiled(call: Any, arch: str) -> dict[str, Any]:
+def _compiled(call: Any, operands: Any, arch: str) -> dict[str, Any]:
     try:
-        kernel = call.compile()
+        kernel = call.compile(operands)
     except Exception as error:  # noqa: BLE001 -- whatever the compiler says is the result
         return {"error": f"{type(error).__name__}: {str(error)[-500:]}"}
     return {"shared": kernel.metadata.shared, "spills": _spills(kernel, arch)}

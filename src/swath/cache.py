@@ -138,9 +138,14 @@ class PagedKV:
         return KVQuant(self.k.dtype, granularity_of(self.k_scale), granularity_of(self.v_scale))
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """k, v, k_scale and v_scale."""
+        return self.k, self.v, self.k_scale, self.v_scale
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the whole pool, scales included."""
-        return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None)
+        return sum(t.numel() * t.element_size() for t in self.tensors if t is not None)
 
 
 def check_page_size(page_size: int) -> None:

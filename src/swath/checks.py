@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,17 @@ class Scoring:
     interleaved: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What the checks found about a call, and with it about every call of the same signature."""
+
+    scoring: Scoring
+    max_q_len: int
+    max_kv_len: int
+    memo: dict[str, Any] = field(default_factory=dict)
+    """What backends remember of such calls, by backend."""
+
+
 def check_scoring(
     q: Tensor, num_seqs: int, window: object, scale: object, softcap: object, sink: object, gqa: object
 ) -> Scoring:
@@ -122,18 +134,21 @@ def output_dtype(q: Tensor) -> torch.dtype:
     return torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
 
 
-def make_outputs(q: Tensor, out: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """The given ``out`` checked, or a new one; and a new LSE if asked for."""
-    dtype = output_dtype(q)
-    if out is None:
-        out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    else:
-        check_tensor("out", out, q.dim(), q.device)
+def check_outputs(q: Tensor, out: object, return_lse: object) -> None:
+    """``out`` as q, in the output's dtype, if it is given."""
+    if out is not None:
+        out = check_tensor("out", out, q.dim(), q.device)
         if out.shape != q.shape:
             raise bad_value("out", f"q's shape {tuple(q.shape)}", tuple(out.shape))
-        if out.dtype != dtype:
-            raise bad_type("out", str(dtype), out.dtype)
+        if out.dtype != output_dtype(q):
+            raise bad_type("out", str(output_dtype(q)), out.dtype)
         check_rows("out", out)
     if not isinstance(return_lse, bool):
         raise bad_type("return_lse", "a bool", type(return_lse).__name__)
+
+
+def make_outputs(q: Tensor, out: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """The given ``out`` or a new one, and a new LSE if asked for."""
+    if out is None:
+        out = torch.empty_like(q, dtype=output_dtype(q), memory_format=torch.contiguous_format)
     return out, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None

@@ -116,9 +116,9 @@ def kernel_scale(scale: Tensor | None) -> Tensor | None:
     return scale if scale is None or scale.dim() == 3 else scale.contiguous()
 
 
-def kernel_bytes(pool: Tensor) -> Tensor:
-    """Stored tensors as kernels take them: fp8 as bytes, which every target can load."""
-    return pool.view(torch.uint8) if pool.dtype in STORED and pool.dtype != torch.int8 else pool
+def kernel_dtype(stored: torch.dtype) -> torch.dtype:
+    """What kernels see stored tensors as: fp8 as bytes, which every target can load."""
+    return torch.uint8 if stored in STORED and stored != torch.int8 else stored
 
 
 def _viewable_as_pairs(problem: Problem) -> bool:

@@ -56,11 +56,14 @@ def must_dispatch(*operands: object) -> bool:
     """
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return True
-    unpacked = (x.k if isinstance(x, PagedKV) else x for x in operands)
-    tensors = [x for x in unpacked if isinstance(x, Tensor)]
-    if any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
-        return True
-    return bool(tensors) and all(x.is_meta for x in tensors)
+    all_meta = None
+    for x in operands:
+        x = x.k if isinstance(x, PagedKV) else x
+        if isinstance(x, Tensor):
+            if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+                return True
+            all_meta = x.is_meta and all_meta is not False
+    return bool(all_meta)
 
 
 def attention(
@@ -153,8 +156,7 @@ def _run_paged(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     cache = PagedKV(k, v, k_scale=k_scale, v_scale=v_scale)
     problem = paged_call.prepare(q, cache, _table(entries, indptr), seq_lens, **_with_window(options))
-    decode = options["cu_seqlens_q"] is None and q.dim() == 3
-    return _out_and_lse(paged_call.execute(problem, impl, decode))
+    return _out_and_lse(paged_call.execute(problem, impl))
 
 
 def _run_append(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,17 @@ from swath.window import Window
 LOG2_E = 1.4426950408889634
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Problem:
     """Queries, where their keys are, who sees whom, how scores are made, and where results go.
 
-    q: [B, S, Hq, D] (every sequence has S query tokens) or [T, Hq, D] with cu_seqlens_q [B + 1].
+    q: [B, Hq, D] (decode), [B, S, Hq, D] (every sequence has S query tokens), or [T, Hq, D] with cu_seqlens_q [B + 1].
     out: as q (bf16 for fp8 queries); lse: None or fp32 as q without D. Both are written in place.
     max_q_len, max_kv_len: host bounds for launch and scratch; no result depends on them.
+    memo: what backends remember of calls with this signature; None where nobody knows the signature, as after
+        ``dataclasses.replace``.
+
+    Nobody changes one; a frozen dataclass would cost each call 2.5 us more.
     """
 
     q: Tensor
@@ -39,6 +44,7 @@ class Problem:
     max_kv_len: int
     compute: str = "float"
     split_size: int | None = None
+    memo: dict[str, Any] | None = field(default=None, init=False)
 
     @property
     def num_seqs(self) -> int:
@@ -56,6 +62,11 @@ class Problem:
         return self.q.shape[-1]
 
     @property
+    def steps(self) -> int:
+        """Query tokens of each sequence where there is no ``cu_seqlens_q``: S."""
+        return self.q.shape[1] if self.q.dim() == 4 else 1
+
+    @property
     def group(self) -> int:
         """Query heads that share a kv head."""
         return self.num_q_heads // self.keys.num_kv_heads
@@ -65,7 +76,10 @@ class Problem:
         bounds = None if self.cu_seqlens_q is None else self.cu_seqlens_q.tolist()
         starts = None if self.q_start is None else self.q_start.tolist()
         for b in range(self.num_seqs):
-            rows = b if bounds is None else slice(bounds[b], max(bounds[b], bounds[b + 1]))
+            if bounds is not None:
+                rows: int | slice = slice(bounds[b], max(bounds[b], bounds[b + 1]))
+            else:
+                rows = b if self.q.dim() == 4 else slice(b, b + 1)
             q, kv_len = self.q[rows], self.keys.kv_len(b)
             start = kv_len - q.shape[0] if starts is None else starts[b]
             q_scale = self.q_scale

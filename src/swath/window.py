@@ -156,3 +156,7 @@ def _check_count(name: str, value: object, wanted: str, least: int = 0) -> None:
         raise bad_type(name, wanted, type(value).__name__)
     if value < least:
         raise bad_value(name, wanted, value)
+
+
+FULL = Window()
+"""Full causal attention: what a call without a window means."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from swath.problem import Problem
 from swath.target import on_device, target_of, why_no_triton
 
 if TYPE_CHECKING:
-    from swath.schedules.launcher import KernelCall
+    from swath.schedules.launcher import Plan
+
+NAME = "triton"
 
 
 def why_not(problem: Problem) -> str | None:
@@ -18,23 +22,33 @@ def why_not(problem: Problem) -> str | None:
 
 def plan(problem: Problem) -> str:
     """The launches in words."""
-    return "; ".join(map(str, _calls(problem)))
+    return str(_plan(problem))
 
 
 def warm(problem: Problem) -> None:
     """Compile what ``run`` would launch."""
-    for call in _calls(problem):
-        call.compile()
+    with on_device(problem.q.device):
+        _plan(problem).compile(_kernels().operands_of(problem))
 
 
 def run(problem: Problem) -> None:
     """Launch."""
-    with on_device(problem.q.device):
-        for call in _calls(problem):
-            call.run()
+    device = problem.q.device
+    with on_device(device):
+        _plan(problem).run(_kernels().operands_of(problem), device)
 
 
-def _calls(problem: Problem) -> list[KernelCall]:
-    from swath.schedules.kernels import calls_of  # here, so that asking why_not needs no Triton
+def _plan(problem: Problem) -> Plan:
+    """The plan that was made for the first call of this signature."""
+    memo = {} if problem.memo is None else problem.memo
+    if NAME not in memo:
+        memo[NAME] = _kernels().plan_of(problem, target_of(problem.q.device))
+    made: Plan = memo[NAME]
+    return made
 
-    return calls_of(problem, target_of(problem.q.device))
+
+@cache
+def _kernels() -> ModuleType:
+    from swath.schedules import kernels  # here, so that asking why_not needs no Triton
+
+    return kernels

@@ -1,4 +1,4 @@
-"""From a Problem to kernel launches: which schedule claims which rows, and their flat arguments."""
+"""From a Problem to a plan of kernel launches: which schedule claims which rows, their arguments, and the tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from swath.launch import (
     features_of,
     in_step,
     is_short,
-    kernel_bytes,
+    kernel_dtype,
     kernel_scale,
     num_splits_for,
     pack_heads,
@@ -26,7 +26,7 @@ from swath.launch import (
 )
 from swath.problem import LOG2_E, Problem
 from swath.schedules.dequantise import dequantise_kernel
-from swath.schedules.launcher import KernelCall
+from swath.schedules.launcher import KernelCall, Operands, Plan
 from swath.schedules.reduce import reduce_kernel
 from swath.schedules.splits import split_kernel
 from swath.schedules.tiles import tile_kernel
@@ -38,27 +38,24 @@ REDUCE_CHUNK = 16
 LARGEST_SIZE = 1 << 30
 
 
-def calls_of(problem: Problem, target: Target) -> list[KernelCall]:
+def plan_of(problem: Problem, target: Target) -> Plan:
     """The launches of a call, in order: splits and their reduce, or tiles, or all three in a mixed batch."""
+    plan = Plan()
     if problem.num_seqs == 0 or problem.q.numel() == 0:
-        return []
+        return plan
     problem = with_positive_scale(problem)
-    F = features_of(problem, target)
     ragged, paged = problem.cu_seqlens_q is not None, isinstance(problem.keys, PagedKeys)
-    steps = min(problem.max_q_len, MAX_STEPS) if ragged else problem.q.shape[1]
+    steps = min(problem.max_q_len, MAX_STEPS) if ragged else problem.steps
     splits = paged and steps <= MAX_STEPS
-    tiles = not splits or (ragged and problem.max_q_len > MAX_STEPS)
-    shared = _shared_args(problem, F)
-    calls = _split_calls(problem, F, target, shared, steps) if splits else []
-    if tiles:
+    if splits:
+        add_splits(plan, problem, target, steps)
+    if not splits or (ragged and problem.max_q_len > MAX_STEPS):
         claimed = MAX_STEPS if splits else 0
+        sources: dict[str, str] = {}
         if dequantises(problem):
-            call, problem = _dequantise_call(problem, replace(F, pairs=False), claimed)
-            calls.append(call)
-            F = features_of(problem, target)
-            shared = _shared_args(problem, F)
-        calls.append(_tile_call(problem, F, target, shared, claimed))
-    return calls
+            problem, sources = add_dequantise(plan, problem, target, claimed)
+        add_tiles(plan, problem, target, claimed, sources)
+    return plan
 
 
 def with_positive_scale(problem: Problem) -> Problem:
@@ -69,66 +66,101 @@ def with_positive_scale(problem: Problem) -> Problem:
     return replace(problem, q=q, scale=-problem.scale or 1.0)
 
 
-def _shared_args(problem: Problem, F: Features) -> dict[str, Any]:
-    q, out, window = problem.q, problem.out, problem.window
-    args: dict[str, Any] = {
-        "q": kernel_bytes(q),
-        "out": out,
+def operands_of(problem: Problem) -> Operands:
+    """The tensors of a call by the names of kernel parameters: what a plan takes anew in every run."""
+    problem = with_positive_scale(problem)
+    keys, leading = problem.keys, problem.window.global_tokens
+    operands: dict[str, Tensor | None] = {
+        "q": problem.q,
+        "out": problem.out,
         "lse": problem.lse,
         "sink": _contiguous(problem.sink),
         "q_scale": _contiguous(problem.q_scale),
         "cu_q": _contiguous(problem.cu_seqlens_q),
         "q_start": _contiguous(problem.q_start),
-        "leading": _contiguous(window.global_tokens if F.leading else 0),
+        "leading": leading.contiguous() if isinstance(leading, Tensor) else None,
+    }
+    if isinstance(keys, DenseKeys):
+        return operands | {"k": keys.k, "v": keys.v, "lens": keys.cu_seqlens.contiguous()}
+    cache, table = keys.cache, keys.table
+    return operands | {
+        "k": cache.k,
+        "v": cache.v,
+        "k_scale": kernel_scale(cache.k_scale),
+        "v_scale": kernel_scale(cache.v_scale),
+        "table": _entries(table),
+        "indptr": _contiguous(table.indptr),
+        "lens": keys.seq_lens.contiguous(),
+    }
+
+
+def shared_args(problem: Problem, F: Features) -> dict[str, Any]:
+    """The fixed arguments that attention kernels share, and more names than any of them takes."""
+    window, keys = problem.window, problem.keys
+    args: dict[str, Any] = {
         "scale_log2": problem.scale * LOG2_E,
         "cap_log2": problem.softcap * LOG2_E,
         "size": min(window.size or 0, LARGEST_SIZE),
         "F": F,
     }
-    for name, x in (("q", q), ("out", out)):
-        strides = x.stride() if x.dim() == 4 else (0, *x.stride())
-        args |= {f"{name}_seq": strides[0], f"{name}_token": strides[1], f"{name}_head": strides[2]}
-    keys = problem.keys
+    if F.leading != "tensor":
+        args["leading"] = window.global_tokens if F.leading else 0
+    for name, x in (("q", problem.q), ("out", problem.out)):
+        seq, token, head = _row_strides(problem, x)
+        args |= {f"{name}_seq": seq, f"{name}_token": token, f"{name}_head": head}
     return args | (_paged_args(keys, F) if isinstance(keys, PagedKeys) else _dense_args(keys))
+
+
+def shared_views(problem: Problem, F: Features) -> dict[str, torch.dtype]:
+    """What kernels see 8-bit tensors as."""
+    views = {"q": kernel_dtype(problem.q.dtype)}
+    if isinstance(problem.keys, PagedKeys):
+        stored = problem.keys.cache.k.dtype
+        views |= dict.fromkeys(("k", "v"), torch.int16 if F.pairs else kernel_dtype(stored))
+    return views
+
+
+def _row_strides(problem: Problem, x: Tensor) -> tuple[int, ...]:
+    """Strides of q or out by sequence, by token of it, and by head."""
+    if x.dim() == 4:
+        return x.stride()[:3]
+    row, head = x.stride()[:2]
+    return (row, 0, head) if problem.cu_seqlens_q is None else (0, row, head)
 
 
 def _paged_args(keys: PagedKeys, F: Features) -> dict[str, Any]:
     cache, table = keys.cache, keys.table
-    entries = table.entries if table.entries.stride(-1) == 1 else table.entries.contiguous()
     args: dict[str, Any] = {
-        "k": _as_kernels_see(cache.k, F),
-        "v": _as_kernels_see(cache.v, F),
-        "table": entries,
-        "indptr": _contiguous(table.indptr),
-        "lens": keys.seq_lens.contiguous(),
         "max_pages": table.max_pages,
         "num_pages": cache.num_pages,
-        "table_stride": entries.stride(0),
+        "table_stride": _entries(table).stride(0),
     }
     for name, scale in (("ks", cache.k_scale), ("vs", cache.v_scale)):
-        page, head, token = token_strides(scale)
-        args |= {f"{name}_page": page, f"{name}_head": head, f"{name}_token": token}
-    return args | {"k_scale": kernel_scale(cache.k_scale), "v_scale": kernel_scale(cache.v_scale)}
+        args |= _strides(f"{name}_page {name}_head {name}_token", token_strides(scale))
+    units = 2 if F.pairs else 1
+    return args | _kv_strides(*(tuple(s // units for s in x.stride()[:3]) for x in (cache.k, cache.v)))
 
 
 def _dense_args(keys: DenseKeys) -> dict[str, Any]:
-    absent = dict.fromkeys(("k_scale", "v_scale", "table", "indptr"))
-    scale_strides = ("ks_page", "ks_head", "ks_token", "vs_page", "vs_head", "vs_token")
-    zero = dict.fromkeys((*scale_strides, "max_pages", "num_pages", "table_stride"), 0)
-    return {"k": keys.k, "v": keys.v, "lens": keys.cu_seqlens.contiguous(), **absent, **zero}
+    absent = "ks_page ks_head ks_token vs_page vs_head vs_token max_pages num_pages table_stride"
+    # [Tk, Hkv, D] as one page that nobody looks up.
+    k, v = ((0, *x.stride()[1::-1]) for x in (keys.k, keys.v))
+    return dict.fromkeys(absent.split(), 0) | _kv_strides(k, v)
 
 
-def _kv_strides(keys: PagedKeys | DenseKeys, k: Tensor, v: Tensor) -> dict[str, int]:
-    if isinstance(keys, DenseKeys):  # [Tk, Hkv, D] as one page that nobody looks up
-        k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-    return {f"{n}_{s}": x.stride(i) for n, x in (("k", k), ("v", v)) for i, s in enumerate(("page", "head", "token"))}
+def _kv_strides(k: tuple[int, ...], v: tuple[int, ...]) -> dict[str, int]:
+    """K's and V's strides for the kernels that take both, and the one set that paged ones have."""
+    both = _strides("k_page k_head k_token", k) | _strides("v_page v_head v_token", v)
+    return both | _strides("kv_page kv_head_stride kv_token", k)
 
 
-def _as_kernels_see(pool: Tensor, F: Features) -> Tensor:
-    return pool.view(torch.int16) if F.pairs else kernel_bytes(pool)
+def _strides(names: str, strides: tuple[int, ...]) -> dict[str, int]:
+    return dict(zip(names.split(), strides, strict=True))
 
 
-def _split_calls(problem: Problem, F: Features, target: Target, shared: dict[str, Any], steps: int) -> list[KernelCall]:
+def add_splits(plan: Plan, problem: Problem, target: Target, steps: int) -> None:
+    """Splits for the sequences of at most ``steps`` query tokens, and the reduce where they are cut."""
+    F = features_of(problem, target)
     # With split_size the shape of a program must not depend on the batch either: a row's bits would.
     smallest = F.fp32 or problem.split_size is not None
     block_m = next((m for m in (16, 32) if smallest or steps * F.group <= m), 64)
@@ -145,71 +177,63 @@ def _split_calls(problem: Problem, F: Features, target: Target, shared: dict[str
         block_n = min(block_n, problem.split_size & -problem.split_size)
         slice_tiles = problem.split_size // block_n
         num_splits = ceil_div(visible, problem.split_size) + 3
-    device = problem.q.device
-    partial = state = counts = None
-    if num_splits > 1:
-        partial = torch.empty(owners * num_splits * tile_rows * F.head_dim, dtype=torch.float32, device=device)
-        state = torch.empty(owners * num_splits * tile_rows * 2, dtype=torch.float32, device=device)
-        counts = torch.empty(owners, dtype=torch.int32, device=device)
     pdl = num_splits > 1 and target.has_pdl
-    split = {"partial": partial, "partial_state": state, "counts": counts, "num_splits": num_splits}
-    common = {"steps": steps, "BLOCK_M": block_m, "PDL": pdl}
-    strides = dict(zip(("kv_page", "kv_head_stride", "kv_token"), shared["k"].stride()[:3], strict=True))
-    first = shared | split | common | strides
-    first |= {"slice_tiles": slice_tiles, "BLOCK_N": block_n, "STAGES": launch.stages}
-    calls = [KernelCall(split_kernel, owners * num_splits, first, {"num_warps": launch.warps})]
+    args = shared_args(problem, F) | {"steps": steps, "num_splits": num_splits, "slice_tiles": slice_tiles}
+    args |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": launch.stages, "PDL": pdl}
+    views = shared_views(problem, F)
+    plan.calls.append(KernelCall(split_kernel, owners * num_splits, args, {"num_warps": launch.warps}, views=views))
     if num_splits > 1:
-        names = ("out", "lse", "sink", "cu_q", "out_seq", "out_token", "out_head", "F")
-        block_d = 1 << (F.head_dim - 1).bit_length()
-        second = {n: shared[n] for n in names} | split | common
-        second |= {"BLOCK_D": block_d, "CHUNK": REDUCE_CHUNK}
+        rows = owners * num_splits * tile_rows
+        plan.scratch.add("partial", torch.float32, rows * F.head_dim)
+        plan.scratch.add("partial_state", torch.float32, rows * 2)
+        plan.scratch.add("counts", torch.int32, owners)
+        args = args | {"BLOCK_D": 1 << (F.head_dim - 1).bit_length(), "CHUNK": REDUCE_CHUNK}
         options = {"num_warps": 4} | ({"launch_pdl": True} if pdl else {})
-        calls.append(KernelCall(reduce_kernel, owners * tile_rows, second, options))
-    return calls
+        plan.calls.append(KernelCall(reduce_kernel, owners * tile_rows, args, options))
 
 
-def _tile_call(problem: Problem, F: Features, target: Target, shared: dict[str, Any], claimed: int) -> KernelCall:
+def add_tiles(plan: Plan, problem: Problem, target: Target, claimed: int, sources: dict[str, str]) -> None:
+    """Tiles for the sequences of more than ``claimed`` query tokens; ``sources``: where their keys are."""
+    F = features_of(problem, target)
     short = is_short(problem.window)
     block_m, launch = tile_launch(F, target, short)
     pack = pack_heads(F, short, block_m)
     positions = block_m // pack
     if problem.cu_seqlens_q is None:
-        steps = problem.q.shape[1]
+        steps = problem.steps
         slots = problem.num_seqs * ceil_div(steps, positions)
     else:
         steps, slots = 0, problem.q.shape[0] // positions + problem.num_seqs
-    own = {
-        "steps": steps,
-        "claimed": claimed,
-        "num_seqs": problem.num_seqs,
-        "BLOCK_M": block_m,
-        "PACK": pack,
-        "BLOCK_N": launch.block_n,
-        "STAGES": launch.stages,
-    }
-    args = shared | _kv_strides(problem.keys, shared["k"], shared["v"]) | own
-    return KernelCall(tile_kernel, slots * (F.kv_heads * F.group // pack), args, {"num_warps": launch.warps})
+    own = {"steps": steps, "claimed": claimed, "num_seqs": problem.num_seqs}
+    own |= {"BLOCK_M": block_m, "PACK": pack, "BLOCK_N": launch.block_n, "STAGES": launch.stages}
+    grid, options = slots * (F.kv_heads * F.group // pack), {"num_warps": launch.warps}
+    views = shared_views(problem, F)
+    plan.calls.append(KernelCall(tile_kernel, grid, shared_args(problem, F) | own, options, sources, views))
 
 
-def _dequantise_call(problem: Problem, F: Features, claimed: int) -> tuple[KernelCall, Problem]:
-    """The launch that copies visible pages into 16-bit scratch, and the problem over the scratch."""
+def add_dequantise(plan: Plan, problem: Problem, target: Target, claimed: int) -> tuple[Problem, dict[str, str]]:
+    """The launch that copies visible pages into 16-bit scratch; the problem over the scratch, and its operands."""
     keys = cast(PagedKeys, problem.keys)
-    cache, args = keys.cache, _shared_args(problem, F)
+    F, cache = replace(features_of(problem, target), pairs=False), keys.cache
     pages = ceil_div(min(problem.max_kv_len, keys.capacity), cache.page_size)
     shape = (problem.num_seqs * pages, cache.num_kv_heads, cache.page_size, cache.head_dim)
-    k, v = (torch.empty(shape, dtype=problem.q.dtype, device=problem.q.device) for _ in range(2))
-    table = torch.empty(problem.num_seqs, pages, dtype=torch.int32, device=problem.q.device)
-    rows_only = {"q", "out", "lse", "sink", "q_scale", "scale_log2", "cap_log2"}
-    rows_only |= {f"{x}_{s}" for x in ("q", "out") for s in ("seq", "token", "head")}
-    own = {name: value for name, value in args.items() if name not in rows_only}
-    own |= dict(zip(("kv_page", "kv_head_stride", "kv_token"), args["k"].stride()[:3], strict=True))
-    own |= {"new_k": k, "new_v": v, "new_table": table, "pages": pages, "claimed": claimed, "BLOCK_T": 16}
-    own["steps"] = 0 if problem.cu_seqlens_q is not None else problem.q.shape[1]
-    call = KernelCall(dequantise_kernel, problem.num_seqs * pages * cache.num_kv_heads, own, {"num_warps": 4})
-    scratch = PagedKeys(PagedKV(k, v), PageTable(table), keys.seq_lens)
-    return call, replace(problem, keys=scratch)
+    plan.scratch.add("new_k", problem.q.dtype, *shape)
+    plan.scratch.add("new_v", problem.q.dtype, *shape)
+    plan.scratch.add("new_table", torch.int32, problem.num_seqs, pages)
+    steps = 0 if problem.cu_seqlens_q is not None else problem.steps
+    own = {"pages": pages, "claimed": claimed, "steps": steps, "BLOCK_T": 16}
+    grid, args = problem.num_seqs * pages * cache.num_kv_heads, shared_args(problem, F) | own
+    plan.calls.append(KernelCall(dequantise_kernel, grid, args, {"num_warps": 4}, views=shared_views(problem, F)))
+    made = plan.scratch.tensors("meta")
+    scratch = PagedKeys(PagedKV(made["new_k"], made["new_v"]), PageTable(made["new_table"]), keys.seq_lens)
+    names = {"k": "new_k", "v": "new_v", "table": "new_table"} | dict.fromkeys(("k_scale", "v_scale", "indptr"), "")
+    return replace(problem, keys=scratch), names
 
 
-def _contiguous(x: Any) -> Any:
-    """Vectors of lengths and logits as kernels index them; None and numbers stay."""
-    return x.contiguous() if isinstance(x, Tensor) else x
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    """Vectors of lengths and logits as kernels index them."""
+    return x if x is None else x.contiguous()
+
+
+def _entries(table: PageTable) -> Tensor:
+    return table.entries if table.entries.stride(-1) == 1 else table.entries.contiguous()

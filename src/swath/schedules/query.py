@@ -23,13 +23,19 @@ class Sequence(NamedTuple):
 
 
 @triton.jit
-def sequence_of(b, cu_q, steps, lens, q_start, F: tl.constexpr):
-    """Read the lengths of sequence ``b``; negative ones count as 0."""
+def tokens_of(b, cu_q, steps):
+    """The first query token of sequence ``b`` and how many there are; a negative number counts as 0."""
     if cu_q is None:
-        token, q_len = b * steps, steps
+        return b * steps, steps
     else:
         token = tl.load(cu_q + b)
-        q_len = tl.maximum(tl.load(cu_q + b + 1) - token, 0)
+        return token, tl.maximum(tl.load(cu_q + b + 1) - token, 0)
+
+
+@triton.jit
+def sequence_of(b, cu_q, steps, lens, q_start, F: tl.constexpr):
+    """Read the lengths of sequence ``b``; negative ones count as 0."""
+    token, q_len = tokens_of(b, cu_q, steps)
     key_row = b * 0
     if F.page_size == 0:
         key_row = tl.load(lens + b)

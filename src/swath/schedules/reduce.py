@@ -7,7 +7,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from swath.device.softmax import FLOOR, add_sink, finish, merge_tile
-from swath.schedules.query import q_head_of, row_offsets
+from swath.schedules.query import q_head_of, row_offsets, tokens_of
 
 
 @triton.jit(do_not_specialize=("steps", "num_splits"))
@@ -30,10 +30,7 @@ def reduce_kernel(
     count = tl.load(counts + owner)
     if count <= 1:
         return
-    token, q_len = b * steps, steps
-    if cu_q is not None:
-        token = tl.load(cu_q + b)
-        q_len = tl.load(cu_q + b + 1) - token
+    token, q_len = tokens_of(b, cu_q, steps)
     if r >= q_len * F.group:
         return
     column = tl.arange(0, BLOCK_D)

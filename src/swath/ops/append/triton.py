@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from swath.launch import cache_features, kernel_bytes, kernel_scale, token_strides
+from swath.launch import cache_features, kernel_dtype, kernel_scale, token_strides
 from swath.ops.append.call import AppendCase
 from swath.quant import LARGEST
 from swath.target import on_device, why_no_triton
@@ -43,8 +43,7 @@ def _launch(case: AppendCase, warm: bool) -> None:
     args: list[Any] = [
         k,
         v,
-        kernel_bytes(cache.k),
-        kernel_bytes(cache.v),
+        *(x.view(kernel_dtype(x.dtype)) for x in (cache.k, cache.v)),
         *map(kernel_scale, scales),
         case.slot_mapping,
     ]

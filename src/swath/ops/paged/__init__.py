@@ -73,5 +73,4 @@ def paged_attention(
     )  # fmt: skip
     if library.must_dispatch(q, cache):
         return library.paged_attention(q, cache, block_table, seq_lens, **options, impl=impl)
-    problem = call.prepare(q, cache, block_table, seq_lens, **options)
-    return call.execute(problem, impl, decode=cu_seqlens_q is None and q.dim() == 3)
+    return call.execute(call.prepare(q, cache, block_table, seq_lens, **options), impl)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from swath import checks, dispatch
 from swath.cache import PagedKeys, PagedKV, PageTable
+from swath.checks import Accepted
 from swath.errors import bad_type, bad_value
 from swath.problem import Problem
 from swath.quant import LARGEST
-from swath.window import Window
+from swath.signature import Memory, coarse, signature_of
+from swath.window import FULL, Window
 
 OP = "paged"
 SPLIT_STEP = 64
+
+_memory: Memory[Accepted] = Memory()
 
 
 def prepare(
@@ -40,7 +45,39 @@ def prepare(
     split_size: int | None = None,
 ) -> Problem:
     """Check the arguments of ``paged_attention`` (see there) and make its outputs."""
-    window = Window() if window is None else window
+    window = FULL if window is None else window
+    tensors = (q, cache, block_table, seq_lens, cu_seqlens_q, q_start, window, q_scale, sink, out)
+    values = (max_q_len, coarse(max_kv_len), scale, softcap, gqa, return_lse, compute, split_size)
+    signature = signature_of(tensors, values)
+    accepted = _memory.recall(signature)
+    if accepted is None:
+        accepted = _accept(*tensors, *values)
+        _memory.keep(signature, accepted)
+    out, lse = checks.make_outputs(q, out, return_lse)
+    table = PageTable(block_table) if isinstance(block_table, Tensor) else PageTable(*block_table)
+    scoring = accepted.scoring
+    problem = Problem(
+        q=q, cu_seqlens_q=cu_seqlens_q, keys=PagedKeys(cache, table, seq_lens), q_start=q_start, window=window,
+        scale=scoring.scale, q_scale=q_scale, softcap=scoring.softcap, sink=sink, interleaved=scoring.interleaved,
+        out=out, lse=lse, max_q_len=accepted.max_q_len, max_kv_len=accepted.max_kv_len, compute=compute,
+        split_size=split_size,
+    )  # fmt: skip
+    problem.memo = accepted.memo
+    return problem
+
+
+def execute(problem: Problem, impl: str) -> Tensor | tuple[Tensor, Tensor]:
+    """Run a prepared call: out, or (out, lse) where an LSE was asked for."""
+    dispatch.choose(OP, problem, impl).run(problem)
+    return problem.out if problem.lse is None else (problem.out, problem.lse)
+
+
+def _accept(
+    q: Tensor, cache: PagedKV, block_table: Any, seq_lens: Tensor, cu_seqlens_q: Any, q_start: Any, window: Any,
+    q_scale: Any, sink: Any, out: Any, max_q_len: Any, max_kv_len: Any, scale: Any, softcap: Any, gqa: Any,
+    return_lse: Any, compute: Any, split_size: Any,
+) -> Accepted:  # fmt: skip
+    """Every check of a call whose signature was not met before."""
     if not isinstance(cache, PagedKV):
         raise bad_type("cache", "a PagedKV", type(cache).__name__)
     checks.check_tensor("q", q, 3 if cu_seqlens_q is not None or getattr(q, "ndim", 3) != 4 else 4, cache.k.device)
@@ -54,29 +91,13 @@ def prepare(
     _check_compute(compute, cache)
     _check_split_size(split_size)
     checks.check_no_grad(q=q, k=cache.k, v=cache.v, k_scale=cache.k_scale, v_scale=cache.v_scale, sink=sink)
-    out, lse = checks.make_outputs(q, out, return_lse)
-    keys = PagedKeys(cache, table, seq_lens)
-    uniform = cu_seqlens_q is None
-    max_q = (q.shape[1] if q.dim() == 4 else 1) if uniform else q.shape[0]
-    if uniform and q.dim() == 3:
-        q, out, lse = q.unsqueeze(1), out.unsqueeze(1), None if lse is None else lse.unsqueeze(1)
-        q_scale = q_scale.unsqueeze(1) if q_scale is not None and q_scale.dim() else q_scale
-    return Problem(
-        q=q, cu_seqlens_q=cu_seqlens_q, keys=keys, q_start=q_start, window=window, scale=scoring.scale,
-        q_scale=q_scale, softcap=scoring.softcap, sink=sink, interleaved=scoring.interleaved, out=out, lse=lse,
-        max_q_len=checks.check_bound("max_q_len", max_q_len, max_q),
-        max_kv_len=checks.check_bound("max_kv_len", max_kv_len, keys.capacity),
-        compute=compute, split_size=split_size,
-    )  # fmt: skip
-
-
-def execute(problem: Problem, impl: str, decode: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """Run a prepared call: out, or (out, lse) where an LSE was asked for; ``decode`` drops the step dimension."""
-    dispatch.choose(OP, problem, impl).run(problem)
-    out, lse = problem.out, problem.lse
-    if decode:
-        out, lse = out[:, 0], None if lse is None else lse[:, 0]
-    return out if lse is None else (out, lse)
+    checks.check_outputs(q, out, return_lse)
+    most = q.shape[0] if cu_seqlens_q is not None else q.shape[1] if q.dim() == 4 else 1
+    return Accepted(
+        scoring,
+        max_q_len=checks.check_bound("max_q_len", max_q_len, most),
+        max_kv_len=checks.check_bound("max_kv_len", max_kv_len, table.max_pages * cache.page_size),
+    )
 
 
 def _table(block_table: Tensor | Sequence[Tensor], num_seqs: int, device: torch.device) -> PageTable:
