@@ -40,7 +40,7 @@ test: lint ## lint, type check and run the test suite
 
 # A GPU machine comes with a torch and triton made for it: use the Python that is there and install nothing.
 test-gpu: ## run the kernels' tests on the GPU with the installed Python, installing nothing (ARGS="-n 16" with xdist)
-	PYTHONPATH=src $(PYTHON) -m pytest tests -k "triton or gpu" $(ARGS)
+	PYTHONPATH=src $(PYTHON) -m pytest tests -k "triton or gpu or hopper" $(ARGS)
 
 compile-all: $(DEV_STAMP) ## compile every kernel variant for every GPU target (no GPU needed; long)
 	PYTHONPATH=src $(BIN)/python -m pytest tests/test_compile.py --all-variants $(ARGS)

@@ -15,6 +15,7 @@ from swath import KVQuant, PagedKV, Window
 from swath.ops.attention import call as attention_call
 from swath.ops.paged import call as paged_call
 from swath.problem import Problem
+from swath.schedules import hopper
 from swath.target import Target
 from swath.testing import pairwise
 
@@ -104,17 +105,20 @@ def main() -> None:
     seen = set()
     for row in json.load(sys.stdin):
         problem = problem_of(row)
-        plan = plan_of(problem, Target(arch, num_sms=132))
-        operands = operands_of(problem) | plan.scratch.tensors("meta")
-        for call in plan.calls:
-            key = (call.kernel.fn.__name__, *(call.args[p] for p in call.kernel.arg_names if p.isupper()))
-            if key in seen:
-                continue
-            seen.add(key)
-            print(
-                json.dumps({"row": row, "kernel": call.kernel.fn.__name__} | _compiled(call, operands, arch)),
-                flush=True,
-            )
+        for tiles in tiles_of(problem, arch):
+            plan = plan_of(problem, Target(arch, num_sms=132), tiles)
+            operands = operands_of(problem) | plan.scratch.tensors("meta")
+            for call in plan.calls:
+                key = (call.kernel.fn.__name__, *(call.args[p] for p in call.kernel.arg_names if p.isupper()))
+                if key not in seen:
+                    seen.add(key)
+                    result = {"row": row, "kernel": call.kernel.fn.__name__} | _compiled(call, operands, arch)
+                    print(json.dumps(result), flush=True)
+
+
+def tiles_of(problem: Problem, arch: str) -> tuple[str, ...]:
+    """Whose prefill tiles the target has for a call."""
+    return ("triton", "hopper") if arch == hopper.ARCH and hopper.why_not_tiles(problem) is None else ("triton",)
 
 
 def _compiled(call: Any, operands: Any, arch: str) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def fresh_arguments(problem: Problem, arch: str) -> list[tuple[Any, ...]]:
     """What each launch of a call must pass on, built anew: tensors as addresses."""
     from swath.schedules.kernels import operands_of, plan_of
 
-    plan = plan_of(problem, Target(arch, 132))
+    plan = plan_of(problem, Target(arch, 132), "triton")
     operands = {**operands_of(problem), **plan.scratch.tensors(torch.device("cpu"))}
     rows = []
     for call in plan.calls:
@@ -258,7 +258,7 @@ def test_a_remembered_launch_passes_what_a_new_one_would(row: dict[str, str], re
     first, second = problem_of(row), problem_of(row)
     assert first.memo is second.memo
     for arch in ("sm_90", "gfx942"):
-        plan = plan_of(first, Target(arch, 132))
+        plan = plan_of(first, Target(arch, 132), "triton")
         plan.run(operands_of(first), first.q.device)
         assert not recorder.launches, "the first run compiles"
         plan.run(operands_of(second), second.q.device)
@@ -276,7 +276,7 @@ def test_a_launch_hook_gets_every_launch(recorder: Recorder, monkeypatch: pytest
     from swath.schedules.kernels import operands_of, plan_of
 
     problem = problem_of({name: values[0] for name, values in OPTIONS.items()})
-    plan = plan_of(problem, Target("sm_90", 132))
+    plan = plan_of(problem, Target("sm_90", 132), "triton")
     plan.run(operands_of(problem), problem.q.device)
     listener = lambda metadata: None  # noqa: E731 -- the chain compares it by identity
     knobs.runtime.launch_enter_hook.add(listener)

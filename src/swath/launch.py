@@ -205,6 +205,17 @@ def tile_launch(F: Features, target: Target, short: bool) -> tuple[int, TileLaun
     return block_m, fitting(launch, F, block_m, target)
 
 
+MAX_STEPS = 16
+"""Query tokens that a sequence may have to be decoded by splits; longer ones are cut into tiles."""
+
+
+def tile_slots(problem: Problem, positions: int) -> tuple[int, int]:
+    """Query tokens of each sequence (0 in a ragged batch), and the slots of a flat list of tiles of ``positions``."""
+    if problem.cu_seqlens_q is not None:
+        return 0, problem.q.shape[0] // positions + problem.num_seqs
+    return problem.steps, problem.num_seqs * ceil_div(problem.steps, positions)
+
+
 SCRATCH_BYTES = 512 << 20
 """Most that a call may take to hold dequantised pages."""
 DEQUANTISE_ROWS = 512
@@ -218,8 +229,8 @@ def dequantises(problem: Problem) -> bool:
     keys = problem.keys
     if not isinstance(keys, PagedKeys) or keys.cache.k.dtype not in STORED or problem.compute != "float":
         return False
-    if problem.q.dtype not in (torch.bfloat16, torch.float16):
-        return False
+    if problem.q.dtype not in (torch.bfloat16, torch.float16) or problem.split_size is not None:
+        return False  # with split_size no bit may depend on how large the batch is
     slots = problem.num_seqs * (min(problem.max_kv_len, keys.capacity) + keys.cache.page_size)
     scratch = slots * keys.num_kv_heads * problem.head_dim * 2 * problem.q.element_size()
     return problem.max_q_len * problem.group >= DEQUANTISE_ROWS and scratch <= SCRATCH_BYTES
@@ -277,3 +288,28 @@ def pack_heads(F: Features, short: bool, block_m: int) -> int:
     """
     power = F.group & (F.group - 1) == 0
     return F.group if short and power and 1 < F.group <= block_m // 4 else 1
+
+
+@dataclass(frozen=True)
+class HopperLaunch:
+    """Tile shape and pipeline of hopper_tiles.py."""
+
+    block_n: int
+    stages: int
+    q_stages: int
+    pack: int
+    box_rows: int
+    uniform: bool
+    programs: int = 1  # that run at once on a multiprocessor
+    consumer_registers: int = 240
+    producer_registers: int = 24
+    registers: int | None = None  # a thread's at the start, where the compiler's choice lets too few programs run
+
+
+def hopper_launch(F: Features, window: Window, uniform: bool) -> HopperLaunch:
+    """Prefill on sm_90: two consumers of 64 rows; keys per tile and stages as shared memory allows."""
+    block_n = 64 if F.head_dim > 128 else 128
+    stages, q_stages = (4 if F.head_dim <= 64 else 2), (1 if F.head_dim > 128 else 2)
+    pack = pack_heads(F, is_short(window), 64) if not F.interleaved else 1
+    box_rows = block_n if F.page_size == 0 else min(block_n, F.page_size & -F.page_size)
+    return HopperLaunch(block_n, stages, q_stages, pack, box_rows, uniform)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from swath.cache import DenseKeys, PagedKeys, PagedKV, PageTable
 from swath.launch import (
+    MAX_STEPS,
     Features,
     ceil_div,
     dequantises,
@@ -22,24 +23,27 @@ from swath.launch import (
     pack_heads,
     split_launch,
     tile_launch,
+    tile_slots,
     token_strides,
 )
 from swath.problem import LOG2_E, Problem
 from swath.schedules.dequantise import dequantise_kernel
+from swath.schedules.hopper_call import add_hopper_tiles
 from swath.schedules.launcher import KernelCall, Operands, Plan
 from swath.schedules.reduce import reduce_kernel
 from swath.schedules.splits import split_kernel
 from swath.schedules.tiles import tile_kernel
 from swath.target import Target
 
-MAX_STEPS = 16
-"""Query tokens that a sequence may have to be decoded by splits; longer ones are cut into tiles."""
 REDUCE_CHUNK = 16
 LARGEST_SIZE = 1 << 30
 
 
-def plan_of(problem: Problem, target: Target) -> Plan:
-    """The launches of a call, in order: splits and their reduce, or tiles, or all three in a mixed batch."""
+def plan_of(problem: Problem, target: Target, tiles: str) -> Plan:
+    """The launches of a call, in order: splits and their reduce, or tiles, or all three in a mixed batch.
+
+    ``tiles``: whose tiles, "triton" or "hopper".
+    """
     plan = Plan()
     if problem.num_seqs == 0 or problem.q.numel() == 0:
         return plan
@@ -54,7 +58,12 @@ def plan_of(problem: Problem, target: Target) -> Plan:
         sources: dict[str, str] = {}
         if dequantises(problem):
             problem, sources = add_dequantise(plan, problem, target, claimed)
-        add_tiles(plan, problem, target, claimed, sources)
+        F = features_of(problem, target)
+        args = shared_args(problem, F) | {"claimed": claimed, "num_seqs": problem.num_seqs}
+        if tiles == "hopper":
+            add_hopper_tiles(plan, problem, F, target, args, sources)
+        else:
+            add_tiles(plan, problem, F, target, args, sources)
     return plan
 
 
@@ -192,23 +201,17 @@ def add_splits(plan: Plan, problem: Problem, target: Target, steps: int) -> None
         plan.calls.append(KernelCall(reduce_kernel, owners * tile_rows, args, options))
 
 
-def add_tiles(plan: Plan, problem: Problem, target: Target, claimed: int, sources: dict[str, str]) -> None:
-    """Tiles for the sequences of more than ``claimed`` query tokens; ``sources``: where their keys are."""
-    F = features_of(problem, target)
+def add_tiles(
+    plan: Plan, problem: Problem, F: Features, target: Target, args: dict[str, Any], sources: dict[str, str]
+) -> None:
+    """Tiles for the sequences that the splits do not claim; ``sources``: where their keys are."""
     short = is_short(problem.window)
     block_m, launch = tile_launch(F, target, short)
     pack = pack_heads(F, short, block_m)
-    positions = block_m // pack
-    if problem.cu_seqlens_q is None:
-        steps = problem.steps
-        slots = problem.num_seqs * ceil_div(steps, positions)
-    else:
-        steps, slots = 0, problem.q.shape[0] // positions + problem.num_seqs
-    own = {"steps": steps, "claimed": claimed, "num_seqs": problem.num_seqs}
-    own |= {"BLOCK_M": block_m, "PACK": pack, "BLOCK_N": launch.block_n, "STAGES": launch.stages}
+    steps, slots = tile_slots(problem, block_m // pack)
+    args |= {"steps": steps, "BLOCK_M": block_m, "PACK": pack, "BLOCK_N": launch.block_n, "STAGES": launch.stages}
     grid, options = slots * (F.kv_heads * F.group // pack), {"num_warps": launch.warps}
-    views = shared_views(problem, F)
-    plan.calls.append(KernelCall(tile_kernel, grid, shared_args(problem, F) | own, options, sources, views))
+    plan.calls.append(KernelCall(tile_kernel, grid, args, options, sources, shared_views(problem, F)))
 
 
 def add_dequantise(plan: Plan, problem: Problem, target: Target, claimed: int) -> tuple[Problem, dict[str, str]]:

@@ -153,9 +153,13 @@ UNWATCHED = (None, None, None)
 
 
 def ready_launch(call: KernelCall, compiled: Any, operands: Operands, offsets: dict[str, int]) -> ReadyLaunch | None:
-    """The launch of a call that ran; None for the interpreter, and for a Triton that keeps its kernels otherwise."""
+    """The launch of a call that ran; None for the interpreter, a call that does more, or another Triton."""
     parts = ("run", "function", "packed_metadata")
-    if not isinstance(call.kernel, JITFunction) or not all(hasattr(compiled, part) for part in parts):
+    if (
+        type(call) is not KernelCall
+        or not isinstance(call.kernel, JITFunction)
+        or not all(hasattr(compiled, part) for part in parts)
+    ):
         return None
     parameters = call.kernel.arg_names
     taken = [(i, call.sources.get(p, p)) for i, p in enumerate(parameters) if p not in call.args]

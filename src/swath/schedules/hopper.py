@@ -1,0 +1,67 @@
+"""What the Hopper backend answers for attention, dense or paged: prefill tiles by Gluon, the rest as Triton does it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from swath.cache import PagedKeys
+from swath.launch import MAX_STEPS, STORED, dequantises
+from swath.problem import Problem
+from swath.schedules.gpu import Runner
+from swath.target import target_of, why_no_triton
+
+NAME = "hopper"
+ARCH = "sm_90"
+HEAD_DIMS = (64, 128, 256)
+BOX_BYTES = 16
+"""What addresses and strides of a tensor must be multiples of for the tensor memory accelerator."""
+
+
+def why_not(problem: Problem) -> str | None:
+    """Needs an sm_90 GPU and a call that the kernel was made for."""
+    reason = why_no_triton(problem.q.device)
+    if reason is not None:
+        return reason
+    arch = target_of(problem.q.device).arch
+    if arch != ARCH:
+        return f"made for {ARCH}, this is {arch}"
+    memo = {} if problem.memo is None else problem.memo
+    key = f"why_not {NAME}"
+    if key not in memo:
+        memo[key] = why_not_tiles(problem)
+    remembered: str | None = memo[key]
+    return remembered
+
+
+def why_not_tiles(problem: Problem) -> str | None:
+    """What the kernel lacks for a call, on any machine: it multiplies 16-bit tiles that it fetches in boxes."""
+    keys = problem.keys
+    if problem.max_q_len <= MAX_STEPS:
+        return f"at most {MAX_STEPS} query tokens a sequence: decode is the triton backend's"
+    if problem.head_dim not in HEAD_DIMS:
+        return f"head_dim {problem.head_dim}; it has {', '.join(map(str, HEAD_DIMS))}"
+    if problem.q.dtype not in (torch.bfloat16, torch.float16):
+        return f"{problem.q.dtype} queries; it multiplies 16-bit values"
+    fetched = [problem.q]
+    if not isinstance(keys, PagedKeys):
+        fetched += [keys.k, keys.v]
+    elif keys.cache.page_size % 8:
+        return f"page_size {keys.cache.page_size}; its boxes have 8 rows or more"
+    elif keys.cache.k.dtype not in STORED:
+        fetched += [keys.cache.k, keys.cache.v]
+    elif not dequantises(problem):
+        return "8-bit keys that are decoded in the tiles, not copied to 16 bits first"
+    if not all(map(_in_boxes, fetched)):
+        return f"q, k or v is empty, or has a stride or an address that is no multiple of {BOX_BYTES} bytes"
+    return None
+
+
+def _in_boxes(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can fetch boxes of ``x``."""
+    strides = all(s > 0 and s * x.element_size() % BOX_BYTES == 0 for s in x.stride()[:-1])
+    return strides and x.data_ptr() % BOX_BYTES == 0 and x.numel() > 0
+
+
+_runner = Runner(NAME)
+plan, warm, run = _runner.plan, _runner.warm, _runner.run

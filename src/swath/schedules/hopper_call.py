@@ -1,0 +1,77 @@
+"""From a Problem to the launch of hopper_tiles.py, whose kernel takes q, k and v as boxes of the memory accelerator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from swath.launch import Features, hopper_launch, tile_slots
+from swath.problem import Problem
+from swath.schedules.hopper_feed import BOX_COLUMNS, CONSUMER_ROWS, CONSUMERS
+from swath.schedules.hopper_tiles import hopper_tile_kernel
+from swath.schedules.launcher import KernelCall, Operands, Plan
+from swath.target import Target
+
+GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class BoxedCall(KernelCall):
+    """A launch that takes some operands as boxes of these rows, and draws its tiles from a counter that begins at 0."""
+
+    boxes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def launch(self, operands: Operands) -> Any:
+        """Launch it; drivers encode boxes anew for each launch, so there is no shorter way."""
+        counter = operands["counter"]
+        if counter is not None:
+            counter.zero_()
+        return KernelCall.launch(self, operands)
+
+    def arguments(self, operands: Operands) -> dict[str, Any]:
+        """All arguments of the kernel by name."""
+        boxed = {f"{name}_desc": self._box(name, box, operands) for name, box in self.boxes.items()}
+        return KernelCall.arguments(self, operands) | boxed
+
+    def _box(self, name: str, box: tuple[int, ...], operands: Operands) -> TensorDescriptor | None:
+        x = operands[self.sources.get(name, name)]
+        if x is None:
+            return None
+        x = in_four_dimensions(name, x)
+        shape = [*box, BOX_COLUMNS.value]
+        layout = gl.NVMMASharedLayout.get_default_for(shape, GLUON_DTYPES[x.dtype])
+        return TensorDescriptor.from_tensor(x, shape, layout)
+
+
+def in_four_dimensions(name: str, x: Tensor) -> Tensor:
+    """q [B, S, Hq, D], a ragged batch as one sequence; k or v [pages, Hkv, page_size, D], dense keys as one page."""
+    if x.dim() == 4:
+        return x
+    return x[None] if name == "q" else x.transpose(0, 1)[None]
+
+
+def add_hopper_tiles(
+    plan: Plan, problem: Problem, F: Features, target: Target, args: dict[str, Any], sources: dict[str, str]
+) -> None:
+    """Tiles for the sequences that the splits do not claim; ``sources``: where their keys are."""
+    launch = hopper_launch(F, problem.window, uniform=problem.cu_seqlens_q is None)
+    rows, consumers = CONSUMER_ROWS.value, CONSUMERS.value
+    steps, slots = tile_slots(problem, consumers * rows // launch.pack)
+    num_tiles = slots * (F.kv_heads * F.group // launch.pack)
+    plan.scratch.add("counter", torch.int32, 1)
+    key_box = (1, 1, launch.box_rows)
+    plan.calls.append(
+        BoxedCall(
+            hopper_tile_kernel,
+            min(num_tiles, launch.programs * target.num_sms),
+            args | {"steps": steps, "num_tiles": num_tiles, "C": launch},
+            {"num_warps": 4} | ({"maxnreg": launch.registers} if launch.registers else {}),
+            sources,
+            boxes={"q": (1, rows // launch.pack, launch.pack), "k": key_box, "v": key_box},
+        )
+    )

@@ -1,0 +1,345 @@
+"""The producer of hopper_tiles.py: one warp that finds tiles and keeps rings in shared memory full of what they need.
+
+Boxes of the tensor memory accelerator bring whole rows, and zeros for what is out of a tensor's bounds: a dead page,
+or a box that no row sees. Where the edge of the visible keys cuts a box, the producer clears the hidden rows of V: what
+stands there, NaN too, must not meet a p of 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from swath.device.cache import table_row
+from swath.device.window import band_of
+from swath.schedules.query import leading_of, q_head_of, sequence_of
+from swath.schedules.tiles import sequence_at
+from swath.schedules.walk import interior_tiles, plan_walk, seen_by_any, tile_start
+
+CONSUMERS = gl.constexpr(2)
+CONSUMER_ROWS = gl.constexpr(64)
+BOX_COLUMNS = gl.constexpr(64)  # of 16 bits: the widest box with a 128-byte swizzle
+
+
+class Ring(NamedTuple):
+    """Stages in shared memory with the barriers that say "full" and "empty"."""
+
+    stages: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+
+class Rings(NamedTuple):
+    """What the producer fills and the consumers empty."""
+
+    q: Ring
+    k: Ring
+    v: Ring
+    places: Ring
+
+
+class Batch(NamedTuple):
+    """What a tile number is turned into rows and keys with: lengths, tables and the window."""
+
+    table: gl.tensor
+    indptr: gl.tensor
+    lens: gl.tensor
+    cu_q: gl.tensor
+    q_start: gl.tensor
+    leading: gl.tensor
+    size: gl.tensor
+    steps: gl.tensor
+    claimed: gl.tensor
+    num_seqs: gl.tensor
+    max_pages: gl.tensor
+    num_pages: gl.tensor
+    table_stride: gl.tensor
+    num_tiles: gl.tensor
+
+
+class Place(NamedTuple):
+    """Which rows a tile number stands for, as the producer reads it and passes it on."""
+
+    t: gl.tensor
+    b: gl.tensor
+    begin: gl.tensor  # the first query token, of q_len
+    q_len: gl.tensor
+    token: gl.tensor  # the row of the sequence's first query token
+    start: gl.tensor  # its position
+    kv_len: gl.tensor
+    key_row: gl.tensor
+    leading: gl.tensor
+
+
+class Tile(NamedTuple):
+    """The rows of a tile and the key tiles they see."""
+
+    place: gl.tensor
+    head: gl.tensor
+    kv_head: gl.tensor
+    band: gl.tensor
+    walk: gl.tensor
+    interior: gl.tensor
+    interior_end: gl.tensor
+
+
+@gluon.jit
+def place_of(t, batch, F: gl.constexpr, C: gl.constexpr):
+    """Find tile ``t`` of the flat list, longest first. Not every one has rows: then q_len and kv_len are 0."""
+    POSITIONS: gl.constexpr = CONSUMERS * CONSUMER_ROWS // C.pack
+    slot = (batch.num_tiles - 1 - t) // (F.kv_heads * F.group // C.pack)
+    b, first_slot = sequence_at(slot, batch.cu_q, batch.num_seqs, batch.steps, POSITIONS)
+    seq = sequence_of(b, batch.cu_q, batch.steps, batch.lens, batch.q_start, F)
+    begin = (slot - first_slot) * POSITIONS
+    used = (begin < seq.q_len) & (seq.q_len > batch.claimed)
+    kv_len = seq.kv_len
+    if F.page_size > 0:
+        _, pages = table_row(batch.table, batch.indptr, b, batch.table_stride, batch.max_pages)
+        kv_len = gl.minimum(kv_len, pages * F.page_size)
+    return Place(
+        t, b, begin, gl.where(used, seq.q_len, 0), seq.token, seq.start, gl.where(used, kv_len, 0), seq.key_row,
+        leading_of(b, batch.leading, F),
+    )  # fmt: skip
+
+
+@gluon.jit
+def tile_of(place, batch, F: gl.constexpr, C: gl.constexpr):
+    """Lay out the key tiles of a place."""
+    POSITIONS: gl.constexpr = CONSUMERS * CONSUMER_ROWS // C.pack
+    head = place.t % (F.kv_heads * F.group // C.pack)
+    kv_head = head if C.pack > 1 else head // F.group
+    first = place.start + place.begin
+    last = place.start + gl.minimum(place.begin + POSITIONS, place.q_len) - 1
+    band = band_of(first, last, place.kv_len, batch.size, place.leading, F)
+    walk = plan_walk(band, C.box_rows if F.page_size > 0 else 1, C.block_n)
+    interior, interior_end = interior_tiles(band, walk, first, last, batch.size, F, C.block_n)
+    return Tile(place, head, kv_head, band, walk, interior, interior_end)
+
+
+@gluon.jit
+def masked_tiles(tile):
+    """How many key tiles of a row tile need a mask; they come first."""
+    return tile.walk.total - (tile.interior_end - tile.interior)
+
+
+@gluon.jit
+def key_start(j, tile, F: gl.constexpr, C: gl.constexpr):
+    """Where the ``j``-th key tile begins, and the first key that is new in it: masked tiles come first, all downwards.
+
+    The last tile of the band is moved back until it ends with the band (or at the end of a box), so that none of its
+    rows is one that nobody may see; the keys that it shares with its neighbour count there.
+    """
+    walk = tile.walk
+    top = walk.total - tile.interior_end
+    i = gl.where(j < top, walk.total - 1 - j, tile.interior - 1 - (j - top))
+    i = gl.where(j < masked_tiles(tile), i, tile.interior_end - 1 - (j - masked_tiles(tile)))
+    fresh = tile_start(i, walk, C.block_n)
+    align: gl.constexpr = C.box_rows if F.page_size > 0 else 1
+    end = (tile.band.right + align - 1) // align * align
+    moved = gl.maximum(gl.minimum(fresh, end - C.block_n), walk.origin)
+    return gl.where(i < walk.num_lead, fresh, moved), fresh
+
+
+@gluon.jit
+def produce(q_desc, k_desc, v_desc, counter, cut_loaded, rings, batch, F: gl.constexpr, C: gl.constexpr):
+    """The producer: draws tiles and asks for their query rows and key tiles, as room allows."""
+    passed = 0
+    rows = 0
+    n = 0
+    cuts = 0
+    t = gl.program_id(0)
+    while t < batch.num_tiles:
+        place = place_of(t, batch, F, C)
+        pass_on(passed, rings.places, place)
+        passed += 1
+        drawn = draw(counter)
+        tile = tile_of(place, batch, F, C)
+        if tile.walk.total > 0:
+            load_queries(rows, tile, q_desc, rings.q, F, C)
+            rows += 1
+        start, _ = key_start(0, tile, F, C)
+        page = box_pages(start, tile, 1, batch, F, C)
+        for j in range(tile.walk.total):
+            next_start, _ = key_start(j + 1, tile, F, C)
+            ahead = box_pages(next_start, tile, 1, batch, F, C)
+            k_full = rings.k.full.index(n % C.stages)
+            v_full = rings.v.full.index(n % C.stages)
+            load_tile(n, start, page, tile, k_desc, rings.k, k_full, F, C)
+            if all_seen(start, start + C.block_n, tile.band):
+                load_tile(n, start, page, tile, v_desc, rings.v, v_full, F, C)
+            else:
+                load_tile(n, start, page, tile, v_desc, rings.v, cut_loaded, F, C)
+                mbarrier.wait(cut_loaded, cuts & 1)
+                cuts += 1
+                clear_hidden(n, start, tile, rings.v, F, C)
+                mbarrier.arrive(v_full, count=1)
+            start = next_start
+            page = ahead
+            n += 1
+        t = gl.max(drawn, 0) + gl.num_programs(0)
+    pass_on(passed, rings.places, Place(t, t, t, t, t, t, t, t, t))
+
+
+@gluon.jit
+def load_queries(n, tile, q_desc, ring, F: gl.constexpr, C: gl.constexpr):
+    """Ask for the query rows of all consumers."""
+    HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
+    POSITIONS: gl.constexpr = CONSUMER_ROWS // C.pack
+    slot = n % C.q_stages
+    mbarrier.wait(ring.empty.index(slot), ((n // C.q_stages) & 1) ^ 1)
+    full = ring.full.index(slot)
+    mbarrier.expect(full, CONSUMERS * CONSUMER_ROWS * F.head_dim * 2)
+    q_head = q_head_of(tile.kv_head, 0 if C.pack > 1 else tile.head % F.group, F)
+    place = tile.place
+    seq = place.b if C.uniform else 0
+    token = place.begin if C.uniform else place.token + place.begin
+    for c in gl.static_range(CONSUMERS):
+        for half in gl.static_range(HALVES):
+            box = ring.stages.index((slot * CONSUMERS + c) * HALVES + half)
+            box = box._reinterpret(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
+            at = [seq, token + c * POSITIONS, q_head, half * BOX_COLUMNS]
+            tma.async_copy_global_to_shared(q_desc, at, full, box)
+
+
+@gluon.jit
+def box_pages(start, tile, WARPS: gl.constexpr, batch, F: gl.constexpr, C: gl.constexpr):
+    """The page of each box of a key tile, one a lane (the same in each warp); -1, which reads as zeros, where no row
+    sees the box.
+    """
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    pos = start + lane * C.box_rows
+    band = tile.band
+    wanted = (pos < band.lead) | ((pos + C.box_rows > band.left) & (pos < band.right))
+    if F.page_size == 0:
+        return gl.where(wanted, 0, -1)
+    else:
+        entries, _ = table_row(batch.table, batch.indptr, tile.place.b, batch.table_stride, batch.max_pages)
+        return gl.load(entries + pos // F.page_size, mask=wanted & (lane < C.block_n // C.box_rows), other=-1)
+
+
+@gluon.jit
+def load_tile(n, start, page, tile, desc, ring, full, F: gl.constexpr, C: gl.constexpr):
+    """Ask for one key tile of K or V, box by box, once its stage is empty; ``full`` then counts its bytes."""
+    slot = n % C.stages
+    mbarrier.wait(ring.empty.index(slot), ((n // C.stages) & 1) ^ 1)
+    mbarrier.expect(full, C.block_n * F.head_dim * 2)
+    HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
+    BOXES: gl.constexpr = C.block_n // C.box_rows
+    for i in gl.static_range(BOXES):
+        pos = start + i * C.box_rows
+        row = pos % F.page_size if F.page_size > 0 else tile.place.key_row + pos
+        entry = nth(page, i)
+        for half in gl.static_range(HALVES):
+            box = ring.stages.index((slot * HALVES + half) * BOXES + i)
+            box = box._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+            tma.async_copy_global_to_shared(desc, [entry, tile.kv_head, row, half * BOX_COLUMNS], full, box)
+
+
+@gluon.jit
+def clear_hidden(n, start, tile, ring, F: gl.constexpr, C: gl.constexpr):
+    """Zero the rows of a loaded V tile that no row sees: what stands there, NaN too, must not meet a p of 0."""
+    HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
+    ROWS: gl.constexpr = 8
+    CHUNKS: gl.constexpr = C.block_n // ROWS
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    chunks = ring.stages._reinterpret(
+        ring.stages.dtype, [C.stages * HALVES * CHUNKS, ROWS, BOX_COLUMNS], ring.stages.layout
+    )
+    for i in range(CHUNKS):
+        pos = start + i * ROWS
+        if not all_seen(pos, pos + ROWS, tile.band):
+            seen = seen_by_any(pos + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), tile.band)
+            for half in gl.static_range(HALVES):
+                chunk = chunks.index(((n % C.stages) * HALVES + half) * CHUNKS + i)
+                chunk.store(gl.where(seen[:, None], chunk.load(LAYOUT), 0.0))
+    fence_async_shared()
+
+
+@gluon.jit
+def all_seen(start, end, band):
+    """Whether each of the keys ``start .. end - 1`` is seen by some row."""
+    return (end <= band.lead) | ((start >= band.left) & (end <= band.right))
+
+
+DRAW = gl.constexpr(
+    "{ .reg .pred first; .reg .b32 lane, old; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.b32 old, 0; "
+    "@first atom.global.add.u32 old, [$1], 1; shfl.sync.idx.b32 $0, old, 0, 31, 0xffffffff; }"
+)
+
+
+@gluon.jit
+def draw(counter):
+    """The next number of the launch, in each lane of the one warp that draws. ``gl.atomic_add`` lost numbers here."""
+    address = gl.full((32,), 0, gl.int64, layout=gl.BlockedLayout([1], [32], [1], [0])) + counter.to(gl.int64)
+    return gl.inline_asm_elementwise(DRAW, "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def pass_on(n, places, place):
+    """Producer: tell the consumers their ``n``-th place."""
+    slot = n % 2
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    value = lane * 0
+    for i in gl.static_range(len(place)):
+        value = gl.where(lane == i, place[i], value)
+    mbarrier.wait(places.empty.index(slot), ((n // 2) & 1) ^ 1)
+    places.stages.index(slot).store(value)
+    mbarrier.arrive(places.full.index(slot), count=1)
+
+
+@gluon.jit
+def receive(n, places):
+    """Consumer: the ``n``-th place."""
+    slot = n % 2
+    mbarrier.wait(places.full.index(slot), (n // 2) & 1)
+    value = places.stages.index(slot).load(gl.BlockedLayout([1], [32], [4], [0]))
+    mbarrier.arrive(places.empty.index(slot), count=1)
+    return Place(
+        nth(value, 0), nth(value, 1), nth(value, 2), nth(value, 3), nth(value, 4), nth(value, 5), nth(value, 6),
+        nth(value, 7), nth(value, 8),
+    )  # fmt: skip
+
+
+@gluon.jit
+def nth(x, i):
+    """Element ``i`` of a vector of 32."""
+    return gl.max(gl.where(gl.arange(0, 32, layout=x.type.layout) == i, x, -2147483648), 0)
+
+
+@gluon.jit
+def as_tiles(ring, tiles: gl.constexpr, rows: gl.constexpr, F: gl.constexpr):
+    """The ring as tensor cores read it: boxes of 64 columns, one block of columns after the other, make a tile."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, F.head_dim], ring.stages.dtype)
+    return Ring(ring.stages._reinterpret(ring.stages.dtype, [tiles, rows, F.head_dim], LAYOUT), ring.full, ring.empty)
+
+
+@gluon.jit
+def new_ring(stages: gl.constexpr, boxes: gl.constexpr, rows: gl.constexpr, DTYPE: gl.constexpr):
+    """Shared memory for ``stages`` of ``boxes`` boxes of ``rows`` rows, filled by one producer."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, BOX_COLUMNS], DTYPE)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    ring = Ring(
+        gl.allocate_shared_memory(DTYPE, [stages * boxes, rows, BOX_COLUMNS], LAYOUT),
+        gl.allocate_shared_memory(gl.int64, [stages, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [stages, 1], BARRIER),
+    )
+    for i in gl.static_range(stages):
+        mbarrier.init(ring.full.index(i), count=1)
+        mbarrier.init(ring.empty.index(i), count=CONSUMERS)
+    return ring
+
+
+@gluon.jit
+def new_places():
+    """Shared memory for the places that the producer passes on."""
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    slots = gl.allocate_shared_memory(gl.int32, [2, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    for i in gl.static_range(2):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    return Ring(slots, full, empty)

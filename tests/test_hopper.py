@@ -1,0 +1,74 @@
+"""The Hopper backend where sweeps of small cases do not reach: many row tiles, key tiles and pages, and its queue."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from swath import target
+from swath.quant import KVQuant
+from swath.schedules import hopper
+from swath.testing import Case, make
+
+pytestmark = pytest.mark.gpu
+
+LONG = Case((700, 1300, 261, 40), (700, 513, 130, 40), num_kv_heads=2, group=4, head_dim=128, dense=True, spiked=True)
+PAGED = replace(LONG, dense=False)
+
+CASES = {
+    "full": LONG,
+    "not causal": replace(LONG, causal=False),
+    "window of a tile": replace(LONG, size=128),
+    "window of many tiles": replace(LONG, size=400),
+    "window and leading keys": replace(LONG, size=200, global_tokens=70),
+    "leading keys of each sequence": replace(LONG, size=150, global_tokens=(0, 300, 5, 64)),
+    "window to both sides": replace(LONG, size=170, causal=False),
+    "both sides and leading keys": replace(LONG, size=90, causal=False, global_tokens=200),
+    "nothing but leading keys": replace(LONG, size=0, global_tokens=150),
+    "soft cap, sink and LSE": replace(LONG, softcap=5.0, sink="fp32"),
+    "positions given": replace(LONG, q_start=(0, 200, -60, 10), size=300),
+    "fp16 of 64": replace(LONG, dtype=torch.float16, head_dim=64),
+    "bf16 of 256": replace(LONG, head_dim=256, size=300),
+    "packed heads": replace(LONG, head_dim=64, group=8, size=128, sink="q"),
+    "interleaved heads": replace(LONG, gqa="interleaved", size=128),
+    "a group of three": replace(LONG, group=3),
+    "pages of 16": PAGED,
+    "pages of 16, window": replace(PAGED, size=200),
+    "pages of 8": replace(PAGED, page_size=8, size=333),
+    "pages of 48": replace(PAGED, page_size=48, size=333, global_tokens=33),
+    "pages of 544": replace(PAGED, page_size=544),
+    "flat table": replace(PAGED, table="flat", layout="nhd"),
+    "holes": replace(PAGED, holes=True),
+    "holes in a window": replace(PAGED, holes=True, size=300, global_tokens=20),
+    "int8 pages": replace(PAGED, quant=KVQuant(torch.int8, "channel"), size=400, bounds="tight"),
+    "rows of nobody": replace(PAGED, q_lens=(700, 0, 130, 1), tail=150),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_hopper() -> None:
+    if target.target_of(torch.device("cuda")).arch != hopper.ARCH:
+        pytest.skip(f"needs {hopper.ARCH}")
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_against_the_truth(case: Case) -> None:
+    inputs = make(case, "cuda")
+    canary = inputs.canary()
+    out, lse = inputs.run("hopper", out=canary.out)
+    inputs.check(out, lse)
+    assert canary.broken() == 0
+
+
+@pytest.mark.parametrize("name", ["full", "packed heads", "pages of 16, window", "holes", "rows of nobody"])
+def test_no_tile_is_lost_or_done_otherwise(name: str) -> None:
+    """Programs draw tiles from a counter: over 100 launches each row is written, and always with the same bits."""
+    inputs = make(CASES[name], "cuda")
+    first, _ = inputs.run("hopper")
+    rows = sum(inputs.case.row_counts)
+    for _ in range(100):
+        out = torch.full_like(first, float("nan"))
+        inputs.run("hopper", out=out)
+        assert torch.equal(out[:rows], first[:rows])
