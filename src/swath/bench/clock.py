@@ -109,13 +109,15 @@ class GpuClock(CpuClock):
         return [1e3 * begin.elapsed_time(end) for begin, end in spans]
 
     def extra_bytes(self, run: Run) -> int | None:
-        """The peak of allocated memory during one call, less what was there and the result itself."""
+        """The peak of allocated memory during one call, less what was there before and what of it stays: the result."""
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         out = run()
         torch.cuda.synchronize(self.device)
-        return max(torch.cuda.max_memory_allocated(self.device) - before - out.nbytes, 0)
+        stays = torch.cuda.memory_allocated(self.device) - before
+        del out
+        return torch.cuda.max_memory_allocated(self.device) - before - stays
 
     def plain_read(self, nbytes: int) -> Run | None:
         """As a CUDA graph, for at most ``SMALL_BYTES``."""

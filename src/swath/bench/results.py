@@ -90,9 +90,22 @@ def measured(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
     return {(row["case"], row["provider"]): row for row in rows if row["status"] == "ok"}
 
 
+def conditions(rows: Iterable[Row]) -> str:
+    """The machines, versions and dates of rows in a sentence."""
+
+    def said(row: Row) -> str:
+        versions = (
+            f"torch {row['torch']}, Triton {row['triton']}, swath {row['swath']} at {row['commit'] or 'no commit'}"
+        )
+        driver = f", driver {row['driver']}" if row.get("driver") else ""
+        return f"{row['gpu'] or row.get('cpu')}{driver}, {versions}, {row['date']}"
+
+    return "; ".join(dict.fromkeys(said(row) for row in rows))
+
+
 def _commit() -> str | None:
     """Of the checkout that this package lies in."""
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1])
     head = _first_line("git", "-C", here, "rev-parse", "--short", "HEAD")
     if head is None:
         return None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from statistics import median
 
 from rich.table import Table
+from rich.text import Text
 
 from swath.bench.cases import CASES
 from swath.bench.results import Row
@@ -59,28 +61,46 @@ def verdict(rows: list[Row]) -> str:
 
 
 def case_table(rows: list[Row]) -> Table:
-    """The providers of one case, the fastest first, those without a time last."""
-    title = f"{rows[0]['case']}  [dim]{rows[0].get('shape', '')}[/]"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim", pad_edge=False)
+    """The providers of one case, the fastest first; a column only where somebody has a figure."""
+    timed = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: float(row["us"]))
+    columns = [column for column in _COLUMNS if any(row.get(column.key) is not None for row in timed)]
+    table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("", min_width=12)
-    for name in ("us", "x floor", "TFLOP/s", "TB/s", "eager us", "host us", "extra MiB", "error"):
-        table.add_column(name, justify="right")
-    for row in sorted(rows, key=lambda row: row.get("us", float("inf"))):
-        if row["status"] == "ok":
-            table.add_row(row["provider"], *_figures(row))
+    for column in columns:
+        table.add_column(column.title, justify="right")
+    for row in timed:
+        table.add_row(row["provider"], *(column.shown(row) for column in columns))
     return table
 
 
-def _figures(row: Row) -> list[str]:
-    def number(name: str, form: str) -> str:
-        return "" if row.get(name) is None else format(row[name], form)
+def title(row: Row) -> Text:
+    """The case and its shape."""
+    return Text.assemble((row["case"], "bold"), (f"  {row['shape']}", "dim"))
 
-    extra = row.get("extra_bytes")
-    return [
-        number("us", ".1f"), number("x_floor", ".2f"), number("tflop_per_s", ".3g"), number("tb_per_s", ".3g"),
-        number("eager_us", ".1f"), number("host_us", ".1f"), "" if extra is None else f"{extra / 2**20:.1f}",
-        number("error", ".1e"),
-    ]  # fmt: skip
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    key: str
+    form: str
+    unit: float = 1.0
+
+    def shown(self, row: Row) -> str:
+        value = row.get(self.key)
+        return "" if value is None else format(value / self.unit, self.form)
+
+
+_COLUMNS = (
+    _Column("us", "us", ".1f"),
+    _Column("x floor", "x_floor", ".2f"),
+    _Column("TFLOP/s", "tflop_per_s", ".3g"),
+    _Column("TB/s", "tb_per_s", ".3g"),
+    _Column("plain read us", "read_us", ".1f"),
+    _Column("eager us", "eager_us", ".1f"),
+    _Column("host us", "host_us", ".0f"),
+    _Column("extra MiB", "extra_bytes", ".1f", 2**20),
+    _Column("error", "error", ".1e"),
+)
 
 
 def untimed(rows: list[Row]) -> list[str]:

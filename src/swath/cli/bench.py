@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 import typer
 
+from swath.cli.bench_results import compare, plot, report
 from swath.cli.bench_session import Session
 from swath.cli.output import console, fail, one_line_errors
 from swath.errors import bad_value
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from swath.bench.results import Row
 
 app = typer.Typer(help="Measure swath and its peers on this machine.", no_args_is_help=True)
+
+for command in (compare, plot, report):
+    app.command()(command)
 
 ROUNDS, QUICK_ROUNDS, QUICK_SECONDS = 7, 3, 50.0
 

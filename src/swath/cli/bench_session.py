@@ -28,7 +28,7 @@ class Session:
         self.began = time.monotonic()
         self.slowest = 0.0
         self.kept = 0
-        self.ours_failed: list[str] = []
+        self.rows: list[Row] = []
         self.out = console()
 
     def measure(
@@ -54,26 +54,40 @@ class Session:
             raise typer.Exit(130) from None
         except BrokenDeviceError as error:
             raise fail(f"{error}; {self._said()}") from error
+        self._print_goals()
         typer.echo(self._said())
-        if self.ours_failed:
-            raise fail(f"swath itself was refused or failed: {', '.join(self.ours_failed)}")
+        bad = [
+            row for row in self.rows if row["status"] in ("refused", "failed") and row["provider"].startswith("swath-")
+        ]
+        if bad:
+            said = "; ".join(f"{row['provider']} on {row['case']!r}, {row['reason']}" for row in bad)
+            raise fail(f"swath itself was refused or failed: {said}")
 
     def _out_of_time(self) -> bool:
         return self.budget is not None and time.monotonic() - self.began + self.slowest > self.budget
 
     def _keep(self, rows: list[Row]) -> None:
         from swath.bench.results import append
-        from swath.bench.table import case_table, is_ours, untimed, verdict
+        from swath.bench.table import case_table, title, untimed, verdict
 
         append(self.path, [row | self.machine for row in rows])
         self.kept += 1
-        bad = [r for r in rows if r["status"] in ("refused", "failed") and is_ours(r["provider"])]
-        self.ours_failed += [f"{row['provider']} on {row['case']!r} ({row['reason']})" for row in bad]
+        self.rows += rows
+        self.out.print(title(rows[0]))
         self.out.print(case_table(rows))
         for line in untimed(rows):
             self.out.print(f"  {line}", style="dim", markup=False)
         said = verdict(rows)
         self.out.print(f"  {said}\n" if said else "", markup=False)
+
+    def _print_goals(self) -> None:
+        """The ratios that this run can tell."""
+        from swath.bench.goals import outcomes
+
+        for found in outcomes(self.rows):
+            style = "green" if found.reached else "red"
+            said = f"{found.goal.name}: {found.ratio:.3g}, wanted at most {found.goal.most:.3g}"
+            self.out.print(said, style=style, markup=False)
 
     @contextmanager
     def _progress(self) -> Iterator[Callable[[str], None]]:

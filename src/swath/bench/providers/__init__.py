@@ -5,11 +5,11 @@ One small file for each, with its window convention at the top. A file imports i
 
 from __future__ import annotations
 
-from swath.bench.providers import fa3, fa4, flashinfer, flex, own, scalar, sdpa
+from swath.bench.providers import fa3, fa4, flashinfer, flex, own, scalar, sdpa, sglang, vllm, xformers
 from swath.bench.providers.provider import Provider
 from swath.errors import bad_value
 
-MODULES = (own, fa3, fa4, flashinfer, flex, sdpa, scalar)
+MODULES = (own, fa3, fa4, flashinfer, vllm, sglang, flex, sdpa, xformers, scalar)
 PROVIDERS: dict[str, Provider] = {p.name: p for module in MODULES for p in module.PROVIDERS}
 """By name, swath first, baselines last."""
 
