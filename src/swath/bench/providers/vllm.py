@@ -37,7 +37,7 @@ def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
         q=inputs.q, k=k, v=v, out=out, cu_seqlens_q=inputs.cu_q, max_seqlen_q=inputs.max_q,
         seqused_k=inputs.seq_lens, max_seqlen_k=inputs.max_kv, softmax_scale=case.head_dim**-0.5, causal=True,
         window_size=(-1, -1) if case.window is None else (case.window - 1, 0), block_table=inputs.pages, softcap=0.0,
-        q_descale=None, k_descale=None, v_descale=None, sinks=inputs.sink, **_segments(inputs), **_scales(inputs),
+        q_descale=None, sinks=inputs.sink, **_segments(inputs), **_scales(inputs),
     )  # fmt: skip
 
     def run() -> Tensor:
@@ -66,13 +66,14 @@ def _scales(inputs: Inputs) -> dict[str, Any]:
     from vllm.v1.kv_cache_interface import KVQuantMode
 
     cache, kind = inputs.cache, inputs.case.quant.k
+    unused = {"k_descale": None, "v_descale": None}
     if cache.k_scale is None or cache.v_scale is None:
-        return {}
+        return unused
     if kind == "token":
         stored = "INT8" if cache.k.dtype == torch.int8 else "FP8"
         by_slot = (scale.transpose(1, 2).contiguous() for scale in (cache.k_scale, cache.v_scale))
         mode = KVQuantMode[f"{stored}_PER_TOKEN_HEAD"]
-        return dict(zip(("k_scale_cache", "v_scale_cache"), by_slot, strict=True)) | {"kv_quant_mode": mode}
+        return unused | dict(zip(("k_scale_cache", "v_scale_cache"), by_slot, strict=True)) | {"kv_quant_mode": mode}
     each = (len(inputs.lengths.q), inputs.case.kv_heads)
     scales = {"k_descale": cache.k_scale.expand(each), "v_descale": cache.v_scale.expand(each)}
     return scales | {"kv_quant_mode": KVQuantMode.FP8_PER_TENSOR}
