@@ -15,7 +15,7 @@ from swath import Window
 from swath.bench import providers, results, run
 from swath.bench.case import BenchCase, Extend, Groups, Lengths, LogUniform, UniformKeys, visible_pairs, work_of
 from swath.bench.cases import CASES, select
-from swath.bench.clock import CpuClock
+from swath.bench.clock import CpuClock, GpuClock
 from swath.bench.gate import Gate
 from swath.bench.inputs import Inputs, make_inputs
 from swath.bench.providers import PROVIDERS, Provider, choose
@@ -230,6 +230,20 @@ def test_a_run_times_who_passes_and_says_why_not_the_others() -> None:
     assert 0 < min(floors) <= max(figures["floor_us"], max(floors))
     assert figures["budget_used"] <= 1
     assert figures["launch"].startswith("torch, float32")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["decode", "steps", "prefill"])
+def test_a_gpu_run_has_all_its_figures(op: str) -> None:
+    case = replace(FORMS[op], name=op, op=op, storage="int8 token", dtype="bf16")
+    chosen = choose(("swath", "scalar", "torch"))
+    here = tuple(provider for provider in chosen if provider.missing(torch.device("cuda")) is None)
+    rows = run.measure_case(case, here, GpuClock(), 3, lambda _text: None)
+    assert {row["status"] for row in rows} == {"ok"}, rows
+    for row in rows:
+        assert {"us", "x_floor", "extra_bytes", "error", "copy_tb_per_s"} <= row.keys()
+        assert ({"host_us", "eager_us", "read_us"} <= row.keys()) == (op != "prefill")
+        assert row["method"] == ("eager" if op == "prefill" else "graph")
 
 
 def test_results_can_be_read_again_and_resumed(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class CpuClock:
         self.device = torch.device(device)
         n = self.matmul_size
         self._a, self._b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
-        self._stream, self._copied = (torch.zeros(self.stream_bytes // 4, device=device) for _ in range(2))
+        self._stream, self._copied = (torch.rand(self.stream_bytes // 4, device=device) for _ in range(2))
 
     def times_us(self, run: Run, count: int) -> list[float]:
         """Times of ``count`` runs."""
@@ -82,7 +82,7 @@ class GpuClock(CpuClock):
     """
 
     matmul_size = 8192
-    stream_bytes = 1 << 30
+    stream_bytes = 2 << 30
     pause_s = 0.05
 
     def __init__(self, device: str = "cuda") -> None:

@@ -78,6 +78,17 @@ def title(row: Row) -> Text:
     return Text.assemble((row["case"], "bold"), (f"  {row['shape']}", "dim"))
 
 
+def ceilings(rows: list[Row]) -> str:
+    """What the machine reached on plain work beside this case."""
+    row = next((row for row in rows if row["status"] == "ok"), None)
+    if row is None:
+        return ""
+    reads, copies = ("reads", "read_tb_per_s", "TB/s"), ("copies", "copy_tb_per_s", "TB/s")
+    names = (reads, copies, ("multiplies", "matmul_tflop_per_s", "TFLOP/s"))
+    rates = ", ".join(f"{verb} {row[key]:.3g} {unit}" for verb, key, unit in names)
+    return f"floor {row['floor_us']:.4g} us ({row['bound']}): {rates}"
+
+
 @dataclass(frozen=True)
 class _Column:
     title: str
@@ -87,11 +98,14 @@ class _Column:
 
     def shown(self, row: Row) -> str:
         value = row.get(self.key)
+        if isinstance(value, list):  # the 10th and the 90th percentile: how far they lie apart
+            value = (value[1] - value[0]) / row["us"]
         return "" if value is None else format(value / self.unit, self.form)
 
 
 _COLUMNS = (
     _Column("us", "us", ".1f"),
+    _Column("spread", "us_p10_p90", ".1%"),
     _Column("x floor", "x_floor", ".2f"),
     _Column("TFLOP/s", "tflop_per_s", ".3g"),
     _Column("TB/s", "tb_per_s", ".3g"),

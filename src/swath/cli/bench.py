@@ -100,7 +100,7 @@ def run(
     with one_line_errors():
         tags = (*(tag or ()), *(("quick",) if quick else ()))
         todo = _cases(match, op, tags, where)
-        present = _present(provider, without, where, out)
+        present = _present(provider, without, where, quick, out)
         if resume is not None:
             todo = _unfinished(todo, path, machine)
     limit = QUICK_SECONDS if quick and budget is None else budget
@@ -130,7 +130,7 @@ def _unfinished(cases: tuple[BenchCase, ...], path: Path, machine: Row) -> tuple
 
 
 def _present(
-    names: list[str] | None, without: list[str] | None, device: torch.device, out: Console
+    names: list[str] | None, without: list[str] | None, device: torch.device, quick: bool, out: Console
 ) -> tuple[Provider, ...]:
     """The providers asked for that can run here; says which cannot and why."""
     from swath.bench.providers import choose
@@ -139,6 +139,8 @@ def _present(
     present = []
     for provider in choose(tuple(names or ())):
         reason = provider.missing(device)
+        if reason is None and quick and provider.builds and not names:
+            reason = f"it compiles for long (--provider {provider.name} takes it in)"
         if reason is not None:
             out.print(f"without {provider.name}: {reason}", style="dim")
         elif provider not in left_out:

@@ -68,14 +68,14 @@ class Session:
 
     def _keep(self, rows: list[Row]) -> None:
         from swath.bench.results import append
-        from swath.bench.table import case_table, title, untimed, verdict
+        from swath.bench.table import case_table, ceilings, title, untimed, verdict
 
         append(self.path, [row | self.machine for row in rows])
         self.kept += 1
         self.rows += rows
         self.out.print(title(rows[0]))
         self.out.print(case_table(rows))
-        for line in untimed(rows):
+        for line in (*filter(None, (ceilings(rows),)), *untimed(rows)):
             self.out.print(f"  {line}", style="dim", markup=False)
         said = verdict(rows)
         self.out.print(f"  {said}\n" if said else "", markup=False)

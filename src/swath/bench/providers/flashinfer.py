@@ -110,4 +110,4 @@ def _workspace(inputs: Inputs) -> Tensor:
     return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=inputs.q.device)
 
 
-PROVIDERS = (Provider("flashinfer", _why_not, _prepare, module="flashinfer", package="flashinfer-python"),)
+PROVIDERS = (Provider("flashinfer", _why_not, _prepare, module="flashinfer", package="flashinfer-python", builds=True),)

@@ -26,6 +26,7 @@ class Provider:
             The call returns out with rows as q's, [..., Hq, D].
         module: what must be importable. package: whose version is printed; both None for torch and swath.
         devices: whose tensors it takes. ours: whether it is a backend of swath.
+        builds: whether it compiles for many seconds before its first call: ``--quick`` leaves it out unless named.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Provider:
     package: str | None = None
     devices: tuple[str, ...] = ("cuda",)
     ours: bool = False
+    builds: bool = False
 
     def missing(self, device: torch.device) -> str | None:
         """Why it can do nothing on this machine, or None."""
