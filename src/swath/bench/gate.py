@@ -1,7 +1,7 @@
 """The gate: no time is reported for a result that is outside its error budget.
 
 Some query rows are held to the float64 oracle of ``swath.testing``, each with the budget of its own sums: the last row
-of the last sequence, the row whose window begins one key after the first, and random ones.
+of the last sequence and of the longest query, the row whose window begins one key after the first, and random ones.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def _sample(inputs: Inputs) -> list[tuple[int, int]]:
     q_lens, kv_lens = inputs.lengths.q, inputs.lengths.kv
     owners = [b for b, n in enumerate(q_lens) if n]
     last = owners[-1]
-    pairs = [(last, q_lens[last] - 1), (owners[0], 0)]
+    longest = max(owners, key=lambda b: q_lens[b])
+    pairs = [(last, q_lens[last] - 1), (longest, q_lens[longest] - 1), (owners[0], 0)]
     window = inputs.case.window
     if window is not None:
         edges = [(b, window - (kv_lens[b] - q_lens[b])) for b in owners]

@@ -98,11 +98,12 @@ def _admit(
         refusal = _judge(gate, runs[0](), row)
         eager = None
         if refusal is None and clock.device.type == "cuda" and case.op in ("decode", "steps"):
-            eager = _rotating(runs)
             row["host_us"] = host_us(runs[0])
             row["extra_bytes"] = clock.extra_bytes(runs[0])
-            runs = _captured(runs)
-            refusal = _judge(gate, runs[0](), row)
+            graphs = _captured(provider, runs, row)
+            if graphs:
+                eager, runs = _rotating(runs), graphs
+                refusal = _judge(gate, runs[0](), row)
         if refusal is not None:
             row |= {"status": "refused", "reason": refusal}
             return None
@@ -131,9 +132,15 @@ def _judge(gate: Gate, out: Tensor, row: Row) -> str | None:
     return f"a sampled row uses {verdict.budget_used:.3g} of its error budget (error {verdict.error:.1e})"
 
 
-def _captured(runs: list[Run]) -> list[Run]:
-    """Each call as a CUDA graph, replayed once on an output that the capture left untouched."""
-    graphs: list[Graph] = [capture(run) for run in runs]
+def _captured(provider: Provider, runs: list[Run], row: Row) -> list[Run]:
+    """Each call as a CUDA graph, replayed once over an output of NaN; none where a peer's call cannot be captured."""
+    try:
+        graphs: list[Graph] = [capture(run) for run in runs]
+    except Exception as error:
+        if provider.ours:
+            raise
+        row["graph_error"] = _one_line(error)
+        return []
     for graph in graphs:
         graph.out.fill_(torch.nan)
         graph()

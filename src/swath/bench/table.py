@@ -118,8 +118,9 @@ _COLUMNS = (
 
 
 def untimed(rows: list[Row]) -> list[str]:
-    """In words: who has no time and why."""
-    return [f"{row['provider']}: {row['status']}, {row['reason']}" for row in rows if row["status"] != "ok"]
+    """In words: who has no time and why, and who was timed eager for want of a CUDA graph."""
+    said = [f"{row['provider']}: {row['status']}, {row['reason']}" for row in rows if row["status"] != "ok"]
+    return said + [f"{row['provider']}: eager, {row['graph_error']}" for row in rows if "graph_error" in row]
 
 
 def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:

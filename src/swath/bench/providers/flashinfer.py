@@ -23,7 +23,7 @@ TENSOR_CORE_GROUP = 4
 
 
 def _why_not(case: BenchCase) -> str | None:
-    return features(case, sink=True, stored=("none", "tensor")) or first_of(
+    return features(case, sink=True, stored=("e4m3 tensor",)) or first_of(
         (case.sink and case.page_size == 0, "has sinks over paged keys only"),
         (case.sink and case.quant.is_quantised, "has sinks over 16-bit caches only"),
     )

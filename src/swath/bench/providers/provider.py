@@ -67,14 +67,11 @@ def first_of(*reasons: tuple[bool, str]) -> str | None:
     return next((text for holds, text in reasons if holds), None)
 
 
-def features(case: BenchCase, *, sink: bool = False, stored: tuple[str, ...] = ("none",)) -> str | None:
-    """The reason that most peers share: no leading tokens, no sinks unless said, no int8.
-
-    stored: granularities of a quantised cache that the peer takes, "none" for 16-bit caches.
-    """
+def features(case: BenchCase, *, sink: bool = False, stored: tuple[str, ...] = ()) -> str | None:
+    """The reason that most peers share: no leading tokens, no sinks unless said, no 8-bit cache unless ``stored``."""
     return first_of(
         (bool(case.leading), "has no leading tokens"),
         (case.sink and not sink, "has no sinks"),
         (case.compute != "float", f"has no compute={case.compute!r}"),
-        (case.storage.split()[-1] not in stored and case.quant.k not in stored, f"has no cache of {case.storage}"),
+        (case.quant.is_quantised and case.storage not in stored, f"has no cache of {case.storage}"),
     )

@@ -22,9 +22,8 @@ MAX_SPLITS = 8
 
 
 def _why_not(case: BenchCase) -> str | None:
-    return features(case, sink=True, stored=("none", "tensor")) or first_of(
-        (case.quant.is_quantised and case.op != "decode", "takes new keys in 16 bits, and this case has them in 8"),
-        (case.quant.dtype == torch.int8, "has no int8 cache without zero points"),
+    return features(case, sink=True, stored=("e4m3 tensor",)) or first_of(
+        (case.quant.is_quantised and case.op != "decode", "takes new keys in 16 bits, and this case has them in 8")
     )
 
 

@@ -22,9 +22,8 @@ MIN_PROGRAMS = 128
 
 
 def _why_not(case: BenchCase) -> str | None:
-    return features(case, sink=True, stored=("none", "tensor", "token")) or first_of(
-        (case.page_size == 0, "takes paged keys only"),
-        (case.storage == "int8 tensor", "has int8 with token-and-head scales only"),
+    return features(case, sink=True, stored=("e4m3 tensor", "e4m3 token", "int8 token")) or first_of(
+        (case.page_size == 0, "takes paged keys only")
     )
 
 
