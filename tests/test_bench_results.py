@@ -19,9 +19,10 @@ from swath.bench.cases import CASES
 from swath.bench.clock import CpuClock
 from swath.bench.compare import changes
 from swath.bench.goals import GOALS, outcomes
+from swath.bench.judge import best, by_case, verdict
 from swath.bench.results import Row, read
-from swath.bench.table import best, by_case, verdict
 from swath.cli import app, bench_session
+from swath.cli.bench import command_of
 
 ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -228,6 +229,23 @@ def test_a_run_writes_rows_that_say_where_they_come_from(tiny: Path) -> None:
         assert {"cpu", "torch", "triton", "date", "commit", "command", "us", "x_floor", "error"} <= one.keys()
 
 
+def test_the_command_is_what_makes_the_rows() -> None:
+    said = [
+        "bench",
+        "run",
+        "--resume",
+        "here/a file",
+        "--op",
+        "decode",
+        "--budget=5",
+        "--match",
+        "B64 8k",
+        "--commit",
+        "x",
+    ]
+    assert command_of(said) == "swath bench run --op decode --match 'B64 8k'"
+
+
 def test_a_budget_stops_and_resume_goes_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(0, 10_000, 10))  # each look at the clock takes 10 s
     monkeypatch.setattr(bench_session.time, "monotonic", lambda: float(next(ticks)))
@@ -263,7 +281,8 @@ def test_a_wrong_result_of_ours_fails_the_run(tiny: Path, monkeypatch: pytest.Mo
     assert "us" not in only
 
 
-def test_list_names_cases_and_providers() -> None:
+def test_list_names_cases_and_providers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said = invoke("list", "--match", "000a p32")
     assert "000a p32" in said
     assert "001" not in said

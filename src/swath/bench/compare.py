@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from swath.bench.judge import is_ours, tie_of
 from swath.bench.results import Row, measured
-from swath.bench.table import is_ours, tie_of
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from swath.bench.judge import advantage, best, by_case, is_ours
 from swath.bench.results import Row
-from swath.bench.table import advantage, best, by_case, is_ours
 
 OURS = "swath"
 

@@ -12,8 +12,8 @@ import torch
 
 from swath.bench.case import BenchCase, Groups, work_of
 from swath.bench.cases import CASES
+from swath.bench.judge import by_case, is_ours, is_peer
 from swath.bench.results import Row, conditions
-from swath.bench.table import by_case, is_ours, is_peer
 from swath.palette import FAINT, INK, MUTED, TONES
 
 if TYPE_CHECKING:

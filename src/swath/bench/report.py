@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from swath.bench.goals import outcomes
+from swath.bench.judge import best, by_case, is_ours, is_peer, verdict
 from swath.bench.results import Row, conditions
-from swath.bench.table import best, by_case, is_ours, is_peer, verdict
 from swath.errors import bad_value
 
 BEGIN, END = "<!-- bench plot: begin -->", "<!-- bench plot: end -->"

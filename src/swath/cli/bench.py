@@ -27,6 +27,8 @@ app = typer.Typer(help="Measure swath and its peers on this machine.", no_args_i
 for command in (compare, plot, report):
     app.command()(command)
 
+BOOKKEEPING = ("--output", "--resume", "--budget", "--commit")
+"""Options that change no row."""
 ROUNDS, QUICK_ROUNDS, QUICK_SECONDS = 7, 3, 50.0
 
 Match = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Only cases whose name contains this.")]
@@ -111,7 +113,18 @@ def run(
 def _machine(device: torch.device, commit: str | None) -> Row:
     from swath.bench.results import describe
 
-    return describe(device, commit) | {"command": shlex.join(["swath", *sys.argv[1:]])}
+    return describe(device, commit) | {"command": command_of(sys.argv[1:])}
+
+
+def command_of(arguments: list[str]) -> str:
+    """The command that draws the same rows: without where they went, how long it might take, and the commit's name."""
+    kept, skip = ["swath"], False
+    for argument in arguments:
+        name, is_whole, _ = argument.partition("=")
+        if not skip and name not in BOOKKEEPING:
+            kept.append(argument)
+        skip = not skip and name in BOOKKEEPING and not is_whole
+    return shlex.join(kept)
 
 
 def _cases(

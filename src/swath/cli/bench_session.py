@@ -67,8 +67,9 @@ class Session:
         return self.budget is not None and time.monotonic() - self.began + self.slowest > self.budget
 
     def _keep(self, rows: list[Row]) -> None:
+        from swath.bench.judge import verdict
         from swath.bench.results import append
-        from swath.bench.table import case_table, ceilings, title, untimed, verdict
+        from swath.bench.table import case_table, ceilings, title, untimed
 
         append(self.path, [row | self.machine for row in rows])
         self.kept += 1
