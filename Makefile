@@ -7,7 +7,7 @@ JOBS ?= 2
 ARGS ?=
 
 # Kernels run in Triton's interpreter here: every option alone and in pairs, at small sizes.
-INTERPRETED := tests/test_operators.py tests/test_append.py tests/test_merge.py
+INTERPRETED := tests/test_operators.py tests/test_append.py tests/test_merge.py tests/test_bench.py
 # OpenMP threads that wait without spinning: with another busy process, torch's many small operations are far faster.
 CALM := OMP_WAIT_POLICY=PASSIVE
 
@@ -50,11 +50,11 @@ lint: $(DEV_STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(DEMO_STAMP) ## run the benchmarks
-	$(BIN)/swath bench $(ARGS)
+bench: $(DEMO_STAMP) ## check and time swath and its peers on this machine (ARGS="--quick")
+	$(CALM) $(BIN)/swath bench run $(ARGS)
 
 clean: ## remove caches and outputs (not .venv)
-	rm -rf build dist swath-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist swath-demo swath-bench swath-bench.jsonl .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # `venv` writes bin/pip last: an interrupted run leaves no target behind.

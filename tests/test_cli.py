@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -319,12 +318,6 @@ def test_version_and_help() -> None:
     assert invoke("--version").stdout == f"swath {swath.__version__}\n"
     for command in ("doctor", "explain", "show", "demo", "bench"):
         assert re.search(rf"^\W*{command} ", invoke("--help").stdout, re.MULTILINE)
-
-
-def test_bench_cpu_is_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = SimpleNamespace(main=lambda: print("measured"))
-    monkeypatch.setitem(sys.modules, "swath.bench", SimpleNamespace(cpu=cpu))
-    assert invoke("bench", "cpu").stdout == "measured\n"
 
 
 @pytest.mark.parametrize("module", ["swath.cli", "swath"])

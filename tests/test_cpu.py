@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from options import DENSE, PAGED, in_pairs
 from swath import PagedKV, explain, paged_attention
-from swath.bench import cpu as bench
 from swath.ops.attention import call as attention_call
 from swath.ops.paged import call as paged_call
 from swath.quant import KVQuant
@@ -204,15 +203,3 @@ def test_the_plan_names_blocks_and_spans() -> None:
     inputs = make(Case((3000,), (3000,), dense=True, dtype=F32, size=64))
     launch = explain("attention", *inputs.args, **inputs.options, impl="cpu").launch
     assert launch == "torch, float32, blocks of 64 query tokens over spans of up to 4096 visible keys"
-
-
-def test_the_benchmark_reports_every_goal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("rich", reason="the table needs the extra 'bench'")
-    monkeypatch.setattr(bench, "DECODE", Case((64,) * 2, dtype=F32, size=20))
-    monkeypatch.setattr(bench, "PREFILL", Case((64,), (64,), dense=True, dtype=F32, size=20))
-    monkeypatch.setenv("COLUMNS", "200")
-    bench.main()
-    printed = capsys.readouterr().out
-    for row in bench.ratios(rounds=1):
-        assert row.ratio > 0
-        assert f"<= {row.goal:.2f}" in next(line for line in printed.splitlines() if row.name in line)

@@ -1,42 +1,73 @@
-"""Benchmark rows on a terminal, with progress while they are measured."""
+"""Results on a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
+
+from swath.bench.results import Row
 
 
-def show(rows: Iterator[dict[str, Any]], total: int) -> None:
-    """Print the machine, then a table of the cases; ``rows`` is consumed as it is measured."""
-    console = Console()
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=total)
-        machine = next(rows)
-        measured = []
-        for row in rows:
-            measured.append(row)
-            progress.update(task, advance=1, description=row["case"])
-    console.print(
-        f"{machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}, {machine['date']}: "
-        f"reads {machine['read_tb_per_s']:.2f} TB/s, multiplies {machine['matmul_tflop_per_s']:.0f} TFLOP/s"
-    )
-    console.print(_table(measured))
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=None, header_style="bold")
-    table.add_column("case")
-    for name in ("us", "x floor", "TFLOP/s", "TB/s", "eager us", "host us", "error"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        if "refused" in row:
-            table.add_row(row["case"], "refused: " + row["refused"])
-            continue
-        eager = [f"{row[name]:.1f}" if name in row else "" for name in ("eager_us", "host_us")]
-        figures = [f"{row['us']:.1f}", f"{row['x_floor']:.2f}", f"{row['tflop_per_s']:.0f}", f"{row['tb_per_s']:.2f}"]
-        table.add_row(row["case"], *figures, *eager, f"{row['error']:.1e}")
+def case_table(rows: list[Row]) -> Table:
+    """The providers of one case, the fastest first; a column only where somebody has a figure."""
+    timed = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: float(row["us"]))
+    columns = [column for column in _COLUMNS if any(row.get(column.key) is not None for row in timed)]
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("", min_width=12)
+    for column in columns:
+        table.add_column(column.title, justify="right")
+    for row in timed:
+        table.add_row(row["provider"], *(column.shown(row) for column in columns))
     return table
+
+
+def title(row: Row) -> Text:
+    """The case and its shape."""
+    return Text.assemble((row["case"], "bold"), (f"  {row['shape']}", "dim"))
+
+
+def ceilings(rows: list[Row]) -> str:
+    """What the machine reached on plain work beside this case."""
+    row = next((row for row in rows if row["status"] == "ok"), None)
+    if row is None:
+        return ""
+    reads, copies = ("reads", "read_tb_per_s", "TB/s"), ("copies", "copy_tb_per_s", "TB/s")
+    names = (reads, copies, ("multiplies", "matmul_tflop_per_s", "TFLOP/s"))
+    rates = ", ".join(f"{verb} {row[key]:.3g} {unit}" for verb, key, unit in names)
+    return f"floor {row['floor_us']:.4g} us ({row['bound']}): {rates}"
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    key: str
+    form: str
+    unit: float = 1.0
+
+    def shown(self, row: Row) -> str:
+        value = row.get(self.key)
+        if isinstance(value, list):  # the 10th and the 90th percentile: how far they lie apart
+            value = (value[1] - value[0]) / row["us"]
+        return "" if value is None else format(value / self.unit, self.form)
+
+
+_COLUMNS = (
+    _Column("us", "us", ".1f"),
+    _Column("spread", "us_p10_p90", ".1%"),
+    _Column("x floor", "x_floor", ".2f"),
+    _Column("TFLOP/s", "tflop_per_s", ".3g"),
+    _Column("TB/s", "tb_per_s", ".3g"),
+    _Column("plain read us", "read_us", ".1f"),
+    _Column("eager us", "eager_us", ".1f"),
+    _Column("host us", "host_us", ".0f"),
+    _Column("extra MiB", "extra_bytes", ".1f", 2**20),
+    _Column("error", "error", ".1e"),
+)
+
+
+def untimed(rows: list[Row]) -> list[str]:
+    """In words: who has no time and why, and who was timed eager for want of a CUDA graph."""
+    said = [f"{row['provider']}: {row['status']}, {row['reason']}" for row in rows if row["status"] != "ok"]
+    return said + [f"{row['provider']}: eager, {row['graph_error']}" for row in rows if "graph_error" in row]

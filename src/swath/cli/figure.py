@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from swath.draw import Cell, Picture, spelled, stride_for
+from swath.palette import FAINT, INK, MUTED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 # A dark, a middle and a light tone: they stay apart in print and for the colour-blind.
 COLOURS = {Cell.WINDOW: "#1d5b79", Cell.LEADING: "#f2a541", Cell.SKIPPED: "#e3e9ed"}
-INK, MUTED, FAINT = "#22303a", "#6b7a85", "#b9c4cb"
 HELD: dict[str, Any] = {"facecolor": "#edf3f6", "edgecolor": COLOURS[Cell.WINDOW]}
 FREED: dict[str, Any] = {"facecolor": "none", "edgecolor": FAINT, "linestyle": (0, (2, 2))}
 SIDE = 1.03

@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING
 
 from swath.demo.measure import Row
 from swath.demo.report import MIB, Report, caption
+from swath.palette import FAINT, INK, MUTED, TONES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-INK, MUTED, FAINT = "#22303a", "#6b7a85", "#c8d1d7"
-# Dark enough for text on white, apart in print and for the colour-blind.
-TONES = ("#0072b2", "#c44e00", "#00795a", "#a1467e", "#7a6a00")
 
 
 def save(report: Report, path: Path) -> None:

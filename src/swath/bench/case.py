@@ -1,0 +1,220 @@
+"""What a benchmark case is: the numbers of one call, and the work that the call cannot avoid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from swath.quant import KVQuant
+from swath.window import Window
+
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+_STORED = DTYPES | {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Query tokens and keys of each sequence; the queries are the last keys."""
+
+    q: tuple[int, ...]
+    kv: tuple[int, ...]
+
+
+class Draw(Protocol):
+    """Where the lengths of a case come from. A draw on a GPU may differ from one on a CPU."""
+
+    def lengths(self, _device: torch.device) -> Lengths:
+        """The lengths, the same ones each time on the same kind of device."""
+
+    def __str__(self) -> str:
+        """The lengths in words, for ``swath bench list``."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Sequences alike in groups: (sequences, query tokens, keys)."""
+
+    groups: tuple[tuple[int, int, int], ...]
+
+    def lengths(self, _device: torch.device) -> Lengths:
+        """As the groups say, in their order."""
+        each = [(q, kv) for count, q, kv in self.groups for _ in range(count)]
+        return Lengths(tuple(q for q, _ in each), tuple(kv for _, kv in each))
+
+    def __str__(self) -> str:
+        return " + ".join(f"{count} x {q} of {kv}" for count, q, kv in self.groups)
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """``batch`` sequences with ``q_len`` query tokens over keys drawn log-uniformly from [low, high]; seed 0."""
+
+    batch: int
+    low: int
+    high: int
+    q_len: int = 1
+
+    def lengths(self, _device: torch.device) -> Lengths:
+        """Drawn on the CPU, whatever the device."""
+        x = torch.rand(self.batch, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        keys = (self.low * (self.high / self.low) ** x).round().long().clamp(self.q_len)
+        return Lengths((self.q_len,) * self.batch, tuple(keys.tolist()))
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.q_len} of {self.low}..{self.high}, log-uniform"
+
+
+@dataclass(frozen=True)
+class UniformKeys:
+    """``batch`` sequences with ``q_len`` query tokens over keys drawn uniformly from [low, high]; seed 0."""
+
+    batch: int
+    low: int
+    high: int
+    q_len: int = 1
+
+    def lengths(self, _device: torch.device) -> Lengths:
+        """Drawn on the CPU, whatever the device."""
+        keys = torch.randint(self.low, self.high + 1, (self.batch,), generator=torch.Generator().manual_seed(0))
+        return Lengths((self.q_len,) * self.batch, tuple(keys.clamp(self.q_len).tolist()))
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.q_len} of {self.low}..{self.high}, uniform"
+
+
+@dataclass(frozen=True)
+class Extend:
+    """The ragged table of SGLang's pull request 8860: 32 prefixes and extensions, each uniform in 1 .. n/2 - 1.
+
+    The numbers are drawn on the device itself, with the seeds its authors used: a GPU gives their lengths, a CPU
+    others.
+    """
+
+    n: int
+
+    def lengths(self, device: torch.device) -> Lengths:
+        """One extension of query tokens at the end of each prefix."""
+        torch.manual_seed(0)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(0)
+        prefix, extend = (
+            torch.randint(1, self.n // 2, (32,), dtype=torch.int32, device=device).tolist() for _ in range(2)
+        )
+        return Lengths(tuple(extend), tuple(p + e for p, e in zip(prefix, extend, strict=True)))
+
+    def __str__(self) -> str:
+        return f"32 x 1..{self.n // 2 - 1} of 2..{self.n - 2}, as sglang 8860 draws them"
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One call.
+
+    - op: "decode" (one query token), "steps" (a few), "prefill", or "mixed"
+    - page_size 0: dense keys
+    - storage: "bf16" or "f32", or "int8" or "e4m3" with a granularity after a space
+    - window: keys visible, the query's own included; leading: leading tokens that stay visible
+    - goal_x_floor, goal_peer: the times over the floor, and the best peer's time over ours, that the case should reach
+    """
+
+    name: str
+    op: str
+    draw: Draw
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+    storage: str = "bf16"
+    dtype: str = "bf16"
+    window: int | None = None
+    leading: int = 0
+    sink: bool = False
+    compute: str = "float"
+    tags: tuple[str, ...] = ()
+    goal_x_floor: float | None = field(default=None, compare=False)
+    goal_peer: float | None = field(default=None, compare=False)
+
+    @property
+    def visible(self) -> Window:
+        """Who sees whom."""
+        return Window(self.window, self.leading)
+
+    @property
+    def quant(self) -> KVQuant:
+        """How keys and values are stored."""
+        stored, _, granularity = self.storage.partition(" ")
+        return KVQuant(_STORED[stored], granularity or "none")
+
+    @property
+    def element_bytes(self) -> int:
+        """Of one element of q and out."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def group(self) -> int:
+        """Query heads of a kv head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def shape(self) -> str:
+        """The numbers in words."""
+        words = [str(self.draw), f"heads {self.heads}/{self.kv_heads}", f"D {self.head_dim}"]
+        words.append(f"pages of {self.page_size}" if self.page_size else "dense")
+        if self.storage != "bf16":
+            words.append(self.storage)
+        if self.window is not None:
+            words.append(f"window {self.window}")
+        if self.leading:
+            words.append(f"{self.leading} leading")
+        if self.sink:
+            words.append("sinks")
+        if self.compute != "float":
+            words.append(f"compute {self.compute}")
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a case with these lengths cannot avoid, and what its cache must keep."""
+
+    flops: int
+    nbytes: int
+    cache_bytes: int
+
+
+def work_of(case: BenchCase, lengths: Lengths) -> Work:
+    """Both matrix products over visible pairs; q, out, and once each key, value and scale that some query sees.
+
+    cache_bytes: the pages that the next token still needs; the others may be freed.
+    """
+    window, per_key = case.visible, case.quant.bytes_per_token(case.kv_heads, case.head_dim)
+    pairs = keys = kept = 0
+    for q_len, kv_len in zip(lengths.q, lengths.kv, strict=True):
+        pairs += visible_pairs(window, kv_len - q_len, kv_len)
+        lead, left, right = window.key_ranges(kv_len - q_len, kv_len - 1, kv_len)
+        keys += lead + right - left
+        kept += _kept_slots(window, kv_len, max(case.page_size, 1))
+    rows = 2 * case.element_bytes * sum(lengths.q) * case.heads * case.head_dim
+    return Work(4 * case.head_dim * case.heads * pairs, keys * per_key + rows, kept * per_key)
+
+
+def visible_pairs(window: Window, first: int, kv_len: int) -> int:
+    """(query, key) pairs that a causal ``window`` leaves, for queries at ``first .. kv_len - 1``.
+
+    The query at p sees ``min(p + 1, cap)`` keys, where cap is what the last query would see of a longer past.
+    """
+    if kv_len <= first:
+        return 0
+    lead, left, right = window.key_ranges(kv_len - 1, kv_len - 1, kv_len)
+    cap = lead + right - left
+    rising = max(min(cap, kv_len) - first, 0)  # queries that see all that came before
+    return rising * (2 * first + rising + 1) // 2 + (kv_len - first - rising) * cap
+
+
+def _kept_slots(window: Window, kv_len: int, page_size: int) -> int:
+    lead, left, right = window.key_ranges(kv_len, kv_len, kv_len + 1)
+    lead_pages = -(-lead // page_size)
+    first, end = left // page_size, -(-min(right, kv_len) // page_size)
+    return (lead_pages + max(end - max(first, lead_pages), 0)) * page_size

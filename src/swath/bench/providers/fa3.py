@@ -1,0 +1,47 @@
+"""FlashAttention-3.
+
+``window_size=(left, right)`` excludes the query's own key: a window of W visible keys is ``(W - 1, 0)``, none is
+``(-1, -1)``. Queries are the last keys. Its sinks are logits in bf16, as swath's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from swath.bench.case import BenchCase
+from swath.bench.inputs import Inputs
+from swath.bench.providers.provider import Provider, features
+
+
+def _why_not(case: BenchCase) -> str | None:
+    return features(case, sink=True)
+
+
+def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
+    from flash_attn_interface import flash_attn_varlen_func, flash_attn_with_kvcache
+
+    window = inputs.case.window
+    options: dict[str, Any] = {"causal": True, "window_size": (-1, -1) if window is None else (window - 1, 0)}
+    if inputs.sink is not None:
+        options["sinks"] = inputs.sink
+    if inputs.case.page_size == 0:
+        lengths = (inputs.cu_q, inputs.cu_k, inputs.max_q, inputs.max_kv)
+        return lambda: _out(flash_attn_varlen_func(inputs.q, *inputs.dense, *lengths, **options))
+    k, v = inputs.nhd
+    options |= {"cache_seqlens": inputs.seq_lens, "page_table": inputs.pages}
+    if inputs.case.op in ("decode", "steps"):
+        return lambda: _out(flash_attn_with_kvcache(inputs.q_steps, k, v, **options))
+    options |= {"cu_seqlens_q": inputs.cu_q, "max_seqlen_q": inputs.max_q}
+    return lambda: _out(flash_attn_with_kvcache(inputs.q, k, v, **options))
+
+
+def _out(result: Any) -> Tensor:
+    """Some releases return (out, lse)."""
+    out: Tensor = result[0] if isinstance(result, tuple) else result
+    return out
+
+
+PROVIDERS = (Provider("fa3", _why_not, _prepare, module="flash_attn_interface", package="tokenspeed-fa3"),)

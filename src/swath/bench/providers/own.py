@@ -1,0 +1,75 @@
+"""swath's own backends, each a provider. Windows count the visible keys, the query's own included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from swath.bench.case import BenchCase
+from swath.bench.inputs import Inputs
+from swath.bench.providers.provider import Provider
+from swath.dispatch import backends
+from swath.ops.attention import attention
+from swath.ops.paged import paged_attention
+from swath.target import interpreting
+from swath.tooling import explain
+
+GPU_BACKENDS = ("hopper", "triton")
+
+
+def call_of(inputs: Inputs) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The public function, its positional arguments and its options."""
+    case = inputs.case
+    options: dict[str, Any] = {"window": inputs.window, "max_q_len": inputs.max_q, "max_kv_len": inputs.max_kv}
+    if inputs.sink is not None:
+        options["sink"] = inputs.sink
+    if case.page_size == 0:
+        return attention, (inputs.q, *inputs.dense, inputs.cu_q, inputs.cu_k), options
+    options["compute"] = case.compute
+    q = inputs.q_steps if case.op == "steps" else inputs.q
+    if case.op in ("prefill", "mixed"):
+        options["cu_seqlens_q"] = inputs.cu_q
+    return paged_attention, (q, inputs.cache, inputs.pages, inputs.seq_lens), options
+
+
+def launch_of(inputs: Inputs, impl: str) -> str:
+    """The launch in words."""
+    function, args, options = call_of(inputs)
+    return explain(function, *args, **options, impl=impl).launch
+
+
+def _why_not(impl: str, case: BenchCase) -> str | None:
+    ops = [op for op in ("attention", "paged") if impl in backends(op)]
+    op = "attention" if case.page_size == 0 else "paged"
+    return None if op in ops else f"has no {op}"
+
+
+def _prepare(impl: str, inputs: Inputs) -> Callable[[], Tensor]:
+    function, args, options = call_of(inputs)
+    reason = explain(function, *args, **options, impl=impl).reasons[impl]
+    if reason is not None:
+        raise NotImplementedError(reason)
+    return lambda: function(*args, **options, impl=impl)
+
+
+def _devices(name: str) -> tuple[str, ...]:
+    if name not in GPU_BACKENDS:
+        return ("cpu",)
+    return ("cuda", "cpu") if interpreting() else ("cuda",)
+
+
+_NAMES = [name for name in backends("paged") if name != "reference"]
+PROVIDERS = tuple(
+    Provider(
+        f"swath-{name}",
+        partial(_why_not, name),
+        partial(_prepare, name),
+        module="triton" if name in GPU_BACKENDS else None,
+        devices=_devices(name),
+        ours=True,
+    )
+    for name in _NAMES
+)

@@ -1,0 +1,77 @@
+"""What a provider is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from swath.bench.case import BenchCase
+from swath.bench.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Someone who computes cases.
+
+    Args:
+        name: in results.
+        why_not: the reason it cannot do a case, or None; what it needs installed is not asked there.
+        prepare: makes the call that is timed, everything that a server does once made before: plans, layouts, masks.
+            The call returns out with rows as q's, [..., Hq, D].
+        module: what must be importable. package: whose version is printed; both None for torch and swath.
+        devices: whose tensors it takes. ours: whether it is a backend of swath.
+        builds: whether it compiles for many seconds before its first call: ``--quick`` leaves it out unless named.
+    """
+
+    name: str
+    why_not: Callable[[BenchCase], str | None]
+    prepare: Callable[[Inputs], Callable[[], Tensor]]
+    module: str | None = None
+    package: str | None = None
+    devices: tuple[str, ...] = ("cuda",)
+    ours: bool = False
+    builds: bool = False
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why it can do nothing on this machine, or None."""
+        if self.module is not None and not _has(self.module):
+            return f"{self.package or self.module} is not installed"
+        return None if device.type in self.devices else f"takes {' or '.join(self.devices)} tensors only"
+
+    @cached_property
+    def version(self) -> str | None:
+        """Of its package."""
+        if self.package is None:
+            return None
+        try:
+            return version(self.package)
+        except PackageNotFoundError:
+            return None
+
+
+def _has(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent package is missing
+        return False
+
+
+def first_of(*reasons: tuple[bool, str]) -> str | None:
+    """The text of the first reason that holds."""
+    return next((text for holds, text in reasons if holds), None)
+
+
+def features(case: BenchCase, *, sink: bool = False, stored: tuple[str, ...] = ()) -> str | None:
+    """The reason that most peers share: no leading tokens, no sinks unless said, no 8-bit cache unless ``stored``."""
+    return first_of(
+        (bool(case.leading), "has no leading tokens"),
+        (case.sink and not sink, "has no sinks"),
+        (case.compute != "float", f"has no compute={case.compute!r}"),
+        (case.quant.is_quantised and case.storage not in stored, f"has no cache of {case.storage}"),
+    )

@@ -1,0 +1,94 @@
+"""SGLang's Triton kernels: ``decode_attention_fwd``, and ``extend_attention_fwd`` for more than one query token.
+
+``sliding_window_size`` excludes the query's own key: a window of W visible keys is W - 1, none is -1. Its decode knows
+no window: the server hands it the last keys only, as is done here; ``extend`` gets the part of the prefix that the
+first new query sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from swath.bench.case import BenchCase
+from swath.bench.inputs import Inputs
+from swath.bench.providers.provider import Provider, features, first_of
+
+MAX_SPLITS = 8
+"""The server's default."""
+
+
+def _why_not(case: BenchCase) -> str | None:
+    return features(case, sink=True, stored=("e4m3 tensor",)) or first_of(
+        (case.quant.is_quantised and case.op != "decode", "takes new keys in 16 bits, and this case has them in 8")
+    )
+
+
+def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
+    return _decode(inputs) if inputs.case.op == "decode" else _extend(inputs)
+
+
+def _decode(inputs: Inputs) -> Callable[[], Tensor]:
+    from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
+    from sglang.kernels.ops.attention.metadata import get_num_kv_splits_triton
+
+    case, q = inputs.case, inputs.q
+    batch, seen = q.shape[0], [min(n, case.window or n) for n in inputs.lengths.kv]
+    k, v = (x.flatten(0, 1) for x in inputs.nhd)
+    indptr, indices = _indices(inputs, [n - s for n, s in zip(inputs.lengths.kv, seen, strict=True)], inputs.lengths.kv)
+    splits = torch.empty(batch, dtype=torch.int32, device=q.device)
+    lens = torch.tensor(seen, dtype=torch.int32, device=q.device)
+    cores = torch.cuda.get_device_properties(q.device).multi_processor_count
+    rows = max(1 << (batch - 1).bit_length(), 256)
+    get_num_kv_splits_triton[(1,)](
+        splits, lens, batch, 1, case.heads, case.kv_heads, MAX_SPLITS, cores, MAX_NUM_SEQ=rows
+    )
+    partial = torch.empty(batch, case.heads, MAX_SPLITS, case.head_dim, device=q.device)
+    lse, out = torch.empty(batch, case.heads, MAX_SPLITS, device=q.device), torch.empty_like(q)
+    scales = [1.0 if x is None else float(x) for x in (inputs.cache.k_scale, inputs.cache.v_scale)]
+    arguments = (q, k, v, out, indptr, indices, partial, lse, splits, MAX_SPLITS, case.head_dim**-0.5, *scales)
+
+    def run() -> Tensor:
+        decode_attention_fwd(*arguments, sinks=inputs.sink)
+        return out
+
+    return run
+
+
+def _extend(inputs: Inputs) -> Callable[[], Tensor]:
+    from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
+
+    case, q = inputs.case, inputs.q
+    prefix = [kv - n for n, kv in zip(inputs.lengths.q, inputs.lengths.kv, strict=True)]
+    first = [0 if case.window is None else max(p - case.window + 1, 0) for p in prefix]
+    k, v = inputs.dense if case.page_size == 0 else (x.flatten(0, 1) for x in inputs.nhd)
+    indptr, indices = _indices(inputs, first, prefix)
+    new_rows = _indices(inputs, prefix, inputs.lengths.kv)[1]
+    new_k, new_v, out = k[new_rows], v[new_rows], torch.empty_like(q)
+    window = -1 if case.window is None else case.window - 1
+
+    def run() -> Tensor:
+        extend_attention_fwd(
+            q, new_k, new_v, out, k, v, inputs.cu_q, indptr, indices, None, True, None, inputs.max_q, 1.0, 1.0,
+            sm_scale=case.head_dim**-0.5, sliding_window_size=window, sinks=inputs.sink,
+        )  # fmt: skip
+        return out
+
+    return run
+
+
+def _indices(inputs: Inputs, first: list[int], end: list[int] | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Bounds [B + 1] and rows of the keys ``first .. end - 1`` of each sequence in keys laid flat, token by token."""
+    size, rows = inputs.case.page_size, []
+    for b, (start, stop) in enumerate(zip(first, end, strict=True)):
+        pos = torch.arange(start, stop, device=inputs.q.device)
+        rows.append(inputs.pages[b, pos // size].long() * size + pos % size if size else inputs.cu_k[b] + pos)
+    counts = [stop - start for start, stop in zip(first, end, strict=True)]
+    indptr = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=inputs.q.device)
+    return indptr, torch.cat(rows)
+
+
+PROVIDERS = (Provider("sglang", _why_not, _prepare, module="sglang", package="sglang"),)

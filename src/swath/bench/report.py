@@ -1,0 +1,103 @@
+"""docs/benchmarks.md, and the plot in README.md, from stored results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from swath.bench.goals import outcomes
+from swath.bench.judge import best, by_case, is_ours, is_peer, verdict
+from swath.bench.results import Row, conditions
+from swath.errors import bad_value
+
+BEGIN, END = "<!-- bench plot: begin -->", "<!-- bench plot: end -->"
+PAGE, README, IMAGES = Path("docs/benchmarks.md"), Path("README.md"), Path("docs/img")
+PLOTS = {
+    "floor-decode": "Decode: time over the floor, by case and provider",
+    "floor-prefill": "Prefill: time over the floor, by case and provider",
+    "context-decode": "Decode: time against the context",
+    "context-prefill": "Prefill: time against the context",
+    "window-decode": "Decode: time against the window",
+    "window-prefill": "Prefill: time against the window",
+    "cache": "What a cache must hold, against the context",
+}
+"""Names of plot.py's files and what they show."""
+
+INTRODUCTION = """\
+# Benchmarks
+
+Written by `swath bench report` from the files in [benchmarks/results](../benchmarks/results), which hold every figure.
+[benchmarks/README.md](../benchmarks/README.md) tells the method. Times are medians in us, with the time over the floor
+behind an x: the floor is what the bytes that must move and the arithmetic that must be done take at the ceilings of the
+same run. A ratio above 1 says that swath is faster than the best peer; differences up to 1 % (decode) or 3 % (prefill)
+are ties. A result outside its error budget has no time.
+"""
+TITLES = {"decode": "Decode", "steps": "N-step decode", "prefill": "Prefill", "mixed": "Mixed batches"}
+
+
+def page(files: dict[str, list[Row]], images: Iterable[str]) -> str:
+    """The page of result files, the newest first; ``images`` are the names of the plots that exist."""
+    drawn = set(images)
+    plots = [f"![{text}](img/bench-{name}.png)\n" for name, text in PLOTS.items() if f"bench-{name}.png" in drawn]
+    newest_first = sorted(files.items(), key=lambda item: (max(row["date"] for row in item[1]), item[0]), reverse=True)
+    sections = [_section(name, rows) for name, rows in newest_first]
+    return "\n".join([INTRODUCTION, *plots, *sections])
+
+
+def _section(name: str, rows: list[Row]) -> str:
+    machine = next((row["gpu"] or row.get("cpu") for row in rows), "")
+    text = [
+        f"## {machine}, {max(row['date'] for row in rows)}\n",
+        f"[{name}](../benchmarks/results/{name}): {conditions(rows)}.\n",
+    ]
+    if any(row["status"] == "ok" and "budget_used" not in row for row in rows):
+        text.append("Results of this file were held to a relative error of 1e-2 and not yet to budgets.\n")
+    for op, title in TITLES.items():
+        mine = [row for row in rows if row["op"] == op]
+        if mine:
+            text += [f"### {title}\n", *_table(mine), "", _commands(mine)]
+    found = outcomes(rows)
+    if found:
+        text += ["### Ratios\n", "| case against case | ratio | wanted at most |", "| --- | --- | --- |"]
+        text += [f"| {o.goal.name} | {o.ratio:.3g} | {o.goal.most:.3g} |" for o in found]
+        text.append("")
+    return "\n".join(text)
+
+
+def _table(rows: list[Row]) -> list[str]:
+    lines = ["| case | floor | swath | best peer | ratio and goals | others |", "| --- | --- | --- | --- | --- | --- |"]
+    for name, found in by_case(rows).items():
+        ours, peer = best(r for r in found if is_ours(r["provider"])), best(r for r in found if is_peer(r["provider"]))
+        shown = [row for row in (ours, peer) if row is not None]
+        floor = f"{shown[0]['floor_us']:.4g}, {shown[0]['bound']}" if shown else ""
+        rest = [_cell(row) for row in found if row["status"] == "ok" and row not in shown]
+        rest += [f"{row['provider']}: {row['status']}" for row in found if row["status"] in ("refused", "failed")]
+        cells = (name, floor, _cell(ours), _cell(peer), verdict(found), "; ".join(rest))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(row: Row | None) -> str:
+    return "" if row is None else f"{row['provider'].removeprefix('swath-')} {row['us']:.4g} x{row['x_floor']:.2f}"
+
+
+def _commands(rows: list[Row]) -> str:
+    said = dict.fromkeys(row["command"] for row in rows)
+    return "\n".join(["```text", *said, "```", ""])
+
+
+def with_plot(readme: str, rows: list[Row], images: Iterable[str]) -> str:
+    """README.md with the plots of time over the floor, and their conditions, between the two marks.
+
+    Raises:
+        ValueError: the marks are missing.
+    """
+    if BEGIN not in readme or END not in readme:
+        raise bad_value("readme", f"a text with {BEGIN} and {END}", "one without")
+    drawn = set(images)
+    shown = [name for name in ("floor-decode", "floor-prefill") if f"bench-{name}.png" in drawn]
+    pictures = [f'<img src="docs/img/bench-{name}.png" width="640" alt="{PLOTS[name]}.">\n' for name in shown]
+    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
+    said = f"<sub>{conditions(rows)}. Drawn from {commands}. [All figures](docs/benchmarks.md).</sub>\n"
+    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
+    return "\n".join([f"{before}{BEGIN}\n", *pictures, said, f"{END}{after}"])

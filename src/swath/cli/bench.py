@@ -1,0 +1,170 @@
+"""``swath bench``: check, time and compare attention on this machine."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+import typer
+
+from swath.cli.bench_results import compare, plot, report
+from swath.cli.bench_session import Session
+from swath.cli.output import console, fail, one_line_errors
+from swath.errors import bad_value
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from swath.bench.case import BenchCase
+    from swath.bench.providers import Provider
+    from swath.bench.results import Row
+
+app = typer.Typer(help="Measure swath and its peers on this machine.", no_args_is_help=True)
+
+for command in (compare, plot, report):
+    app.command()(command)
+
+BOOKKEEPING = ("--output", "--resume", "--budget", "--commit")
+"""Options that change no row."""
+ROUNDS, QUICK_ROUNDS, QUICK_SECONDS = 7, 3, 50.0
+
+Match = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Only cases whose name contains this.")]
+Op = Annotated[Literal["decode", "steps", "prefill", "mixed"] | None, typer.Option(help="Only cases of this kind.")]
+Tag = Annotated[list[str] | None, typer.Option(metavar="TAG", help="Only cases with this tag (see: list).")]
+Device = Annotated[Literal["cuda", "cpu"] | None, typer.Option(show_default="cuda where it works", help="Where.")]
+
+
+@app.command("list")
+def list_cases(match: Match = None, op: Op = None, tag: Tag = None) -> None:
+    """Say which cases there are, their shapes and tags, and who is here to compute them."""
+    from rich.table import Table
+
+    from swath.bench.cases import select
+    from swath.bench.providers import PROVIDERS
+
+    with one_line_errors():
+        cases = select(tuple(match or ()), op, tuple(tag or ()))
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("case", "kind", "tags", "shape"):
+        table.add_column(name)
+    for case in cases:
+        table.add_row(case.name, case.op, " ".join(case.tags), case.shape)
+    out = console()
+    out.print(table)
+    out.print()
+    for provider in PROVIDERS.values():
+        reason = provider.missing(_device(None))
+        out.print(f"{provider.name}: {provider.version or 'here' if reason is None else reason}")
+
+
+@app.command()
+def run(
+    match: Match = None,
+    op: Op = None,
+    tag: Tag = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only these: swath, fa3, scalar ... (see: list).")
+    ] = None,
+    without: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Not these.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, metavar="N", show_default="7, quick 3", help="Interleaved rounds.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few cases and rounds: under a minute.")] = False,
+    budget: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Begin no case that may not end within this.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, show_default="swath-bench.jsonl", help="Append here.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Append here, without the cases it has.")
+    ] = None,
+    device: Device = None,
+    commit: Annotated[
+        str | None, typer.Option(envvar="SWATH_COMMIT", help="The commit, where git does not tell.")
+    ] = None,
+) -> None:
+    """Check each case against float64, then time swath and its peers in interleaved rounds.
+
+    Ctrl-C at any time: the cases measured so far are in the file, and --resume goes on.
+    """
+    if output is not None and resume is not None:
+        raise fail("--output and --resume both name the file to append to: give one")
+    where = _device(device)
+    path = resume or output or Path("swath-bench.jsonl")
+    out = console()
+    if where.type == "cpu":
+        out.print("torch sees no GPU: the cases tagged cpu, on the CPU" if device is None else "on the CPU")
+    machine = _machine(where, commit)
+    with one_line_errors():
+        tags = (*(tag or ()), *(("quick",) if quick else ()))
+        todo = _cases(match, op, tags, where)
+        present = _present(provider, without, where, quick, out)
+        if resume is not None:
+            todo = _unfinished(todo, path, machine)
+    limit = QUICK_SECONDS if quick and budget is None else budget
+    session = Session(path, machine, limit, len(todo))
+    session.measure(todo, present, where, rounds or (QUICK_ROUNDS if quick else ROUNDS))
+
+
+def _machine(device: torch.device, commit: str | None) -> Row:
+    from swath.bench.results import describe
+
+    return describe(device, commit) | {"command": command_of(sys.argv[1:])}
+
+
+def command_of(arguments: list[str]) -> str:
+    """The command that draws the same rows: without where they went, how long it might take, and the commit's name."""
+    kept, skip = ["swath"], False
+    for argument in arguments:
+        name, is_whole, _ = argument.partition("=")
+        if not skip and name not in BOOKKEEPING:
+            kept.append(argument)
+        skip = not skip and name in BOOKKEEPING and not is_whole
+    return shlex.join(kept)
+
+
+def _cases(
+    match: list[str] | None, op: str | None, tags: tuple[str, ...], device: torch.device
+) -> tuple[BenchCase, ...]:
+    from swath.bench.cases import select
+
+    return select(tuple(match or ()), op, tags, on_gpu=device.type == "cuda")
+
+
+def _unfinished(cases: tuple[BenchCase, ...], path: Path, machine: Row) -> tuple[BenchCase, ...]:
+    from swath.bench.results import done
+
+    finished = done(path, machine)
+    return tuple(case for case in cases if case.name not in finished)
+
+
+def _present(
+    names: list[str] | None, without: list[str] | None, device: torch.device, quick: bool, out: Console
+) -> tuple[Provider, ...]:
+    """The providers asked for that can run here; says which cannot and why."""
+    from swath.bench.providers import choose
+
+    left_out = choose(tuple(without)) if without else ()
+    present = []
+    for provider in choose(tuple(names or ())):
+        reason = provider.missing(device)
+        if reason is None and quick and provider.builds and not names:
+            reason = f"it compiles for long (--provider {provider.name} takes it in)"
+        if reason is not None:
+            out.print(f"without {provider.name}: {reason}", style="dim")
+        elif provider not in left_out:
+            present.append(provider)
+    if not present:
+        raise bad_value("provider", "one that can run here", ", ".join(names or ()) or "none")
+    return tuple(present)
+
+
+def _device(name: str | None) -> torch.device:
+    """The device asked for, or the best there is."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise fail("--device cuda needs a GPU that torch can use; torch.cuda.is_available() is False")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
