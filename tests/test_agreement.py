@@ -99,7 +99,9 @@ def test_split_size_frees_a_row_of_its_batch(
     inputs.check(together, lse)
     start = 0
     for b in range(3):
-        alone, alone_lse = member(inputs, b).run(impl, max_q_len=None, max_kv_len=None)
+        one = member(inputs, b)
+        # A backend may leave a row alone to another one that in the batch is its own to run.
+        alone, alone_lse = one.run("auto" if one.why_not(impl) else impl, max_q_len=None, max_kv_len=None)
         rows = slice(start, start + len(alone))
         assert torch.equal(together[rows], alone), b
         assert torch.equal(lse[rows], alone_lse), b
