@@ -31,9 +31,11 @@ BOOKKEEPING = ("--output", "--resume", "--budget", "--commit")
 """Options that change no row."""
 ROUNDS, QUICK_ROUNDS, QUICK_SECONDS = 7, 3, 50.0
 
-Match = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Only cases whose name contains this.")]
+Match = Annotated[
+    list[str] | None, typer.Option("--match", metavar="TEXT", help="Only cases whose name contains this.")
+]
 Op = Annotated[Literal["decode", "steps", "prefill", "mixed"] | None, typer.Option(help="Only cases of this kind.")]
-Tag = Annotated[list[str] | None, typer.Option(metavar="TAG", help="Only cases with this tag (see: list).")]
+Tag = Annotated[list[str] | None, typer.Option("--tag", metavar="TAG", help="Only cases with this tag (see: list).")]
 Device = Annotated[Literal["cuda", "cpu"] | None, typer.Option(show_default="cuda where it works", help="Where.")]
 
 
