@@ -292,24 +292,51 @@ def pack_heads(F: Features, short: bool, block_m: int) -> int:
 
 @dataclass(frozen=True)
 class HopperLaunch:
-    """Tile shape and pipeline of hopper_tiles.py."""
+    """Tile shape and pipeline of hopper_tiles.py; every row was measured on the machine of ``H200``."""
 
     block_n: int
-    stages: int
+    stages: int  # of keys and of values
     q_stages: int
-    pack: int
-    box_rows: int
-    uniform: bool
+    consumers: int = 2  # warpgroups of 64 rows in a program
     programs: int = 1  # that run at once on a multiprocessor
-    consumer_registers: int = 240
+    consumer_registers: int = 240  # a thread's
     producer_registers: int = 24
-    registers: int | None = None  # a thread's at the start, where the compiler's choice lets too few programs run
+    registers: int | None = None  # before they are shared out so, where the compiler's choice lets fewer programs run
+    pack: int = 1
+    box_rows: int = 0
+    uniform: bool = False
 
 
-def hopper_launch(F: Features, window: Window, uniform: bool) -> HopperLaunch:
-    """Prefill on sm_90: two consumers of 64 rows; keys per tile and stages as shared memory allows."""
-    block_n = 64 if F.head_dim > 128 else 128
-    stages, q_stages = (4 if F.head_dim <= 64 else 2), (1 if F.head_dim > 128 else 2)
-    pack = pack_heads(F, is_short(window), 64) if not F.interleaved else 1
-    box_rows = block_n if F.page_size == 0 else min(block_n, F.page_size & -F.page_size)
-    return HopperLaunch(block_n, stages, q_stages, pack, box_rows, uniform)
+LARGEST_BOUND = 1 << 30
+FEW_KEYS, FEW_PAGED_KEYS = 1024, 1280
+"""Keys that a row tile sees up to which programs of one consumer win: short runs leave the tensor cores idle at their
+ends, and two consumers of one program reach theirs together. 32 ragged sequences of up to 1,024 keys took 274 us so and
+348 with two consumers; windows of 257 in sequences of up to 4,096 keys 709 and 1,127; a window of 1,024 over pages of
+16 332 and 376, over dense keys 1,063 and 976."""
+VERY_FEW_KEYS = 256
+"""Of rows of 64: a window of 128 took 340 us in four programs with tiles of 32 keys, 406 in three with tiles of 64."""
+
+
+def hopper_launch(F: Features, problem: Problem) -> HopperLaunch:
+    """Prefill on sm_90: as many stages and registers as a multiprocessor has, in one program or several."""
+    # With split_size no bit may depend on bounds, so the window alone decides.
+    most = problem.max_kv_len if problem.split_size is None else LARGEST_BOUND
+    keys = problem.window.visible_bound(128, most)
+    few = keys <= (FEW_PAGED_KEYS if F.page_size else FEW_KEYS)
+    if F.head_dim > 128:
+        launch = HopperLaunch(64, 2, 1)
+    elif few and F.head_dim > 64:
+        launch = HopperLaunch(
+            64, 2, 2, consumers=1, programs=2, consumer_registers=216, producer_registers=40, registers=128
+        )
+    elif keys <= VERY_FEW_KEYS:
+        launch = HopperLaunch(32, 3, 2, consumers=1, programs=4, consumer_registers=104, registers=64)
+    elif few:
+        launch = HopperLaunch(64, 2, 2, consumers=1, programs=3, consumer_registers=136, registers=80)
+    elif F.head_dim > 64:
+        launch = HopperLaunch(128, 2, 2)
+    else:
+        launch = HopperLaunch(128, 4, 2)
+    box_rows = min(launch.block_n, F.page_size & -F.page_size) if F.page_size else launch.block_n
+    pack = 1 if F.interleaved else pack_heads(F, is_short(problem.window), 64)
+    return replace(launch, pack=pack, box_rows=box_rows, uniform=problem.cu_seqlens_q is None)
