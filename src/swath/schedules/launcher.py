@@ -188,16 +188,17 @@ def ready_launch(call: KernelCall, compiled: Any, operands: Operands, offsets: d
     boxed = [(i, p, call.boxed(p)) for i, p in enumerate(parameters)]
     boxes = [(i, name, offsets.get(name)) for i, _, name in boxed if name is not None]
     taken = [(i, call.sources.get(p, p)) for i, p, name in boxed if p not in call.args and name is None]
-    fixed = (
-        call.args
-        if not boxes
-        else {**call.args, **{p: v for p, v in call.arguments(operands).items() if call.boxed(p)}}
-    )
+    values: list[Any] = [call.args.get(p) for p in parameters]
+    if boxes:
+        arguments = call.arguments(operands)
+        for i, _, _ in boxes:
+            values[i] = copy(arguments[parameters[i]])
+            values[i].base = Address(0)  # a tensor here would be kept from being freed
     return ReadyLaunch(
         run=compiled.run,
         compiled=compiled,
         grid=call.grid,
-        values=[fixed.get(p) for p in parameters],
+        values=values,
         operands=[(i, name) for i, name in taken if name not in offsets and operands.get(name) is not None],
         scratch=[(i, offsets[name]) for i, name in taken if name in offsets],
         boxes=boxes,
