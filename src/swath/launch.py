@@ -39,6 +39,7 @@ class Features:
     q_scale: str = ""  # "", "tensor" or "row"
     compute_int8: bool = False
     fp32: bool = False  # float32 queries: IEEE dots
+    pdl: bool = False  # the reduce is launched before the splits have ended
     interpret: bool = False
 
     @property
@@ -89,6 +90,7 @@ def features_of(problem: Problem, target: Target) -> Features:
         q_scale="" if problem.q_scale is None else "row" if problem.q_scale.dim() else "tensor",
         compute_int8=int8,
         fp32=fp32,
+        pdl=target.has_pdl,
         interpret=target.interpret,
     )
 
@@ -247,6 +249,11 @@ def is_short(window: Window) -> bool:
 
 MIN_SPLIT_TILES = 4
 """Key tiles that a slice should have: shorter ones cost more in the reduce than they win."""
+MAX_SPLIT_TILES = 256
+"""Key tiles that a slice may have at most: in a ragged batch the longest one is what all wait for. Uncut, 128 sequences
+of 128 to 65,536 keys took 1.5 times their floor. Slices of this size are a prediction: docs/notes/triton.md."""
+LEAST_SPLIT_TILES = 16
+"""Key tiles from which short sequences of a ragged batch are not cut further, however long others may be."""
 MAX_ROUNDS = 5
 """Rounds of programs beyond which an uneven last one matters little."""
 FULL = 0.93
@@ -256,13 +263,19 @@ FULL = 0.93
 def num_splits_for(owners: int, tiles: int, places: int) -> int:
     """How many slices to cut the visible keys into, for ``owners`` = sequences x kv heads x row tiles.
 
-    ``places``: programs that run at once. All slices take about as long, so a round that is half empty costs as much as
-    a full one: the fewest slices that fill their rounds, or else those that fill them best. Measured: 8 owners want 33
-    slices of 264 places (64 slices were 8 % slower), 256 owners 1 (2 slices were 22 % slower).
+    ``places``: programs that run at once. Sequences of one length make slices that take about as long, so a round that
+    is half empty costs as much as a full one: the fewest slices that fill their rounds, or else those that fill them
+    best. Measured: 8 owners want 33 slices of 264 places (64 slices were 8 % slower).
     """
-    most = max(1, min(tiles // MIN_SPLIT_TILES, ceil_div(MAX_ROUNDS * places, owners)))
-    first_round = max(1, min(places // owners, most))
+    fewest = ceil_div(tiles, MAX_SPLIT_TILES)
+    most = max(1, fewest, min(tiles // MIN_SPLIT_TILES, ceil_div(MAX_ROUNDS * places, owners)))
+    first_round = max(1, fewest, min(places // owners, most))
     return max(range(first_round, most + 1), key=lambda n: (min(filled(owners * n, places), FULL), -n))
+
+
+def least_tiles_for(tiles: int, num_splits: int) -> int:
+    """Tiles that a slice has at least in a batch whose longest sequence has ``tiles``: the others are cut less."""
+    return min(max(ceil_div(tiles, num_splits), 1), LEAST_SPLIT_TILES)
 
 
 def in_step(launch: TileLaunch, F: Features, block_m: int, programs: int, target: Target) -> TileLaunch:
