@@ -9,6 +9,7 @@ CUDA is asked about without a GPU, and the page is the same wherever it is made.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from swath import target
 from swath.cache import PagedKV
 from swath.cli.case import OPS, Case
 from swath.dispatch import BACKENDS
 from swath.quant import KVQuant
-from swath.target import has_triton
+from swath.target import Target, has_triton
 from swath.tooling import explain
 from swath.window import Window
 
@@ -29,6 +31,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 HOST_BACKENDS = ("reference", "cpu")
 """Asked about CPU tensors in the tables of options; the others about CUDA tensors."""
 INTERPRET = "TRITON_INTERPRET"
+ARCH = "sm_90"
+"""What CUDA stands for: a GPU that has every backend."""
+PREFILL = 256
+"""Query tokens of the calls that ``hopper`` is asked about: decode is not its own."""
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 INT8, E4M3, E5M2 = torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
@@ -45,9 +51,14 @@ class Call:
     case: Case = field(default_factory=Case)
     change: Change | None = None
 
+    def prefill(self) -> Call:
+        """The same call for more query tokens than decode has."""
+        return replace(self, case=replace(self.case, q_len=PREFILL, kv_len=max(self.case.kv_len, PREFILL)))
+
     def reasons(self, device: torch.device) -> dict[str, str | None]:
         """What each backend has against the call on tensors of ``device``, fastest first; None: it takes it."""
-        with FakeTensorMode():
+        with FakeTensorMode(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # 0 is aligned
             args, options = replace(self.case, device=device).arguments(self.op)
             changed = list(args)
             if self.op == "paged_attention" and self.case.q_len == 1:
@@ -62,10 +73,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Row:
-    """One option, and a call for each of the values it is asked with."""
+    """One option, and a call for each of the values it is asked with; ``verbatim``: of every backend the same call."""
 
     option: str
     calls: dict[str, Call]
+    verbatim: bool = False
 
 
 def page() -> str:
@@ -76,7 +88,7 @@ def page() -> str:
     """
     if not has_triton():
         raise RuntimeError("the page speaks for Triton too, and Triton is not installed")
-    with _interpreting(False):
+    with _interpreting(False), _cuda_is(Target(ARCH, 132)):
         notes = _Notes()
         parts = [INTRODUCTION, _devices(notes)]
         for op in OPS:
@@ -93,7 +105,8 @@ Made by `python -m swath.support > docs/support.md`; a test compares the two.
 Every answer is what a backend's `why_not` says to one call. **yes**: the backend takes it. **no** or **not**: it does
 not, for the reason with that number at the end of the page. **-**: the operator has no such backend; `impl="auto"`
 takes the next one. Below the first table `reference` and `cpu` are asked about CPU tensors, the others about CUDA
-tensors.
+tensors, and `hopper` about prefill where the others are asked about decode. CUDA stands for an sm_90 GPU (H100, H200):
+`hopper` runs there alone, `triton` answers the same everywhere.
 
 An answer says neither how fast a call is nor, by itself, that the result is right. That is shown by the tests, which
 hold every backend to the same float64 results."""
@@ -132,6 +145,17 @@ def _interpreting(wanted: bool) -> Iterator[None]:
             os.environ[INTERPRET] = before
 
 
+@contextmanager
+def _cuda_is(gpu: Target) -> Iterator[None]:
+    """CUDA devices are ``gpu``, as far as backends are concerned."""
+    before = target._gpu_target
+    target._gpu_target = lambda _device: gpu  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        target._gpu_target = before
+
+
 def _devices(notes: _Notes) -> str:
     """Which backend takes which tensors."""
     names = [name for name in reversed(BACKENDS) if any(name in Call(op).reasons(CPU) for op in OPS)]
@@ -156,15 +180,17 @@ def _options(op: str, notes: _Notes) -> str:
     names = [name for name in reversed(BACKENDS) if name in Call(op).reasons(CPU)]
     rows = []
     for row in ROWS[op]():
-        asked = {value: {name: call.reasons(_home(name))[name] for name in names} for value, call in row.calls.items()}
+        asked = {value: {name: _asked(call, name, row.verbatim) for name in names} for value, call in row.calls.items()}
         cells = [_cell({value: reasons[name] for value, reasons in asked.items()}, notes) for name in names]
         rows.append([row.option, ", ".join(row.calls), *cells])
     head = ["option", "asked with", *(f"`{name}`" for name in names)]
     return f"## `{op}`\n\n" + _table(head, rows)
 
 
-def _home(backend: str) -> torch.device:
-    return CPU if backend in HOST_BACKENDS else CUDA
+def _asked(call: Call, backend: str, verbatim: bool) -> str | None:
+    """The answer of a backend to a call of its own kind, or to this very one."""
+    call = call.prefill() if backend == "hopper" and not verbatim else call
+    return call.reasons(CPU if backend in HOST_BACKENDS else CUDA)[backend]
 
 
 def _cell(answers: dict[str, str | None], notes: _Notes) -> str:
@@ -239,7 +265,7 @@ def _paged_rows() -> list[Row]:
     kept = ("tensor", "head", "channel", "token")
     fp8_queries = Case(dtype=E4M3, quant=KVQuant(E4M3, "token"))
     return [
-        Row("queries", {words: Call(op, Case(q_len=n)) for words, n in forms.items()}),
+        Row("queries", {words: Call(op, Case(q_len=n)) for words, n in forms.items()}, verbatim=True),
         Row("q and cache alike", {NAMES[d]: Call(op, Case(dtype=d, quant=KVQuant(d))) for d in (BF16, FP16, FP32)}),
         Row("int8 cache, scale per", over(*(KVQuant(INT8, g) for g in kept))),
         Row("fp8 (e4m3) cache, scale per", over(*(KVQuant(E4M3, g) for g in ("none", *kept)))),

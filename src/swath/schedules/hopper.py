@@ -20,10 +20,13 @@ BOX_BYTES = 16
 
 def why_not(problem: Problem) -> str | None:
     """Needs an sm_90 GPU and a call that the kernel was made for."""
-    reason = why_no_triton(problem.q.device)
+    device = problem.q.device
+    if device.type != "cuda":
+        return f"made for {ARCH}, tensors are on the {device.type}"
+    reason = why_no_triton(device)
     if reason is not None:
         return reason
-    arch = target_of(problem.q.device).arch
+    arch = target_of(device).arch
     if arch != ARCH:
         return f"made for {ARCH}, this is {arch}"
     memo = {} if problem.memo is None else problem.memo
