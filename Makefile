@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # Test processes; one per core is a good choice.
 JOBS ?= 2
+# The Triton that `make test-triton` takes.
+OTHER_TRITON ?= 3.9.0
 # Passed on to the command that a target runs: make demo ARGS="--quick"
 ARGS ?=
 
@@ -14,6 +16,7 @@ CALM := OMP_WAIT_POLICY=PASSIVE
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+WITH_OTHER = PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(OTHER_TRITON) OMP_NUM_THREADS=1
 TORCH_STAMP := $(VENV)/.stamp-torch
 DEMO_STAMP := $(VENV)/.stamp-demo
 DEV_STAMP := $(VENV)/.stamp-dev
@@ -25,7 +28,7 @@ TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_6
 # One environment, one installer at a time, also under `make -j test demo`.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu compile-all lint bench clean
+.PHONY: help demo test test-gpu test-triton compile-all lint bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +44,11 @@ test: lint ## lint, type check and run the test suite
 # A GPU machine comes with a torch and triton made for it: use the Python that is there and install nothing.
 test-gpu: ## run the kernels' tests on the GPU with the installed Python, installing nothing (ARGS="-n 16" with xdist)
 	PYTHONPATH=src $(PYTHON) -m pytest tests -k "triton or gpu or hopper" $(ARGS)
+
+# Another Triton lies beside the environment's and comes before it on the path.
+test-triton: $(DEV_STAMP) $(VENV)/triton-$(OTHER_TRITON) ## test the kernels under another Triton (OTHER_TRITON=3.9.0)
+	$(WITH_OTHER) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -k triton $(INTERPRETED) $(ARGS)
+	$(WITH_OTHER) $(BIN)/python -m pytest tests/test_compile.py -k sm_90 $(ARGS)
 
 compile-all: $(DEV_STAMP) ## compile every kernel variant for every GPU target (no GPU needed; long)
 	PYTHONPATH=src $(BIN)/python -m pytest tests/test_compile.py --all-variants $(ARGS)
@@ -70,6 +78,10 @@ $(TORCH_STAMP): constraints.txt | $(BIN)/pip
 	@$(PIP) install -c constraints.txt $(TORCH)
 	@$(BIN)/python -c 'import triton' 2>/dev/null || { echo "installing triton"; $(PIP) install '$(TRITON)'; }
 	@touch $@
+
+$(VENV)/triton-%: | $(BIN)/pip
+	@echo "installing triton $*"
+	@$(PIP) install --no-deps --target $@ 'triton==$*'
 
 $(DEMO_STAMP): pyproject.toml constraints.txt $(TORCH_STAMP)
 	@echo "installing swath[demo]"

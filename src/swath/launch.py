@@ -18,6 +18,9 @@ from swath.window import Window
 STORED = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 """Names of the 8-bit storage types in kernels; everything else is "wide"."""
 
+FUSED = {"enable_fp_fusion": True}
+"""Compiler option of every kernel: scales fold into multiply-adds, which Triton 3.10 will no longer fuse unasked."""
+
 
 @dataclass(frozen=True)
 class Features:

@@ -10,6 +10,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from swath.launch import FUSED
+
 Run = Callable[[], Tensor]
 
 WRITE_BYTES, READ_BYTES = 256 << 20, 512 << 20
@@ -130,7 +132,7 @@ class GpuClock(CpuClock):
         sums = torch.empty(blocks, device=self.device)
 
         def run() -> Tensor:
-            read_kernel[(blocks,)](x, sums, x.numel(), BLOCK=READ_BLOCK, num_warps=8)
+            read_kernel[(blocks,)](x, sums, x.numel(), BLOCK=READ_BLOCK, num_warps=8, **FUSED)
             return sums
 
         return capture(run)

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from swath.device.cache import table_row
 from swath.device.window import band_of
+from swath.schedules.gluon_names import load_box, reinterpret
 from swath.schedules.query import leading_of, q_head_of, sequence_of
 from swath.schedules.tiles import sequence_at
 from swath.schedules.walk import interior_tiles, plan_walk, seen_by_any, tile_start
@@ -207,9 +208,9 @@ def load_queries(n, tile, q_desc, ring, F: gl.constexpr, C: gl.constexpr):
     for c in gl.static_range(CONSUMERS):
         for half in gl.static_range(HALVES):
             box = ring.stages.index((slot * C.consumers + c) * HALVES + half)
-            box = box._reinterpret(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
+            box = reinterpret(box, q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
             at = [seq, token + c * POSITIONS, q_head, half * BOX_COLUMNS]
-            tma.async_copy_global_to_shared(q_desc, at, full, box)
+            load_box(q_desc, at, full, box)
 
 
 @gluon.jit
@@ -242,8 +243,8 @@ def load_tile(n, start, page, tile, desc, ring, full, F: gl.constexpr, C: gl.con
         entry = nth(page, i)
         for half in gl.static_range(HALVES):
             box = ring.stages.index((slot * HALVES + half) * BOXES + i)
-            box = box._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
-            tma.async_copy_global_to_shared(desc, [entry, tile.kv_head, row, half * BOX_COLUMNS], full, box)
+            box = reinterpret(box, desc.dtype, desc.block_type.shape, desc.layout)
+            load_box(desc, [entry, tile.kv_head, row, half * BOX_COLUMNS], full, box)
 
 
 @gluon.jit
@@ -253,8 +254,8 @@ def clear_hidden(n, start, tile, ring, F: gl.constexpr, C: gl.constexpr):
     ROWS: gl.constexpr = 8
     CHUNKS: gl.constexpr = C.block_n // ROWS
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    chunks = ring.stages._reinterpret(
-        ring.stages.dtype, [C.stages * HALVES * CHUNKS, ROWS, BOX_COLUMNS], ring.stages.layout
+    chunks = reinterpret(
+        ring.stages, ring.stages.dtype, [C.stages * HALVES * CHUNKS, ROWS, BOX_COLUMNS], ring.stages.layout
     )
     for i in range(CHUNKS):
         pos = start + i * ROWS
@@ -321,7 +322,8 @@ def nth(x, i):
 def as_tiles(ring, tiles: gl.constexpr, rows: gl.constexpr, F: gl.constexpr):
     """The ring as tensor cores read it: boxes of 64 columns, one block of columns after the other, make a tile."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, F.head_dim], ring.stages.dtype)
-    return Ring(ring.stages._reinterpret(ring.stages.dtype, [tiles, rows, F.head_dim], LAYOUT), ring.full, ring.empty)
+    stages = reinterpret(ring.stages, ring.stages.dtype, [tiles, rows, F.head_dim], LAYOUT)
+    return Ring(stages, ring.full, ring.empty)
 
 
 @gluon.jit

@@ -20,6 +20,8 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from swath.launch import FUSED
+
 Operands = Mapping[str, Tensor | None]
 """The tensors of a call by name; None, or no entry, for what the call lacks."""
 
@@ -41,11 +43,11 @@ class KernelCall:
 
     def launch(self, operands: Operands) -> Any:
         """Launch it the ordinary way; the compiled kernel, or None from the interpreter."""
-        return self.kernel[(self.grid,)](**self.arguments(operands), **self.options)
+        return self.kernel[(self.grid,)](**self.arguments(operands), **self.options, **FUSED)
 
     def compile(self, operands: Operands) -> Any:
         """Compile it without running."""
-        return self.kernel.warmup(**self.arguments(operands), **self.options, grid=(self.grid,))
+        return self.kernel.warmup(**self.arguments(operands), **self.options, **FUSED, grid=(self.grid,))
 
     def arguments(self, operands: Operands) -> dict[str, Any]:
         """All arguments of the kernel by name."""

@@ -165,7 +165,9 @@ def attend(
         k_scale, v_scale = load_token_scales(scales, page, pos, live, F)
         # The next tile's entries are asked for before this tile's rows: the pipeliner would spend a stage on them.
         ahead = tile_start(i + 1 + tl.where(i + 1 >= gap, gap_tiles, 0), walk, BLOCK_N) + n
-        page = page_ids(keys, ahead, seen_by_any(ahead, band) & (i + 1 < end_tile), F)
+        # Not one scalar for all: the interpreter would spread it as int32, which is no mask in Triton 3.9.
+        more = tl.full((BLOCK_N,), i + 1, tl.int32) < end_tile
+        page = page_ids(keys, ahead, seen_by_any(ahead, band) & more, F)
         k = load_rows(keys.k, k_row, column, live, ALL_LIVE, F)
         s, scale = scores(rows, k, k_scale, cap_log2, F)
         if MASKED:

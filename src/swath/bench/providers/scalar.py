@@ -13,6 +13,7 @@ from torch import Tensor
 from swath.bench.case import BenchCase
 from swath.bench.inputs import Inputs
 from swath.bench.providers.provider import Provider, first_of
+from swath.launch import FUSED
 from swath.target import interpreting
 
 BLOCK_N, WARPS = 32, 4
@@ -42,7 +43,7 @@ def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
             case.head_dim**-0.5, -1 if case.window is None else case.window, case.leading,
             case.group, *cache.k.stride()[:3], *strides, inputs.pages.stride(0),
             HEADS=case.heads, DIM=case.head_dim, PADDED_DIM=1 << (case.head_dim - 1).bit_length(),
-            PAGE=case.page_size, KIND=kind, HAS_SINK=inputs.sink is not None, BLOCK_N=BLOCK_N, num_warps=WARPS,
+            PAGE=case.page_size, KIND=kind, HAS_SINK=inputs.sink is not None, BLOCK_N=BLOCK_N, num_warps=WARPS, **FUSED,
         )  # fmt: skip
         return out
 

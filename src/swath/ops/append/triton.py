@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from swath.launch import cache_features, kernel_dtype, kernel_scale, token_strides
+from swath.launch import FUSED, cache_features, kernel_dtype, kernel_scale, token_strides
 from swath.ops.append.call import AppendCase
 from swath.quant import LARGEST
 from swath.target import on_device, why_no_triton
@@ -54,7 +54,7 @@ def _launch(case: AppendCase, warm: bool) -> None:
         "BLOCK_D": triton.next_power_of_2(cache.head_dim),
         "LARGEST": LARGEST.get(cache.k.dtype, 1.0),
         "num_warps": 1,
-    }
+    } | FUSED
     if warm:
         append_kernel.warmup(*args, **constants, grid=grid)
     else:

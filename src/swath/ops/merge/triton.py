@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from swath.launch import FUSED
 from swath.ops.merge.call import MergeCase
 from swath.target import on_device, why_no_triton
 
@@ -37,7 +38,7 @@ def _launch(case: MergeCase, warm: bool) -> None:
     if rows == 0:
         return
     inputs: list[Any] = [x.contiguous() for x in (case.out_a, case.lse_a, case.out_b, case.lse_b)]
-    constants = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "num_warps": 1}
+    constants = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "num_warps": 1} | FUSED
     if warm:
         merge_kernel.warmup(*inputs, case.out, case.lse, **constants, grid=(rows,))
     else:
