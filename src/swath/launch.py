@@ -1,6 +1,7 @@
 """What kernels are compiled for, and how they are launched: pure functions of the case and the target.
 
-A row of a table says where it was measured, or "unmeasured, compiles". No autotuning happens when serving.
+A row of a table says where it was measured, or "unmeasured, compiles". No autotuning happens when serving: rows come
+from ``swath bench tune`` and are pasted.
 """
 
 from __future__ import annotations
@@ -311,5 +312,26 @@ def hopper_launch(F: Features, window: Window, uniform: bool) -> HopperLaunch:
     block_n = 64 if F.head_dim > 128 else 128
     stages, q_stages = (4 if F.head_dim <= 64 else 2), (1 if F.head_dim > 128 else 2)
     pack = pack_heads(F, is_short(window), 64) if not F.interleaved else 1
-    box_rows = block_n if F.page_size == 0 else min(block_n, F.page_size & -F.page_size)
-    return HopperLaunch(block_n, stages, q_stages, pack, box_rows, uniform)
+    return HopperLaunch(block_n, stages, q_stages, pack, box_rows(F, block_n), uniform)
+
+
+def box_rows(F: Features, block_n: int) -> int:
+    """Keys that are fetched at once: the largest power of two that divides a page, at most a tile."""
+    return block_n if F.page_size == 0 else min(block_n, F.page_size & -F.page_size)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Rows to launch with in place of those above: what ``swath bench tune`` tries, and nothing when serving.
+
+    tile: rows per tile beside the row. A split row still passes ``in_step``, as it would from the table.
+    """
+
+    split: TileLaunch | None = None
+    num_splits: int | None = None
+    tile: tuple[int, TileLaunch] | None = None
+    hopper: HopperLaunch | None = None
+
+
+UNTUNED = Tuning()
+"""As the tables and rules say."""
