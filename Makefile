@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # Test processes; one per core is a good choice.
 JOBS ?= 2
+# What `make memcheck` runs the tests under.
+SANITIZER ?= compute-sanitizer
 # Passed on to the command that a target runs: make demo ARGS="--quick"
 ARGS ?=
 
@@ -25,7 +27,7 @@ TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_6
 # One environment, one installer at a time, also under `make -j test demo`.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu compile-all lint bench clean
+.PHONY: help demo test test-gpu memcheck compile-all lint bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +43,16 @@ test: lint ## lint, type check and run the test suite
 # A GPU machine comes with a torch and triton made for it: use the Python that is there and install nothing.
 test-gpu: ## run the kernels' tests on the GPU with the installed Python, installing nothing (ARGS="-n 16" with xdist)
 	PYTHONPATH=src $(PYTHON) -m pytest tests -k "triton or gpu or hopper" $(ARGS)
+
+# Without torch's caching allocator each tensor is an allocation of its own, which memcheck knows the bounds of. Failed
+# CUDA calls do not count: torch makes some on purpose, to ask whether there is a context.
+memcheck: ## look for stray accesses on the GPU: a small sweep under compute-sanitizer, with the installed Python
+	@command -v $(SANITIZER) > /dev/null || { echo "$(SANITIZER) is not installed (or not on the PATH): it is part of the \
+	CUDA toolkit; SANITIZER=/path/to/it names another" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("memcheck needs a GPU that torch can use")'
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src $(SANITIZER) --tool memcheck --error-exitcode 1 \
+	  --target-processes application-only --report-api-errors no \
+	  $(PYTHON) -m pytest tests/test_memcheck.py -k gpu $(ARGS)
 
 compile-all: $(DEV_STAMP) ## compile every kernel variant for every GPU target (no GPU needed; long)
 	PYTHONPATH=src $(BIN)/python -m pytest tests/test_compile.py --all-variants $(ARGS)
