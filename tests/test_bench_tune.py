@@ -19,13 +19,14 @@ from swath.bench.case import BenchCase, Groups
 from swath.bench.clock import CpuClock, GpuClock
 from swath.bench.tune import Candidate, Search, candidates_of, search_case, source_of
 from swath.cli import app
-from swath.launch import HopperLaunch, TileLaunch, Tuning, fitting
+from swath.launch import TileLaunch, Tuning, fitting
 from swath.problem import Problem
 from swath.schedules.kernels import plan_of
 from swath.schedules.launcher import KernelCall
 from swath.target import Target, interpreting
 
 H200 = Target("sm_90", 132)
+SOURCE = "A GPU, torch 2"
 CALLS = {
     "splits": ({"queries": "decode"}, "triton"),
     "tiles": ({"queries": "dense"}, "triton"),
@@ -46,7 +47,7 @@ def found(schedule: str) -> tuple[list[Candidate], Any]:
     def launched(tuning: Tuning) -> KernelCall:
         return plan_of(call, H200, tiles, tuning).calls[0]
 
-    return candidates_of(call, H200, schedule, tiles), launched
+    return candidates_of(call, H200, schedule, tiles, SOURCE), launched
 
 
 @pytest.mark.parametrize("schedule", CALLS)
@@ -74,13 +75,13 @@ def test_a_hopper_row_is_what_is_launched() -> None:
     for row in rows:
         assert launched(row.tuning).args["C"] == row.tuning.hopper
     paged = problem(queries="ragged", storage="bf16")
-    boxes = {row.tuning.hopper.box_rows for row in candidates_of(paged, H200, "hopper", "hopper")}
+    boxes = {row.tuning.hopper.box_rows for row in candidates_of(paged, H200, "hopper", "hopper", SOURCE)}
     assert boxes == {16}, "pages of 16, whatever the tile"
 
 
 def test_other_rows_of_a_mixed_batch_stay() -> None:
     mixed = problem(queries="ragged", storage="bf16")
-    split = candidates_of(mixed, H200, "splits", "triton")[5]
+    split = candidates_of(mixed, H200, "splits", "triton", SOURCE)[5]
     plan, untuned = plan_of(mixed, H200, "triton", split.tuning), plan_of(mixed, H200, "triton")
     assert str(plan.calls[0]) != str(untuned.calls[0])
     assert str(plan.calls[-1]) == str(untuned.calls[-1])
@@ -102,37 +103,41 @@ def test_what_the_table_would_cut_is_marked() -> None:
         assert row.cut == (fitting(row.tuning.split, F, 16, H200) != row.tuning.split)
 
 
+def from_line(row: Candidate) -> Tuning:
+    """What launch.py would launch with the line in it."""
+    names: dict[str, Any] = {"TileLaunch": TileLaunch}
+    exec(row.line, names)
+    launch = names.get("launch")
+    if row.tuning.hopper is not None:
+        values = {field: names[field] for field in ("block_n", "stages", "q_stages")}
+        return Tuning(hopper=replace(row.tuning.hopper, **values))
+    assert launch.source == SOURCE
+    return Tuning(tile=(names["block_m"], launch)) if row.tuning.tile is not None else Tuning(split=launch)
+
+
 @pytest.mark.parametrize("schedule", CALLS)
-def test_the_printed_line_makes_the_same_launch(schedule: str) -> None:
+def test_the_line_makes_the_same_launch(schedule: str) -> None:
     rows, launched = found(schedule)
+    unruly = [row for row in rows if "num_splits_for does not" in row.line]
+    assert bool(unruly) == (schedule == "splits")
     for row in rows:
-        names: dict[str, Any] = {"TileLaunch": TileLaunch}
-        exec(row.code("A GPU, torch 2"), names)  # as it would stand in launch.py
-        tuning = row.tuning
-        if schedule == "tiles":
-            tuning = Tuning(tile=(names["block_m"], names["launch"]))
-            assert names["launch"].source == "A GPU, torch 2"
-        elif schedule == "splits":
-            tuning = Tuning(split=names["launch"], num_splits=row.settled.num_splits)
-            assert (row.settled.num_splits is None) == ("num_splits_for does not" not in row.code(""))
-        else:
-            assert isinstance(tuning.hopper, HopperLaunch)
-            values = {field: names[field] for field in ("block_n", "stages", "q_stages")}
-            tuning = Tuning(hopper=replace(tuning.hopper, **values))
+        tuning = from_line(row)
+        if row in unruly:
+            assert str(launched(tuning)) != str(launched(row.tuning))
+            tuning = replace(tuning, num_splits=row.tuning.num_splits)
         assert str(launched(tuning)) == str(launched(row.tuning))
 
 
 def test_a_number_of_splits_becomes_resident_programs() -> None:
-    """The rule turns them into as many slices; where it never does, the line says so."""
-    few = Target("sm_90", 16)
-    settled = [row.settled for row in candidates_of(problem(queries="decode"), few, "splits", "triton")]
-    assert {row.num_splits is None for row in settled} == {False, True}
-    assert len({row.split.resident for row in settled if row.split is not None and row.num_splits is None}) > 1
+    """Where the rule can be made to give it."""
+    rows = candidates_of(problem(queries="decode"), Target("sm_90", 16), "splits", "triton", SOURCE)
+    assert any("resident=" in row.line for row in rows)
+    assert not all("resident=" in row.line for row in rows)
 
 
 def test_a_schedule_that_a_call_does_not_use() -> None:
     with pytest.raises(NotImplementedError, match="launches no splits"):
-        candidates_of(problem(queries="dense"), H200, "splits", "triton")
+        candidates_of(problem(queries="dense"), H200, "splits", "triton", SOURCE)
 
 
 def test_the_source_is_as_in_the_tables() -> None:
@@ -156,7 +161,7 @@ class SmallClock(CpuClock):
 def search(schedule: str) -> Search:
     """Over rows with one change, on the GPU or else in the interpreter."""
     clock = GpuClock() if torch.cuda.is_available() else SmallClock()
-    (only,) = search_case(SEARCHED[schedule], schedule, clock, 1, lambda _text: None)
+    (only,) = search_case(SEARCHED[schedule], schedule, SOURCE, clock, 1, lambda _text: None)
     return only
 
 
@@ -211,7 +216,8 @@ def test_verdicts(times: tuple[float | None, ...], said: str) -> None:
 def test_it_prints_the_rows_and_the_line_to_paste(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fastest first, failures with their reasons, and a case that uses no such schedule does not end it."""
 
-    def searched(case: BenchCase, *_others: Any) -> list[Search]:
+    def searched(case: BenchCase, _schedule: None, source: str, *_others: Any) -> list[Search]:
+        assert f"torch {torch.__version__[:4]}" in source
         if case.name == "other":
             raise NotImplementedError("launches no splits")
         return [made(10.0, 9.0, None)]
@@ -230,7 +236,7 @@ def test_it_prints_the_rows_and_the_line_to_paste(monkeypatch: pytest.MonkeyPatc
     assert timed[0].endswith("0.900")
     assert f"{failing}: failed, OutOfResources: shared memory" in lines
     assert "splits: x0.900 of the present row" in lines
-    assert any(line.startswith("launch = TileLaunch(") and f"torch {torch.__version__[:4]}" in line for line in lines)
+    assert " ".join(found("splits")[0][1].line.split()) in lines
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from swath.bench.results import Row
 from swath.bench.run import Progress, measure_case
 from swath.launch import (
     Features,
+    HopperLaunch,
     TileLaunch,
     Tuning,
     box_rows,
@@ -41,7 +42,7 @@ KERNELS = {"splits": "split_kernel", "tiles": "tile_kernel", "hopper": "hopper_t
 MOST_CHANGES = 2
 """Fields in which a row may differ from the present one: some only pay together."""
 MOST_RESIDENT = 16
-"""Programs on a multiprocessor that a row may be said to have."""
+"""Programs on a multiprocessor that a line may claim for its row."""
 
 Axes = dict[str, tuple[int, ...]]
 """Values to try by field, the present one first."""
@@ -52,33 +53,15 @@ class Candidate:
     """A row to try.
 
     - name: its values in words
-    - tuning: the row as it is launched; settled: as it would be pasted
+    - tuning: how it is launched
+    - line: for launch.py
     - cut: whether the table's own rule would cut it to the target's shared memory
     """
 
     name: str
     tuning: Tuning
-    settled: Tuning
+    line: str
     cut: bool = False
-
-    def code(self, source: str) -> str:
-        """The line for launch.py; ``source`` says where it was measured."""
-        row = self.settled
-        if row.hopper is not None:
-            values = f"{row.hopper.block_n}, {row.hopper.stages}, {row.hopper.q_stages}"
-            return f"block_n, stages, q_stages = {values}  # {source}"
-        if row.tile is not None:
-            block_m, launch = row.tile
-            return f"block_m, launch = {block_m}, {_spelled(launch, source)}"
-        if row.split is None:
-            raise TypeError("a candidate has a row")
-        note = "" if row.num_splits is None else f"  # and {row.num_splits} splits, which num_splits_for does not give"
-        return f"launch = {_spelled(row.split, source)}{note}"
-
-
-def _spelled(launch: TileLaunch, source: str) -> str:
-    resident = "" if launch.resident == TileLaunch.resident else f", resident={launch.resident}"
-    return f'TileLaunch({launch.block_n}, {launch.warps}, {launch.stages}, "{source}"{resident})'
 
 
 def source_of(machine: Row) -> str:
@@ -88,7 +71,28 @@ def source_of(machine: Row) -> str:
     return f"{gpu}, torch {torch_version}, Triton {triton_version}, {machine['date']}"
 
 
-def candidates_of(problem: Problem, target: Target, schedule: str, tiles: str) -> list[Candidate]:
+@dataclass(frozen=True, eq=False)
+class Present:
+    """A call, the launch in it whose row is tuned, and what rows measured now are to say of their source."""
+
+    problem: Problem
+    target: Target
+    tiles: str
+    call: KernelCall
+    source: str
+
+    @property
+    def features(self) -> Features:
+        """What the kernel is compiled for."""
+        features: Features = self.call.args["F"]
+        return features
+
+    def launches(self, tuning: Tuning) -> str:
+        """What the call launches then, in words."""
+        return str(plan_of(self.problem, self.target, self.tiles, tuning))
+
+
+def candidates_of(problem: Problem, target: Target, schedule: str, tiles: str, source: str) -> list[Candidate]:
     """The rows around the one that a schedule launches a call with, which comes first.
 
     Raises:
@@ -97,44 +101,54 @@ def candidates_of(problem: Problem, target: Target, schedule: str, tiles: str) -
     call = _call(plan_of(problem, target, tiles), schedule)
     if call is None:
         raise NotImplementedError(f"launches no {schedule}")
-    return list(_AROUND[schedule](problem, target, tiles, call))
+    return list(_AROUND[schedule](Present(problem, target, tiles, call, source)))
 
 
-def _around_split(problem: Problem, target: Target, tiles: str, call: KernelCall) -> Iterator[Candidate]:
-    F, block_m = call.args["F"], call.args["BLOCK_M"]
-    row = split_launch(F, target, block_m)
-    axes = _tile_axes(row) | {"num_splits": _doubled(call.args["num_splits"], 1, 4096)}
+def _around_split(now: Present) -> Iterator[Candidate]:
+    block_m = now.call.args["BLOCK_M"]
+    row = replace(split_launch(now.features, now.target, block_m), source=now.source)
+    axes = _tile_axes(row) | {"num_splits": _doubled(now.call.args["num_splits"], 1, 4096)}
     for name, values in _rows(axes):
         num_splits = values.pop("num_splits")
         launch = replace(row, **values)
-        settled = _settled(problem, target, tiles, launch, num_splits)
-        tuning = Tuning(split=launch, num_splits=num_splits)
-        yield Candidate(name, tuning, settled, _is_cut(launch, F, block_m, target))
+        cut = fitting(launch, now.features, block_m, now.target) != launch
+        yield Candidate(name, Tuning(split=launch, num_splits=num_splits), _split_line(now, launch, num_splits), cut)
 
 
-def _around_tile(problem: Problem, target: Target, _tiles: str, call: KernelCall) -> Iterator[Candidate]:
-    F = call.args["F"]
-    block_m, row = tile_launch(F, target, is_short(problem.window))
+def _split_line(now: Present, launch: TileLaunch, num_splits: int) -> str:
+    """The row that launches the same from the table, where ``resident`` decides how many slices there are."""
+    wanted = now.launches(Tuning(split=launch, num_splits=num_splits))
+    for resident in (launch.resident, *range(1, MOST_RESIDENT + 1)):
+        alone = replace(launch, resident=resident)
+        if now.launches(Tuning(split=alone)) == wanted:
+            return f"launch = {_spelled(alone)}"
+    return f"launch = {_spelled(launch)}  # and {num_splits} splits, which num_splits_for does not give"
+
+
+def _around_tile(now: Present) -> Iterator[Candidate]:
+    block_m, launch = tile_launch(now.features, now.target, is_short(now.problem.window))
+    row = replace(launch, source=now.source)
     for name, values in _rows({"block_m": _doubled(block_m, 16, 256)} | _tile_axes(row)):
-        block_m = values.pop("block_m")
+        rows = values.pop("block_m")
         launch = replace(row, **values)
-        tuning = Tuning(tile=(block_m, launch))
-        yield Candidate(name, tuning, tuning, _is_cut(launch, F, block_m, target))
+        cut = fitting(launch, now.features, rows, now.target) != launch
+        yield Candidate(name, Tuning(tile=(rows, launch)), f"block_m, launch = {rows}, {_spelled(launch)}", cut)
 
 
-def _around_hopper(_problem: Problem, _target: Target, _tiles: str, call: KernelCall) -> Iterator[Candidate]:
-    F, row = call.args["F"], call.args["C"]
+def _around_hopper(now: Present) -> Iterator[Candidate]:
+    row: HopperLaunch = now.call.args["C"]
     axes = {
         "block_n": _doubled(row.block_n, 32, 256),
         "stages": _beside(row.stages, 2),  # one stage would overlap nothing
         "q_stages": _beside(row.q_stages, 1),
     }
     for name, values in _rows(axes):
-        tuning = Tuning(hopper=replace(row, **values, box_rows=box_rows(F, values["block_n"])))
-        yield Candidate(name, tuning, tuning)
+        launch = replace(row, **values, box_rows=box_rows(now.features, values["block_n"]))
+        line = f"block_n, stages, q_stages = {launch.block_n}, {launch.stages}, {launch.q_stages}  # {now.source}"
+        yield Candidate(name, Tuning(hopper=launch), line)
 
 
-_AROUND: dict[str, Callable[[Problem, Target, str, KernelCall], Iterator[Candidate]]] = {
+_AROUND: dict[str, Callable[[Present], Iterator[Candidate]]] = {
     "splits": _around_split,
     "tiles": _around_tile,
     "hopper": _around_hopper,
@@ -167,19 +181,9 @@ def _rows(axes: Axes) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{said}, present" if changes == 0 else said, row
 
 
-def _settled(problem: Problem, target: Target, tiles: str, launch: TileLaunch, num_splits: int) -> Tuning:
-    """The row that launches the same from the table: its ``resident`` decides how many slices there are."""
-    tuning = Tuning(split=launch, num_splits=num_splits)
-    wanted = str(plan_of(problem, target, tiles, tuning))
-    for resident in (launch.resident, *range(1, MOST_RESIDENT + 1)):
-        alone = Tuning(split=replace(launch, resident=resident))
-        if str(plan_of(problem, target, tiles, alone)) == wanted:
-            return alone
-    return tuning
-
-
-def _is_cut(launch: TileLaunch, F: Features, block_m: int, target: Target) -> bool:
-    return fitting(launch, F, block_m, target) != launch
+def _spelled(launch: TileLaunch) -> str:
+    resident = "" if launch.resident == TileLaunch.resident else f", resident={launch.resident}"
+    return f'TileLaunch({launch.block_n}, {launch.warps}, {launch.stages}, "{launch.source}"{resident})'
 
 
 def _call(plan: Plan, schedule: str) -> KernelCall | None:
@@ -215,16 +219,18 @@ class Search:
 
 
 def search_case(
-    case: BenchCase, schedule: str | None, clock: CpuClock, rounds: int, tell: Progress
+    case: BenchCase, schedule: str | None, source: str, clock: CpuClock, rounds: int, tell: Progress
 ) -> Iterator[Search]:
     """Search the rows of a schedule for a case; of None, those of each schedule that the case uses here.
+
+    ``source`` is what rows measured now say of where that was.
 
     Raises:
         NotImplementedError: the case does not use the schedule, or nothing that has rows.
     """
     tell(f"{case.name}: rows")
     inputs = make_inputs(case, case.draw.lengths(clock.device), clock.device)
-    todo = _todo(inputs, schedule)
+    todo = _todo(inputs, schedule, source)
     del inputs
     for name, tiles, candidates in todo:
         providers = tuple(_provider(candidate, tiles) for candidate in candidates)
@@ -235,7 +241,7 @@ def search_case(
         yield Search(name, candidates, rows)
 
 
-def _todo(inputs: Inputs, schedule: str | None) -> list[tuple[str, str, list[Candidate]]]:
+def _todo(inputs: Inputs, schedule: str | None, source: str) -> list[tuple[str, str, list[Candidate]]]:
     """Schedules, whose tiles a plan with them has, and rows to try."""
     function, args, options = call_of(inputs)
     said, problem = explain(function, *args, **options), prepare(function, *args, **options)
@@ -246,7 +252,7 @@ def _todo(inputs: Inputs, schedule: str | None) -> list[tuple[str, str, list[Can
     target = target_of(problem.q.device)
     plan = plan_of(problem, target, tiles)
     names = [schedule] if schedule else [name for name in KERNELS if _call(plan, name) is not None]
-    return [(name, tiles, candidates_of(problem, target, name, tiles)) for name in names]
+    return [(name, tiles, candidates_of(problem, target, name, tiles, source)) for name in names]
 
 
 def _provider(candidate: Candidate, tiles: str) -> Provider:

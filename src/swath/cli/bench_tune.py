@@ -31,7 +31,7 @@ def tune(
 ) -> None:
     """Search launch rows around the present ones on this GPU, and print lines to paste into launch.py.
 
-    Rows that differ in up to two fields are checked and timed as by run. About a minute or two a case.
+    Rows that differ in up to two fields are checked and timed as by run; those that cannot be launched say why.
     """
     if not (torch.cuda.is_available() and has_triton()):
         raise fail("tune needs a GPU that torch can use, and Triton")
@@ -48,8 +48,8 @@ def tune(
     for case in cases:
         try:
             with out.status(case.name) as status:
-                for found in search_case(case, schedule, clock, rounds, status.update):
-                    show(out, found, source)
+                for found in search_case(case, schedule, source, clock, rounds, status.update):
+                    show(out, found)
         except NotImplementedError as error:
             out.print(f"{case.name}: {error}\n", style="dim", markup=False)
         except BrokenDeviceError as error:
@@ -57,7 +57,7 @@ def tune(
         release(clock.device)
 
 
-def show(out: Console, found: Search, source: str) -> None:
+def show(out: Console, found: Search) -> None:
     """The rows of a search, the fastest first, those without a time and why, and the line to paste."""
     from swath.bench.table import title, tuning_table, untimed
 
@@ -70,4 +70,4 @@ def show(out: Console, found: Search, source: str) -> None:
     if fastest is not None:
         candidate, row = fastest
         out.print(f"  {row['launch']}", style="dim", markup=False, soft_wrap=True)
-        out.print(f"    {candidate.code(source)}\n", markup=False, soft_wrap=True)
+        out.print(f"    {candidate.line}\n", markup=False, soft_wrap=True)
