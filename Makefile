@@ -5,11 +5,13 @@ PYTHON ?= python3
 JOBS ?= 2
 # The Triton that `make test-triton` takes.
 OTHER_TRITON ?= 3.9.0
+# What `make memcheck` runs the tests under.
+SANITIZER ?= compute-sanitizer
 # Passed on to the command that a target runs: make demo ARGS="--quick"
 ARGS ?=
 
 # Kernels run in Triton's interpreter here: every option alone and in pairs, at small sizes.
-INTERPRETED := tests/test_operators.py tests/test_append.py tests/test_merge.py tests/test_bench.py
+INTERPRETED := tests/test_operators.py tests/test_append.py tests/test_merge.py tests/test_bench.py tests/test_bench_tune.py
 # OpenMP threads that wait without spinning: with another busy process, torch's many small operations are far faster.
 CALM := OMP_WAIT_POLICY=PASSIVE
 
@@ -28,7 +30,7 @@ TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_6
 # One environment, one installer at a time, also under `make -j test demo`.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton compile-all lint bench clean
+.PHONY: help demo test test-gpu test-triton memcheck compile-all lint bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +51,16 @@ test-gpu: ## run the kernels' tests on the GPU with the installed Python, instal
 test-triton: $(DEV_STAMP) $(VENV)/triton-$(OTHER_TRITON) ## test the kernels under another Triton (OTHER_TRITON=3.9.0)
 	$(WITH_OTHER) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -k triton $(INTERPRETED) $(ARGS)
 	$(WITH_OTHER) $(BIN)/python -m pytest tests/test_compile.py -k sm_90 $(ARGS)
+
+# Without torch's caching allocator each tensor is an allocation of its own, which memcheck knows the bounds of. Failed
+# CUDA calls do not count: torch makes some on purpose, to ask whether there is a context.
+memcheck: ## look for stray accesses on the GPU: a small sweep under compute-sanitizer, with the installed Python
+	@command -v $(SANITIZER) > /dev/null || { echo "$(SANITIZER) is not installed (or not on the PATH): it is part of the \
+	CUDA toolkit; SANITIZER=/path/to/it names another" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("memcheck needs a GPU that torch can use")'
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src $(SANITIZER) --tool memcheck --error-exitcode 1 \
+	  --target-processes application-only --report-api-errors no \
+	  $(PYTHON) -m pytest tests/test_memcheck.py -k gpu $(ARGS)
 
 compile-all: $(DEV_STAMP) ## compile every kernel variant for every GPU target (no GPU needed; long)
 	PYTHONPATH=src $(BIN)/python -m pytest tests/test_compile.py --all-variants $(ARGS)

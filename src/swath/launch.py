@@ -1,6 +1,7 @@
 """What kernels are compiled for, and how they are launched: pure functions of the case and the target.
 
-A row of a table says where it was measured, or "unmeasured, compiles". No autotuning happens when serving.
+A row of a table says where it was measured, or "unmeasured, compiles". No autotuning happens when serving: rows come
+from ``swath bench tune`` and are pasted.
 """
 
 from __future__ import annotations
@@ -353,6 +354,27 @@ def hopper_launch(F: Features, problem: Problem) -> HopperLaunch:
         launch = HopperLaunch(128, 2, 2)
     else:
         launch = HopperLaunch(128, 4, 2)
-    box_rows = min(launch.block_n, F.page_size & -F.page_size) if F.page_size else launch.block_n
     pack = 1 if F.interleaved else pack_heads(F, is_short(problem.window), 64)
-    return replace(launch, pack=pack, box_rows=box_rows, uniform=problem.cu_seqlens_q is None)
+    return replace(launch, pack=pack, box_rows=box_rows(F, launch.block_n), uniform=problem.cu_seqlens_q is None)
+
+
+def box_rows(F: Features, block_n: int) -> int:
+    """Keys that are fetched at once: the largest power of two that divides a page, at most a tile."""
+    return block_n if F.page_size == 0 else min(block_n, F.page_size & -F.page_size)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Rows to launch with in place of those above: what ``swath bench tune`` tries, and nothing when serving.
+
+    tile: rows per tile beside the row. A split row still passes ``in_step``, as it would from the table.
+    """
+
+    split: TileLaunch | None = None
+    num_splits: int | None = None
+    tile: tuple[int, TileLaunch] | None = None
+    hopper: HopperLaunch | None = None
+
+
+UNTUNED = Tuning()
+"""As the tables and rules say."""

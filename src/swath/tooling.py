@@ -35,6 +35,14 @@ def explain(op: str | Callable[..., Any], *args: Any, impl: str = "auto", **kwar
     return dispatch.explain_case(case_of.OP, case_of.prepare(*args, **kwargs), impl)
 
 
+def prepare(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The checked call in the form that backends read, for who launches it otherwise than they would.
+
+    Args as for ``explain``.
+    """
+    return _resolve(op).prepare(*args, **kwargs)
+
+
 def warmup(op: str | Callable[..., Any], *args: Any, impl: str = "auto", **kwargs: Any) -> None:
     """Compile all kernels that this call would launch, without running them: before a CUDA-graph capture, say.
 

@@ -19,7 +19,6 @@ from swath.bench.clock import Ceilings, CpuClock, Graph, Run, capture, host_us
 from swath.bench.gate import Gate
 from swath.bench.inputs import Inputs, make_inputs
 from swath.bench.providers import Provider
-from swath.bench.providers.own import launch_of
 from swath.bench.results import Row
 
 MAX_SETS, SETS_BYTES = 3, 4 << 30
@@ -118,8 +117,8 @@ def _admit(
         row |= {"status": "failed", "reason": f"{type(error).__name__}: {_one_line(error)}"}
         _check_device(clock.device, provider, case)
         return None
-    if provider.ours:
-        row["launch"] = launch_of(sets[0], provider.name.removeprefix("swath-"))
+    if provider.launch is not None:
+        row["launch"] = provider.launch(sets[0])
     return contender
 
 
@@ -137,7 +136,7 @@ def _captured(provider: Provider, runs: list[Run], row: Row) -> list[Run]:
     try:
         graphs: list[Graph] = [capture(run) for run in runs]
     except Exception as error:
-        if provider.ours:
+        if provider.launch is not None:
             raise
         row["graph_error"] = _one_line(error)
         return []
@@ -201,10 +200,8 @@ def _check_device(device: torch.device, provider: Provider, case: BenchCase) -> 
         try:
             torch.cuda.synchronize(device)
         except RuntimeError as error:
-            raise BrokenDeviceError(
-                f"{provider.name} on {case.name!r} broke the device ({_one_line(error)}): what came before is kept; "
-                f"go on with --resume and --without {provider.name}"
-            ) from error
+            said = f"{provider.name} on {case.name!r} broke the device ({_one_line(error)})"
+            raise BrokenDeviceError(said) from error
 
 
 def release(device: torch.device) -> None:

@@ -11,9 +11,19 @@ from swath.bench.results import Row
 
 
 def case_table(rows: list[Row]) -> Table:
-    """The providers of one case, the fastest first; a column only where somebody has a figure."""
+    """The providers of one case, the fastest first."""
+    return _table(rows, _COLUMNS)
+
+
+def tuning_table(rows: list[Row]) -> Table:
+    """The launch rows that were tried for one case, the fastest first."""
+    return _table(rows, _TUNING_COLUMNS)
+
+
+def _table(rows: list[Row], columns: tuple[_Column, ...]) -> Table:
+    """A column only where somebody has a figure."""
     timed = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: float(row["us"]))
-    columns = [column for column in _COLUMNS if any(row.get(column.key) is not None for row in timed)]
+    columns = tuple(column for column in columns if any(row.get(column.key) is not None for row in timed))
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("", min_width=12)
     for column in columns:
@@ -65,6 +75,7 @@ _COLUMNS = (
     _Column("extra MiB", "extra_bytes", ".1f", 2**20),
     _Column("error", "error", ".1e"),
 )
+_TUNING_COLUMNS = (*_COLUMNS[:3], _Column("x present", "x_present", ".3f"))
 
 
 def untimed(rows: list[Row]) -> list[str]:

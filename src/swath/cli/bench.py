@@ -12,6 +12,8 @@ import typer
 
 from swath.cli.bench_results import compare, plot, report
 from swath.cli.bench_session import Session
+from swath.cli.bench_tune import tune
+from swath.cli.options import Match, Op, Tag
 from swath.cli.output import console, fail, one_line_errors
 from swath.errors import bad_value
 
@@ -24,18 +26,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measure swath and its peers on this machine.", no_args_is_help=True)
 
-for command in (compare, plot, report):
+for command in (compare, plot, report, tune):
     app.command()(command)
 
 BOOKKEEPING = ("--output", "--resume", "--budget", "--commit")
 """Options that change no row."""
 ROUNDS, QUICK_ROUNDS, QUICK_SECONDS = 7, 3, 50.0
 
-Match = Annotated[
-    list[str] | None, typer.Option("--match", metavar="TEXT", help="Only cases whose name contains this.")
-]
-Op = Annotated[Literal["decode", "steps", "prefill", "mixed"] | None, typer.Option(help="Only cases of this kind.")]
-Tag = Annotated[list[str] | None, typer.Option("--tag", metavar="TAG", help="Only cases with this tag (see: list).")]
 Device = Annotated[Literal["cuda", "cpu"] | None, typer.Option(show_default="cuda where it works", help="Where.")]
 
 

@@ -53,7 +53,7 @@ class Session:
             typer.echo(f"\nswath: interrupted; {self._said()}", err=True)
             raise typer.Exit(130) from None
         except BrokenDeviceError as error:
-            raise fail(f"{error}; {self._said()}") from error
+            raise fail(f"{error}: --without leaves a provider out; {self._said()}") from error
         self._print_goals()
         typer.echo(self._said())
         bad = [

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from swath.launch import Features, hopper_launch, tile_slots
+from swath.launch import Features, Tuning, hopper_launch, tile_slots
 from swath.problem import Problem
 from swath.schedules.hopper_feed import BOX_COLUMNS, CONSUMER_ROWS
 from swath.schedules.hopper_tiles import hopper_tile_kernel
@@ -54,10 +54,16 @@ def in_four_dimensions(name: str, x: Tensor) -> Tensor:
 
 
 def add_hopper_tiles(
-    plan: Plan, problem: Problem, F: Features, target: Target, args: dict[str, Any], sources: dict[str, str]
+    plan: Plan,
+    problem: Problem,
+    F: Features,
+    target: Target,
+    args: dict[str, Any],
+    sources: dict[str, str],
+    tuning: Tuning,
 ) -> None:
     """Tiles for the sequences that the splits do not claim; ``sources``: where their keys are."""
-    launch = hopper_launch(F, problem)
+    launch = tuning.hopper or hopper_launch(F, problem)
     rows = CONSUMER_ROWS.value
     steps, slots = tile_slots(problem, launch.consumers * rows // launch.pack)
     num_tiles = slots * (F.kv_heads * F.group // launch.pack)

@@ -11,7 +11,9 @@ from torch import Tensor
 from swath.cache import DenseKeys, PagedKeys, PagedKV, PageTable
 from swath.launch import (
     MAX_STEPS,
+    UNTUNED,
     Features,
+    Tuning,
     ceil_div,
     dequantises,
     features_of,
@@ -40,10 +42,10 @@ REDUCE_CHUNK = 16
 LARGEST_SIZE = 1 << 30
 
 
-def plan_of(problem: Problem, target: Target, tiles: str) -> Plan:
+def plan_of(problem: Problem, target: Target, tiles: str, tuning: Tuning = UNTUNED) -> Plan:
     """The launches of a call, in order: splits and their reduce, or tiles, or all three in a mixed batch.
 
-    ``tiles``: whose tiles, "triton" or "hopper".
+    ``tiles``: whose tiles, "triton" or "hopper"; ``tuning``: rows to try in place of the tables' own.
     """
     plan = Plan()
     if problem.num_seqs == 0 or problem.q.numel() == 0:
@@ -53,7 +55,7 @@ def plan_of(problem: Problem, target: Target, tiles: str) -> Plan:
     steps = min(problem.max_q_len, MAX_STEPS) if ragged else problem.steps
     splits = paged and steps <= MAX_STEPS
     if splits:
-        add_splits(plan, problem, target, steps)
+        add_splits(plan, problem, target, steps, tuning)
     if not splits or (ragged and problem.max_q_len > MAX_STEPS):
         claimed = MAX_STEPS if splits else 0
         sources: dict[str, str] = {}
@@ -62,9 +64,9 @@ def plan_of(problem: Problem, target: Target, tiles: str) -> Plan:
         F = features_of(problem, target)
         args = shared_args(problem, F) | {"claimed": claimed, "num_seqs": problem.num_seqs}
         if tiles == "hopper":
-            add_hopper_tiles(plan, problem, F, target, args, sources)
+            add_hopper_tiles(plan, problem, F, target, args, sources, tuning)
         else:
-            add_tiles(plan, problem, F, target, args, sources)
+            add_tiles(plan, problem, F, target, args, sources, tuning)
     return plan
 
 
@@ -168,7 +170,7 @@ def _strides(names: str, strides: tuple[int, ...]) -> dict[str, int]:
     return dict(zip(names.split(), strides, strict=True))
 
 
-def add_splits(plan: Plan, problem: Problem, target: Target, steps: int) -> None:
+def add_splits(plan: Plan, problem: Problem, target: Target, steps: int, tuning: Tuning) -> None:
     """Splits for the sequences of at most ``steps`` query tokens, and the reduce where they are cut."""
     F = features_of(problem, target)
     # With split_size the shape of a program must not depend on the batch either: a row's bits would. Over 8-bit keys
@@ -178,12 +180,12 @@ def add_splits(plan: Plan, problem: Problem, target: Target, steps: int) -> None
     row_tiles = ceil_div(max(steps, 1) * F.group, block_m)
     tile_rows = min(block_m, steps * F.group)
     owners = problem.num_seqs * row_tiles * F.kv_heads
-    launch = split_launch(F, target, block_m)
+    launch = tuning.split or split_launch(F, target, block_m)
     visible = problem.window.visible_bound(steps, problem.max_kv_len)
     block_n, slice_tiles, least_tiles = launch.block_n, 0, 1
     if problem.split_size is None:
-        tiles = ceil_div(visible, block_n)
-        num_splits = num_splits_for(owners, tiles, launch.resident * target.num_sms)
+        tiles, places = ceil_div(visible, block_n), launch.resident * target.num_sms
+        num_splits = tuning.num_splits or num_splits_for(owners, tiles, places)
         least_tiles = least_tiles_for(tiles, num_splits)
         launch = in_step(launch, F, block_m, owners * num_splits, target)
     else:
@@ -206,11 +208,17 @@ def add_splits(plan: Plan, problem: Problem, target: Target, steps: int) -> None
 
 
 def add_tiles(
-    plan: Plan, problem: Problem, F: Features, target: Target, args: dict[str, Any], sources: dict[str, str]
+    plan: Plan,
+    problem: Problem,
+    F: Features,
+    target: Target,
+    args: dict[str, Any],
+    sources: dict[str, str],
+    tuning: Tuning,
 ) -> None:
     """Tiles for the sequences that the splits do not claim; ``sources``: where their keys are."""
     short = is_short(problem.window)
-    block_m, launch = tile_launch(F, target, short)
+    block_m, launch = tuning.tile or tile_launch(F, target, short)
     pack = pack_heads(F, short, block_m)
     steps, slots = tile_slots(problem, block_m // pack)
     args |= {"steps": steps, "BLOCK_M": block_m, "PACK": pack, "BLOCK_N": launch.block_n, "STAGES": launch.stages}

@@ -35,8 +35,7 @@ def call_of(inputs: Inputs) -> tuple[Callable[..., Any], tuple[Any, ...], dict[s
     return paged_attention, (q, inputs.cache, inputs.pages, inputs.seq_lens), options
 
 
-def launch_of(inputs: Inputs, impl: str) -> str:
-    """The launch in words."""
+def _launch(impl: str, inputs: Inputs) -> str:
     function, args, options = call_of(inputs)
     return explain(function, *args, **options, impl=impl).launch
 
@@ -69,7 +68,7 @@ PROVIDERS = tuple(
         partial(_prepare, name),
         module="triton" if name in GPU_BACKENDS else None,
         devices=_devices(name),
-        ours=True,
+        launch=partial(_launch, name),
     )
     for name in _NAMES
 )

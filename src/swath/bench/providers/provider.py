@@ -25,7 +25,7 @@ class Provider:
         prepare: makes the call that is timed, everything that a server does once made before: plans, layouts, masks.
             The call returns out with rows as q's, [..., Hq, D].
         module: what must be importable. package: whose version is printed; both None for torch and swath.
-        devices: whose tensors it takes. ours: whether it is a backend of swath.
+        devices: whose tensors it takes. launch: of swath's own, the launch of a call in words.
         builds: whether it compiles for many seconds before its first call: ``--quick`` leaves it out unless named.
     """
 
@@ -35,7 +35,7 @@ class Provider:
     module: str | None = None
     package: str | None = None
     devices: tuple[str, ...] = ("cuda",)
-    ours: bool = False
+    launch: Callable[[Inputs], str] | None = None
     builds: bool = False
 
     def missing(self, device: torch.device) -> str | None:

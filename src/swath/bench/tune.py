@@ -1,0 +1,280 @@
+"""Searching launch rows: those around the present one, held to the gate and timed by the clock of ``bench run``.
+
+Each row is a provider, so that a search is ``measure_case`` with rows for contenders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from torch import Tensor
+
+from swath.bench.case import BenchCase
+from swath.bench.clock import CpuClock
+from swath.bench.inputs import Inputs, make_inputs
+from swath.bench.judge import advantage, best, tie_of
+from swath.bench.providers import Provider
+from swath.bench.providers.own import GPU_BACKENDS, call_of
+from swath.bench.results import Row
+from swath.bench.run import Progress, measure_case
+from swath.launch import (
+    Features,
+    HopperLaunch,
+    TileLaunch,
+    Tuning,
+    box_rows,
+    fitting,
+    is_short,
+    split_launch,
+    tile_launch,
+)
+from swath.problem import Problem
+from swath.schedules.kernels import operands_of, plan_of
+from swath.schedules.launcher import KernelCall, Plan
+from swath.target import Target, on_device, target_of
+from swath.tooling import explain, prepare
+
+KERNELS = {"splits": "split_kernel", "tiles": "tile_kernel", "hopper": "hopper_tile_kernel"}
+"""Schedules and the kernel that each of them launches."""
+MOST_CHANGES = 2
+"""Fields in which a row may differ from the present one: some only pay together."""
+MOST_RESIDENT = 16
+"""Programs on a multiprocessor that a line may claim for its row."""
+
+Axes = dict[str, tuple[int, ...]]
+"""Values to try by field, the present one first."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row to try.
+
+    - name: its values in words
+    - tuning: how it is launched
+    - line: for launch.py
+    - cut: whether the table's own rule would cut it to the target's shared memory
+    """
+
+    name: str
+    tuning: Tuning
+    line: str
+    cut: bool = False
+
+
+def source_of(machine: Row) -> str:
+    """Where a row was measured, as launch.py says it, from ``results.describe``."""
+    gpu = str(machine["gpu"] or machine["cpu"]).removeprefix("NVIDIA ")
+    torch_version, triton_version = (".".join(str(machine[key]).split(".")[:2]) for key in ("torch", "triton"))
+    return f"{gpu}, torch {torch_version}, Triton {triton_version}, {machine['date']}"
+
+
+@dataclass(frozen=True, eq=False)
+class Present:
+    """A call, the launch in it whose row is tuned, and what rows measured now are to say of their source."""
+
+    problem: Problem
+    target: Target
+    tiles: str
+    call: KernelCall
+    source: str
+
+    @property
+    def features(self) -> Features:
+        """What the kernel is compiled for."""
+        features: Features = self.call.args["F"]
+        return features
+
+    def launches(self, tuning: Tuning) -> str:
+        """What the call launches then, in words."""
+        return str(plan_of(self.problem, self.target, self.tiles, tuning))
+
+
+def candidates_of(problem: Problem, target: Target, schedule: str, tiles: str, source: str) -> list[Candidate]:
+    """The rows around the one that a schedule launches a call with, which comes first.
+
+    Raises:
+        NotImplementedError: the call does not use the schedule.
+    """
+    call = _call(plan_of(problem, target, tiles), schedule)
+    if call is None:
+        raise NotImplementedError(f"launches no {schedule}")
+    return list(_AROUND[schedule](Present(problem, target, tiles, call, source)))
+
+
+def _around_split(now: Present) -> Iterator[Candidate]:
+    block_m = now.call.args["BLOCK_M"]
+    row = replace(split_launch(now.features, now.target, block_m), source=now.source)
+    axes = _tile_axes(row) | {"num_splits": _doubled(now.call.args["num_splits"], 1, 4096)}
+    for name, values in _rows(axes):
+        num_splits = values.pop("num_splits")
+        launch = replace(row, **values)
+        cut = fitting(launch, now.features, block_m, now.target) != launch
+        yield Candidate(name, Tuning(split=launch, num_splits=num_splits), _split_line(now, launch, num_splits), cut)
+
+
+def _split_line(now: Present, launch: TileLaunch, num_splits: int) -> str:
+    """The row that launches the same from the table, where ``resident`` decides how many slices there are."""
+    wanted = now.launches(Tuning(split=launch, num_splits=num_splits))
+    for resident in (launch.resident, *range(1, MOST_RESIDENT + 1)):
+        alone = replace(launch, resident=resident)
+        if now.launches(Tuning(split=alone)) == wanted:
+            return f"launch = {_spelled(alone)}"
+    return f"launch = {_spelled(launch)}  # and {num_splits} splits, which num_splits_for does not give"
+
+
+def _around_tile(now: Present) -> Iterator[Candidate]:
+    block_m, launch = tile_launch(now.features, now.target, is_short(now.problem.window))
+    row = replace(launch, source=now.source)
+    for name, values in _rows({"block_m": _doubled(block_m, 16, 256)} | _tile_axes(row)):
+        rows = values.pop("block_m")
+        launch = replace(row, **values)
+        cut = fitting(launch, now.features, rows, now.target) != launch
+        yield Candidate(name, Tuning(tile=(rows, launch)), f"block_m, launch = {rows}, {_spelled(launch)}", cut)
+
+
+def _around_hopper(now: Present) -> Iterator[Candidate]:
+    row: HopperLaunch = now.call.args["C"]
+    axes = {
+        "block_n": _doubled(row.block_n, 32, 256),
+        "stages": _beside(row.stages, 2),  # one stage would overlap nothing
+        "q_stages": _beside(row.q_stages, 1),
+    }
+    for name, values in _rows(axes):
+        launch = replace(row, **values, box_rows=box_rows(now.features, values["block_n"]))
+        line = f"block_n, stages, q_stages = {launch.block_n}, {launch.stages}, {launch.q_stages}  # {now.source}"
+        yield Candidate(name, Tuning(hopper=launch), line)
+
+
+_AROUND: dict[str, Callable[[Present], Iterator[Candidate]]] = {
+    "splits": _around_split,
+    "tiles": _around_tile,
+    "hopper": _around_hopper,
+}
+
+
+def _tile_axes(row: TileLaunch) -> Axes:
+    return {
+        "block_n": _doubled(row.block_n, 16, 256),
+        "warps": _doubled(row.warps, 1, 16),
+        "stages": _beside(row.stages, 1),
+    }
+
+
+def _doubled(value: int, low: int, high: int) -> tuple[int, ...]:
+    return value, *(n for n in (value // 2, value * 2) if low <= n <= high)
+
+
+def _beside(value: int, low: int) -> tuple[int, ...]:
+    return value, *(n for n in (value - 1, value + 1) if low <= n)
+
+
+def _rows(axes: Axes) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and values, the present ones first."""
+    for values in product(*axes.values()):
+        changes = sum(value != axis[0] for value, axis in zip(values, axes.values(), strict=True))
+        if changes <= MOST_CHANGES:
+            row = dict(zip(axes, values, strict=True))
+            said = ", ".join(f"{field} {value}" for field, value in row.items())
+            yield f"{said}, present" if changes == 0 else said, row
+
+
+def _spelled(launch: TileLaunch) -> str:
+    resident = "" if launch.resident == TileLaunch.resident else f", resident={launch.resident}"
+    return f'TileLaunch({launch.block_n}, {launch.warps}, {launch.stages}, "{launch.source}"{resident})'
+
+
+def _call(plan: Plan, schedule: str) -> KernelCall | None:
+    """The launch of a schedule in a plan."""
+    return next((call for call in plan.calls if call.kernel.fn.__name__ == KERNELS[schedule]), None)
+
+
+@dataclass(frozen=True)
+class Search:
+    """A schedule's rows for one case: ``rows`` has the outcome of each of ``candidates``, the present row first."""
+
+    schedule: str
+    candidates: list[Candidate]
+    rows: list[Row]
+
+    def fastest(self) -> tuple[Candidate, Row] | None:
+        """The row that won, if any has a time."""
+        row = best(self.rows)
+        return None if row is None else (self.candidates[self.rows.index(row)], row)
+
+    def verdict(self) -> str:
+        """The best row against the present one."""
+        row, present = best(self.rows), self.rows[0]
+        if row is None:
+            return "no row has a time"
+        if row is present:
+            return "the present row is the fastest"
+        if "x_present" not in row:
+            return "the present row has no time"
+        share = row["x_present"]
+        tie = tie_of(row["op"])
+        return f"x{share:.3f} of the present row" + (f", a tie up to {tie:.0%}" if share >= 1 - tie else "")
+
+
+def search_case(
+    case: BenchCase, schedule: str | None, source: str, clock: CpuClock, rounds: int, tell: Progress
+) -> Iterator[Search]:
+    """Search the rows of a schedule for a case; of None, those of each schedule that the case uses here.
+
+    ``source`` is what rows measured now say of where that was.
+
+    Raises:
+        NotImplementedError: the case does not use the schedule, or nothing that has rows.
+    """
+    tell(f"{case.name}: rows")
+    inputs = make_inputs(case, case.draw.lengths(clock.device), clock.device)
+    todo = _todo(inputs, schedule, source)
+    del inputs
+    for name, tiles, candidates in todo:
+        providers = tuple(_provider(candidate, tiles) for candidate in candidates)
+        rows = measure_case(case, providers, clock, rounds, tell)
+        for row in rows:
+            if row["status"] == rows[0]["status"] == "ok":
+                row["x_present"] = advantage(rows[0], row)
+        yield Search(name, candidates, rows)
+
+
+def _todo(inputs: Inputs, schedule: str | None, source: str) -> list[tuple[str, str, list[Candidate]]]:
+    """Schedules, whose tiles a plan with them has, and rows to try."""
+    function, args, options = call_of(inputs)
+    said, problem = explain(function, *args, **options), prepare(function, *args, **options)
+    tiles = {None: said.backend or "nothing", "hopper": "hopper"}.get(schedule, "triton")
+    reason = said.reasons[tiles] if tiles in GPU_BACKENDS else f"runs on {tiles}, which has no rows"
+    if reason is not None:
+        raise NotImplementedError(reason)
+    target = target_of(problem.q.device)
+    plan = plan_of(problem, target, tiles)
+    names = [schedule] if schedule else [name for name in KERNELS if _call(plan, name) is not None]
+    return [(name, tiles, candidates_of(problem, target, name, tiles, source)) for name in names]
+
+
+def _provider(candidate: Candidate, tiles: str) -> Provider:
+    """Who launches calls with this row."""
+
+    def planned(inputs: Inputs) -> Plan:
+        function, args, options = call_of(inputs)
+        problem = prepare(function, *args, **options)
+        return plan_of(problem, target_of(problem.q.device), tiles, candidate.tuning)
+
+    def ready(inputs: Inputs) -> Callable[[], Tensor]:
+        if candidate.cut:
+            raise NotImplementedError("needs more shared memory than a program has here")
+        plan = planned(inputs)
+        function, args, options = call_of(inputs)
+
+        def run() -> Tensor:
+            problem: Problem = prepare(function, *args, **options)
+            with on_device(problem.q.device):
+                plan.run(operands_of(problem), problem.q.device)
+            return problem.out
+
+        return run
+
+    return Provider(candidate.name, lambda _case: None, ready, launch=lambda inputs: str(planned(inputs)))
