@@ -19,6 +19,8 @@ PAGED = replace(LONG, dense=False)
 
 CASES = {
     "full": LONG,
+    "full, few keys": replace(LONG, kv_lens=(300, 500, 61, 40), q_lens=(300, 130, 61, 17)),
+    "full of 64, few keys": replace(LONG, kv_lens=(300, 500, 61, 40), q_lens=(300, 130, 61, 17), head_dim=64),
     "not causal": replace(LONG, causal=False),
     "window of a tile": replace(LONG, size=128),
     "window of many tiles": replace(LONG, size=400),
@@ -41,6 +43,9 @@ CASES = {
     "pages of 544": replace(PAGED, page_size=544),
     "flat table": replace(PAGED, table="flat", layout="nhd"),
     "holes": replace(PAGED, holes=True),
+    "holes among few keys": replace(
+        PAGED, kv_lens=(300, 700, 61, 40), q_lens=(300, 130, 61, 17), bounds="tight", holes=True
+    ),
     "holes in a window": replace(PAGED, holes=True, size=300, global_tokens=20),
     "int8 pages": replace(PAGED, quant=KVQuant(torch.int8, "channel"), size=400, bounds="tight"),
     "rows of nobody": replace(PAGED, q_lens=(700, 0, 130, 1), tail=150),
@@ -62,7 +67,9 @@ def test_against_the_truth(case: Case) -> None:
     assert canary.broken() == 0
 
 
-@pytest.mark.parametrize("name", ["full", "packed heads", "pages of 16, window", "holes", "rows of nobody"])
+@pytest.mark.parametrize(
+    "name", ["full", "full, few keys", "packed heads", "pages of 16, window", "holes", "rows of nobody"]
+)
 def test_no_tile_is_lost_or_done_otherwise(name: str) -> None:
     """Programs draw tiles from a counter: over 100 launches each row is written, and always with the same bits."""
     inputs = make(CASES[name], "cuda")

@@ -16,6 +16,7 @@ from swath.launch import (
     dequantises,
     features_of,
     fitting,
+    least_tiles_for,
     num_splits_for,
     pack_heads,
     split_launch,
@@ -53,17 +54,24 @@ def test_an_unknown_target_gets_the_least_shared_memory() -> None:
         (8, 2048, 264, 33),  # one full round
         (64, 64, 264, 4),
         (256, 256, 264, 1),
+        (256, 512, 264, 2),  # no slice is longer than 256 tiles
         (256, 256, 528, 2),
         (512, 128, 264, 1),  # two full rounds
         (1024, 16, 264, 1),
-        (100, 4096, 264, 5),  # two rounds, for one would leave a quarter of the places empty
+        (100, 1024, 264, 5),  # two rounds, for one would leave a quarter of the places empty
         (1, 1, 264, 1),
-        (10**6, 4096, 264, 1),
+        (10**6, 256, 264, 1),
+        (10**6, 4096, 264, 16),
         (1, 12, 264, 3),  # no slice under four tiles
     ],
 )
 def test_slices_fill_their_rounds(owners: int, tiles: int, places: int, slices: int) -> None:
     assert num_splits_for(owners, tiles, places) == slices
+
+
+@pytest.mark.parametrize(("tiles", "num_splits", "least"), [(1024, 8, 16), (64, 33, 2), (12, 3, 4), (0, 1, 1)])
+def test_short_sequences_beside_long_ones_stay_whole(tiles: int, num_splits: int, least: int) -> None:
+    assert least_tiles_for(tiles, num_splits) == least
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compile_variants import OPTIONS, problem_of
+from compile_variants import OPTIONS, problem_of, tiles_of
 from swath import KVQuant, PagedKV, Window, attention, paged_attention, signature, target
 from swath.ops.attention import call as attention_call
 from swath.ops.paged import call as paged_call
@@ -238,16 +238,25 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return recorder
 
 
-def fresh_arguments(problem: Problem, arch: str) -> list[tuple[Any, ...]]:
-    """What each launch of a call must pass on, built anew: tensors as addresses."""
+def plain(x: Any) -> Any:
+    """What decides a launch argument: a tensor's address, and what a box is encoded from."""
+    if isinstance(x, Tensor):
+        return x.data_ptr()
+    if hasattr(x, "block_shape"):
+        return x.base.data_ptr(), tuple(x.shape), tuple(x.strides), tuple(x.block_shape), x.layout
+    return x
+
+
+def fresh_arguments(problem: Problem, arch: str, tiles: str) -> list[tuple[Any, ...]]:
+    """What each launch of a call must pass on, built anew."""
     from swath.schedules.kernels import operands_of, plan_of
 
-    plan = plan_of(problem, Target(arch, 132), "triton")
+    plan = plan_of(problem, Target(arch, 132), tiles)
     operands = {**operands_of(problem), **plan.scratch.tensors(torch.device("cpu"))}
     rows = []
     for call in plan.calls:
         values = call.arguments(operands).values()
-        rows.append((call.grid, *(x.data_ptr() if isinstance(x, Tensor) else x for x in values)))
+        rows.append((call.grid, *map(plain, values)))
     return rows
 
 
@@ -257,13 +266,13 @@ def test_a_remembered_launch_passes_what_a_new_one_would(row: dict[str, str], re
 
     first, second = problem_of(row), problem_of(row)
     assert first.memo is second.memo
-    for arch in ("sm_90", "gfx942"):
-        plan = plan_of(first, Target(arch, 132), "triton")
+    for arch, tiles in (("gfx942", "triton"), *(("sm_90", tiles) for tiles in tiles_of(first, "sm_90"))):
+        plan = plan_of(first, Target(arch, 132), tiles)
         plan.run(operands_of(first), first.q.device)
         assert not recorder.launches, "the first run compiles"
         plan.run(operands_of(second), second.q.device)
-        expected = fresh_arguments(second, arch)
-        launched = [(grid, *values) for grid, _, _, _, _, _, _, _, _, *values in recorder.launches]
+        expected = fresh_arguments(second, arch, tiles)
+        launched = [(grid, *map(plain, values)) for grid, _, _, _, _, _, _, _, _, *values in recorder.launches]
         assert launched == expected
         assert {args[1:9] for args in recorder.launches} == {(1, 1, 7, 11, (4, 1, 0), None, None, None)}
         recorder.launches.clear()

@@ -40,6 +40,7 @@ class Features:
     q_scale: str = ""  # "", "tensor" or "row"
     compute_int8: bool = False
     fp32: bool = False  # float32 queries: IEEE dots
+    pdl: bool = False  # the reduce is launched before the splits have ended
     interpret: bool = False
 
     @property
@@ -90,6 +91,7 @@ def features_of(problem: Problem, target: Target) -> Features:
         q_scale="" if problem.q_scale is None else "row" if problem.q_scale.dim() else "tensor",
         compute_int8=int8,
         fp32=fp32,
+        pdl=target.has_pdl,
         interpret=target.interpret,
     )
 
@@ -248,6 +250,11 @@ def is_short(window: Window) -> bool:
 
 MIN_SPLIT_TILES = 4
 """Key tiles that a slice should have: shorter ones cost more in the reduce than they win."""
+MAX_SPLIT_TILES = 256
+"""Key tiles that a slice may have at most: in a ragged batch the longest one is what all wait for. Uncut, 128 sequences
+of 128 to 65,536 keys took 1.5 times their floor. Slices of this size are a prediction: docs/notes/triton.md."""
+LEAST_SPLIT_TILES = 16
+"""Key tiles from which short sequences of a ragged batch are not cut further, however long others may be."""
 MAX_ROUNDS = 5
 """Rounds of programs beyond which an uneven last one matters little."""
 FULL = 0.93
@@ -257,13 +264,19 @@ FULL = 0.93
 def num_splits_for(owners: int, tiles: int, places: int) -> int:
     """How many slices to cut the visible keys into, for ``owners`` = sequences x kv heads x row tiles.
 
-    ``places``: programs that run at once. All slices take about as long, so a round that is half empty costs as much as
-    a full one: the fewest slices that fill their rounds, or else those that fill them best. Measured: 8 owners want 33
-    slices of 264 places (64 slices were 8 % slower), 256 owners 1 (2 slices were 22 % slower).
+    ``places``: programs that run at once. Sequences of one length make slices that take about as long, so a round that
+    is half empty costs as much as a full one: the fewest slices that fill their rounds, or else those that fill them
+    best. Measured: 8 owners want 33 slices of 264 places (64 slices were 8 % slower).
     """
-    most = max(1, min(tiles // MIN_SPLIT_TILES, ceil_div(MAX_ROUNDS * places, owners)))
-    first_round = max(1, min(places // owners, most))
+    fewest = ceil_div(tiles, MAX_SPLIT_TILES)
+    most = max(1, fewest, min(tiles // MIN_SPLIT_TILES, ceil_div(MAX_ROUNDS * places, owners)))
+    first_round = max(1, fewest, min(places // owners, most))
     return max(range(first_round, most + 1), key=lambda n: (min(filled(owners * n, places), FULL), -n))
+
+
+def least_tiles_for(tiles: int, num_splits: int) -> int:
+    """Tiles that a slice has at least in a batch whose longest sequence has ``tiles``: the others are cut less."""
+    return min(max(ceil_div(tiles, num_splits), 1), LEAST_SPLIT_TILES)
 
 
 def in_step(launch: TileLaunch, F: Features, block_m: int, programs: int, target: Target) -> TileLaunch:
@@ -293,26 +306,54 @@ def pack_heads(F: Features, short: bool, block_m: int) -> int:
 
 @dataclass(frozen=True)
 class HopperLaunch:
-    """Tile shape and pipeline of hopper_tiles.py."""
+    """Tile shape and pipeline of hopper_tiles.py; every row was measured on the machine of ``H200``."""
 
     block_n: int
-    stages: int
+    stages: int  # of keys and of values
     q_stages: int
-    pack: int
-    box_rows: int
-    uniform: bool
+    consumers: int = 2  # warpgroups of 64 rows in a program
     programs: int = 1  # that run at once on a multiprocessor
-    consumer_registers: int = 240
+    consumer_registers: int = 240  # a thread's
     producer_registers: int = 24
-    registers: int | None = None  # a thread's at the start, where the compiler's choice lets too few programs run
+    registers: int | None = None  # before they are shared out so, where the compiler's choice lets fewer programs run
+    pack: int = 1
+    box_rows: int = 0
+    uniform: bool = False
 
 
-def hopper_launch(F: Features, window: Window, uniform: bool) -> HopperLaunch:
-    """Prefill on sm_90: two consumers of 64 rows; keys per tile and stages as shared memory allows."""
-    block_n = 64 if F.head_dim > 128 else 128
-    stages, q_stages = (4 if F.head_dim <= 64 else 2), (1 if F.head_dim > 128 else 2)
-    pack = pack_heads(F, is_short(window), 64) if not F.interleaved else 1
-    return HopperLaunch(block_n, stages, q_stages, pack, box_rows(F, block_n), uniform)
+LARGEST_BOUND = 1 << 30
+FEW_KEYS, FEW_PAGED_KEYS = 1024, 1280
+"""Keys that a row tile sees up to which programs of one consumer win: short runs leave the tensor cores idle at their
+ends, and two consumers of one program reach theirs together. 32 ragged sequences of up to 1,024 keys took 274 us so and
+348 with two consumers; windows of 257 in sequences of up to 4,096 keys 709 and 1,127; a window of 1,024 over pages of
+16 332 and 376, over dense keys 1,063 and 976."""
+VERY_FEW_KEYS = 256
+"""Of rows of 64: a window of 128 took 340 us in four programs with tiles of 32 keys, 406 in three with tiles of 64."""
+
+
+def hopper_launch(F: Features, problem: Problem) -> HopperLaunch:
+    """Prefill on sm_90: as many stages and registers as a multiprocessor has, in one program or several."""
+    # With split_size no bit may depend on bounds, so the window alone decides.
+    most = problem.max_kv_len if problem.split_size is None else LARGEST_BOUND
+    keys = problem.window.visible_bound(128, most)
+    few = keys <= (FEW_PAGED_KEYS if F.page_size else FEW_KEYS)
+    if F.head_dim > 128:
+        launch = HopperLaunch(64, 2, 1)
+    elif few and F.head_dim > 64:
+        launch = HopperLaunch(
+            64, 2, 2, consumers=1, programs=2, consumer_registers=216, producer_registers=40, registers=128
+        )
+    elif keys <= VERY_FEW_KEYS:
+        launch = HopperLaunch(32, 3, 2, consumers=1, programs=4, consumer_registers=104, registers=64)
+    elif few:
+        launch = HopperLaunch(64, 2, 2, consumers=1, programs=3, consumer_registers=136, registers=80)
+    elif F.head_dim > 64:
+        launch = HopperLaunch(128, 2, 2)
+    else:
+        launch = HopperLaunch(128, 4, 2)
+    pack = 1 if F.interleaved else pack_heads(F, is_short(problem.window), 64)
+    rows = box_rows(F, launch.block_n)
+    return replace(launch, pack=pack, box_rows=rows, uniform=problem.cu_seqlens_q is None)
 
 
 def box_rows(F: Features, block_n: int) -> int:

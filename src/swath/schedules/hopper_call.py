@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swath.launch import Features, Tuning, hopper_launch, tile_slots
 from swath.problem import Problem
-from swath.schedules.hopper_feed import BOX_COLUMNS, CONSUMER_ROWS, CONSUMERS
+from swath.schedules.hopper_feed import BOX_COLUMNS, CONSUMER_ROWS
 from swath.schedules.hopper_tiles import hopper_tile_kernel
 from swath.schedules.launcher import KernelCall, Operands, Plan
 from swath.target import Target
@@ -22,16 +22,14 @@ GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 @dataclass(frozen=True, eq=False, slots=True)
 class BoxedCall(KernelCall):
-    """A launch that takes some operands as boxes of these rows, and draws its tiles from a counter that begins at 0."""
+    """A launch that takes some operands as boxes of these rows: q as ``q_desc``."""
 
     boxes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def launch(self, operands: Operands) -> Any:
-        """Launch it; drivers encode boxes anew for each launch, so there is no shorter way."""
-        counter = operands["counter"]
-        if counter is not None:
-            counter.zero_()
-        return KernelCall.launch(self, operands)
+    def boxed(self, parameter: str) -> str | None:
+        """The operand that a parameter takes as boxes, if it does."""
+        name = parameter.removesuffix("_desc")
+        return self.sources.get(name, name) if parameter != name else None
 
     def arguments(self, operands: Operands) -> dict[str, Any]:
         """All arguments of the kernel by name."""
@@ -65,11 +63,11 @@ def add_hopper_tiles(
     tuning: Tuning,
 ) -> None:
     """Tiles for the sequences that the splits do not claim; ``sources``: where their keys are."""
-    launch = tuning.hopper or hopper_launch(F, problem.window, uniform=problem.cu_seqlens_q is None)
-    rows, consumers = CONSUMER_ROWS.value, CONSUMERS.value
-    steps, slots = tile_slots(problem, consumers * rows // launch.pack)
+    launch = tuning.hopper or hopper_launch(F, problem)
+    rows = CONSUMER_ROWS.value
+    steps, slots = tile_slots(problem, launch.consumers * rows // launch.pack)
     num_tiles = slots * (F.kv_heads * F.group // launch.pack)
-    plan.scratch.add("counter", torch.int32, 1)
+    plan.scratch.add("counter", torch.int32, 1, zeroed=True)  # programs draw their tiles from it
     key_box = (1, 1, launch.box_rows)
     plan.calls.append(
         BoxedCall(

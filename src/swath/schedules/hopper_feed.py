@@ -19,7 +19,6 @@ from swath.schedules.query import leading_of, q_head_of, sequence_of
 from swath.schedules.tiles import sequence_at
 from swath.schedules.walk import interior_tiles, plan_walk, seen_by_any, tile_start
 
-CONSUMERS = gl.constexpr(2)
 CONSUMER_ROWS = gl.constexpr(64)
 BOX_COLUMNS = gl.constexpr(64)  # of 16 bits: the widest box with a 128-byte swizzle
 
@@ -89,7 +88,7 @@ class Tile(NamedTuple):
 @gluon.jit
 def place_of(t, batch, F: gl.constexpr, C: gl.constexpr):
     """Find tile ``t`` of the flat list, longest first. Not every one has rows: then q_len and kv_len are 0."""
-    POSITIONS: gl.constexpr = CONSUMERS * CONSUMER_ROWS // C.pack
+    POSITIONS: gl.constexpr = C.consumers * CONSUMER_ROWS // C.pack
     slot = (batch.num_tiles - 1 - t) // (F.kv_heads * F.group // C.pack)
     b, first_slot = sequence_at(slot, batch.cu_q, batch.num_seqs, batch.steps, POSITIONS)
     seq = sequence_of(b, batch.cu_q, batch.steps, batch.lens, batch.q_start, F)
@@ -108,7 +107,7 @@ def place_of(t, batch, F: gl.constexpr, C: gl.constexpr):
 @gluon.jit
 def tile_of(place, batch, F: gl.constexpr, C: gl.constexpr):
     """Lay out the key tiles of a place."""
-    POSITIONS: gl.constexpr = CONSUMERS * CONSUMER_ROWS // C.pack
+    POSITIONS: gl.constexpr = C.consumers * CONSUMER_ROWS // C.pack
     head = place.t % (F.kv_heads * F.group // C.pack)
     kv_head = head if C.pack > 1 else head // F.group
     first = place.start + place.begin
@@ -145,7 +144,7 @@ def key_start(j, tile, F: gl.constexpr, C: gl.constexpr):
 
 @gluon.jit
 def produce(q_desc, k_desc, v_desc, counter, cut_loaded, rings, batch, F: gl.constexpr, C: gl.constexpr):
-    """The producer: draws tiles and asks for their query rows and key tiles, as room allows."""
+    """The producer: draws tiles and passes those with rows on, with their query rows and key tiles as room allows."""
     passed = 0
     rows = 0
     n = 0
@@ -153,34 +152,42 @@ def produce(q_desc, k_desc, v_desc, counter, cut_loaded, rings, batch, F: gl.con
     t = gl.program_id(0)
     while t < batch.num_tiles:
         place = place_of(t, batch, F, C)
-        pass_on(passed, rings.places, place)
-        passed += 1
         drawn = draw(counter)
-        tile = tile_of(place, batch, F, C)
-        if tile.walk.total > 0:
-            load_queries(rows, tile, q_desc, rings.q, F, C)
-            rows += 1
-        start, _ = key_start(0, tile, F, C)
-        page = box_pages(start, tile, 1, batch, F, C)
-        for j in range(tile.walk.total):
-            next_start, _ = key_start(j + 1, tile, F, C)
-            ahead = box_pages(next_start, tile, 1, batch, F, C)
-            k_full = rings.k.full.index(n % C.stages)
-            v_full = rings.v.full.index(n % C.stages)
-            load_tile(n, start, page, tile, k_desc, rings.k, k_full, F, C)
-            if all_seen(start, start + C.block_n, tile.band):
-                load_tile(n, start, page, tile, v_desc, rings.v, v_full, F, C)
-            else:
-                load_tile(n, start, page, tile, v_desc, rings.v, cut_loaded, F, C)
-                mbarrier.wait(cut_loaded, cuts & 1)
-                cuts += 1
-                clear_hidden(n, start, tile, rings.v, F, C)
-                mbarrier.arrive(v_full, count=1)
-            start = next_start
-            page = ahead
-            n += 1
+        if place.q_len > 0:
+            pass_on(passed, rings.places, place)
+            passed += 1
+            tile = tile_of(place, batch, F, C)
+            if tile.walk.total > 0:
+                load_queries(rows, tile, q_desc, rings.q, F, C)
+                rows += 1
+                cuts = load_keys(n, cuts, tile, k_desc, v_desc, cut_loaded, rings, batch, F, C)
+                n += tile.walk.total
         t = gl.max(drawn, 0) + gl.num_programs(0)
     pass_on(passed, rings.places, Place(t, t, t, t, t, t, t, t, t))
+
+
+@gluon.jit
+def load_keys(n, cuts, tile, k_desc, v_desc, cut_loaded, rings, batch, F: gl.constexpr, C: gl.constexpr):
+    """Ask for all key tiles of a row tile, of which ``n`` were before; counts those that an edge cuts."""
+    start, _ = key_start(0, tile, F, C)
+    page = box_pages(start, tile, 1, batch, F, C)
+    for j in range(tile.walk.total):
+        next_start, _ = key_start(j + 1, tile, F, C)
+        ahead = box_pages(next_start, tile, 1, batch, F, C)
+        k_full = rings.k.full.index((n + j) % C.stages)
+        v_full = rings.v.full.index((n + j) % C.stages)
+        load_tile(n + j, start, page, tile, k_desc, rings.k, k_full, F, C)
+        if all_seen(start, start + C.block_n, tile.band):
+            load_tile(n + j, start, page, tile, v_desc, rings.v, v_full, F, C)
+        else:
+            load_tile(n + j, start, page, tile, v_desc, rings.v, cut_loaded, F, C)
+            mbarrier.wait(cut_loaded, cuts & 1)
+            cuts += 1
+            clear_hidden(n + j, start, tile, rings.v, F, C)
+            mbarrier.arrive(v_full, count=1)
+        start = next_start
+        page = ahead
+    return cuts
 
 
 @gluon.jit
@@ -191,14 +198,15 @@ def load_queries(n, tile, q_desc, ring, F: gl.constexpr, C: gl.constexpr):
     slot = n % C.q_stages
     mbarrier.wait(ring.empty.index(slot), ((n // C.q_stages) & 1) ^ 1)
     full = ring.full.index(slot)
-    mbarrier.expect(full, CONSUMERS * CONSUMER_ROWS * F.head_dim * 2)
+    mbarrier.expect(full, C.consumers * CONSUMER_ROWS * F.head_dim * 2)
     q_head = q_head_of(tile.kv_head, 0 if C.pack > 1 else tile.head % F.group, F)
     place = tile.place
     seq = place.b if C.uniform else 0
     token = place.begin if C.uniform else place.token + place.begin
+    CONSUMERS: gl.constexpr = C.consumers
     for c in gl.static_range(CONSUMERS):
         for half in gl.static_range(HALVES):
-            box = ring.stages.index((slot * CONSUMERS + c) * HALVES + half)
+            box = ring.stages.index((slot * C.consumers + c) * HALVES + half)
             box = box._reinterpret(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
             at = [seq, token + c * POSITIONS, q_head, half * BOX_COLUMNS]
             tma.async_copy_global_to_shared(q_desc, at, full, box)
@@ -317,7 +325,9 @@ def as_tiles(ring, tiles: gl.constexpr, rows: gl.constexpr, F: gl.constexpr):
 
 
 @gluon.jit
-def new_ring(stages: gl.constexpr, boxes: gl.constexpr, rows: gl.constexpr, DTYPE: gl.constexpr):
+def new_ring(
+    stages: gl.constexpr, boxes: gl.constexpr, rows: gl.constexpr, consumers: gl.constexpr, DTYPE: gl.constexpr
+):
     """Shared memory for ``stages`` of ``boxes`` boxes of ``rows`` rows, filled by one producer."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, BOX_COLUMNS], DTYPE)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -328,12 +338,12 @@ def new_ring(stages: gl.constexpr, boxes: gl.constexpr, rows: gl.constexpr, DTYP
     )
     for i in gl.static_range(stages):
         mbarrier.init(ring.full.index(i), count=1)
-        mbarrier.init(ring.empty.index(i), count=CONSUMERS)
+        mbarrier.init(ring.empty.index(i), count=consumers)
     return ring
 
 
 @gluon.jit
-def new_places():
+def new_places(consumers: gl.constexpr):
     """Shared memory for the places that the producer passes on."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     slots = gl.allocate_shared_memory(gl.int32, [2, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -341,5 +351,5 @@ def new_places():
     empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for i in gl.static_range(2):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=CONSUMERS)
+        mbarrier.init(empty.index(i), count=consumers)
     return Ring(slots, full, empty)

@@ -1,4 +1,4 @@
-"""Tiles on Hopper: a producer warp streams K and V through shared memory, two warpgroups attend 64 query rows each.
+"""Tiles on Hopper: a producer warp streams K and V through shared memory, one or two warpgroups attend 64 rows each.
 
 The tiles are those of tiles.py; what differs is how the time is filled. The producer (hopper_feed.py) keeps rings of
 query and key tiles full. A consumer asks for the scores of one key tile and, while the tensor cores still multiply the
@@ -25,7 +25,6 @@ from swath.device.window import reach_of, visible
 from swath.schedules.hopper_feed import (
     BOX_COLUMNS,
     CONSUMER_ROWS,
-    CONSUMERS,
     Batch,
     Rings,
     as_tiles,
@@ -69,7 +68,7 @@ def consume(c: gl.constexpr, output, scale_log2, cap_log2, rings, batch, F: gl.c
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_n, 16])
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.head_dim, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
-    q_ring = as_tiles(rings.q, C.q_stages * CONSUMERS, CONSUMER_ROWS, F)
+    q_ring = as_tiles(rings.q, C.q_stages * C.consumers, CONSUMER_ROWS, F)
     k_ring = as_tiles(rings.k, C.stages, C.block_n, F)
     v_ring = as_tiles(rings.v, C.stages, C.block_n, F)
     i = gl.arange(0, CONSUMER_ROWS, layout=ROW)
@@ -87,14 +86,13 @@ def consume(c: gl.constexpr, output, scale_log2, cap_log2, rings, batch, F: gl.c
             slot = rows % C.q_stages
             reach = reach_of(place.start + begin + i // C.pack, tile.band, batch.size, place.leading, F)
             query = Query(
-                q_ring.stages.index(slot * CONSUMERS + c), reach, scale_log2, cap_log2, all_live(tile, batch, F)
+                q_ring.stages.index(slot * C.consumers + c), reach, scale_log2, cap_log2, all_live(tile, batch, F)
             )
             mbarrier.wait(q_ring.full.index(slot), (rows // C.q_stages) & 1)
             m, l, acc = attend(n, (m, l, acc), query, q_ring.empty.index(slot), k_ring, v_ring, tile, batch, F, C)
             n += tile.walk.total
             rows += 1
-        if place.begin < place.q_len:
-            finish_rows((m, l, acc), tile, begin, output, batch, F, C)
+        finish_rows((m, l, acc), tile, begin, output, batch, F, C)
         passed += 1
         place = receive(passed, rings.places)
 
@@ -273,11 +271,11 @@ def hopper_tile_kernel(
 ):  # fmt: skip
     """As many programs as multiprocessors share the flat list of tiles."""
     HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
-    q_ring = new_ring(C.q_stages, CONSUMERS * HALVES, CONSUMER_ROWS, q_desc.dtype)
+    q_ring = new_ring(C.q_stages, C.consumers * HALVES, CONSUMER_ROWS, C.consumers, q_desc.dtype)
     BOXES: gl.constexpr = C.block_n // C.box_rows
-    k_ring = new_ring(C.stages, HALVES * BOXES, C.box_rows, q_desc.dtype)
-    v_ring = new_ring(C.stages, HALVES * BOXES, C.box_rows, q_desc.dtype)
-    rings = Rings(q_ring, k_ring, v_ring, new_places())
+    k_ring = new_ring(C.stages, HALVES * BOXES, C.box_rows, C.consumers, q_desc.dtype)
+    v_ring = new_ring(C.stages, HALVES * BOXES, C.box_rows, C.consumers, q_desc.dtype)
+    rings = Rings(q_ring, k_ring, v_ring, new_places(C.consumers))
     cut_loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(cut_loaded, count=1)
     fence_async_shared()
@@ -286,12 +284,24 @@ def hopper_tile_kernel(
         num_tiles,
     )  # fmt: skip
     output = Output(out, lse, sink, out_seq, out_token, out_head)
-    gl.warp_specialize(
-        [
-            (consume, (gl.constexpr(0), output, scale_log2, cap_log2, rings, batch, F, C)),
-            (consume, (gl.constexpr(1), output, scale_log2, cap_log2, rings, batch, F, C)),
-            (produce, (q_desc, k_desc, v_desc, counter, cut_loaded, rings, batch, F, C)),
-        ],
-        [4, 1],
-        [C.consumer_registers, C.producer_registers],
-    )
+    producer: gl.constexpr = C.producer_registers
+    consumer: gl.constexpr = C.consumer_registers
+    if C.consumers == 2:
+        gl.warp_specialize(
+            [
+                (consume, (gl.constexpr(0), output, scale_log2, cap_log2, rings, batch, F, C)),
+                (consume, (gl.constexpr(1), output, scale_log2, cap_log2, rings, batch, F, C)),
+                (produce, (q_desc, k_desc, v_desc, counter, cut_loaded, rings, batch, F, C)),
+            ],
+            [4, 1],
+            [consumer, producer],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (gl.constexpr(0), output, scale_log2, cap_log2, rings, batch, F, C)),
+                (produce, (q_desc, k_desc, v_desc, counter, cut_loaded, rings, batch, F, C)),
+            ],
+            [1],
+            [producer],
+        )

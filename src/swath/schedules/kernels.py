@@ -21,6 +21,7 @@ from swath.launch import (
     is_short,
     kernel_dtype,
     kernel_scale,
+    least_tiles_for,
     num_splits_for,
     pack_heads,
     split_launch,
@@ -172,26 +173,28 @@ def _strides(names: str, strides: tuple[int, ...]) -> dict[str, int]:
 def add_splits(plan: Plan, problem: Problem, target: Target, steps: int, tuning: Tuning) -> None:
     """Splits for the sequences of at most ``steps`` query tokens, and the reduce where they are cut."""
     F = features_of(problem, target)
-    # With split_size the shape of a program must not depend on the batch either: a row's bits would.
-    smallest = F.fp32 or problem.split_size is not None
+    # With split_size the shape of a program must not depend on the batch either: a row's bits would. Over 8-bit keys
+    # several programs of 16 rows that share their keys through the cache beat one that decodes them for more.
+    smallest = F.fp32 or F.pairs or problem.split_size is not None
     block_m = next((m for m in (16, 32) if smallest or steps * F.group <= m), 64)
     row_tiles = ceil_div(max(steps, 1) * F.group, block_m)
     tile_rows = min(block_m, steps * F.group)
     owners = problem.num_seqs * row_tiles * F.kv_heads
     launch = tuning.split or split_launch(F, target, block_m)
     visible = problem.window.visible_bound(steps, problem.max_kv_len)
-    block_n, slice_tiles = launch.block_n, 0
+    block_n, slice_tiles, least_tiles = launch.block_n, 0, 1
     if problem.split_size is None:
-        places = launch.resident * target.num_sms
-        num_splits = tuning.num_splits or num_splits_for(owners, ceil_div(visible, block_n), places)
+        tiles, places = ceil_div(visible, block_n), launch.resident * target.num_sms
+        num_splits = tuning.num_splits or num_splits_for(owners, tiles, places)
+        least_tiles = least_tiles_for(tiles, num_splits)
         launch = in_step(launch, F, block_m, owners * num_splits, target)
     else:
         block_n = min(block_n, problem.split_size & -problem.split_size)
         slice_tiles = problem.split_size // block_n
         num_splits = ceil_div(visible, problem.split_size) + 3
-    pdl = num_splits > 1 and target.has_pdl
-    args = shared_args(problem, F) | {"steps": steps, "num_splits": num_splits, "slice_tiles": slice_tiles}
-    args |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": launch.stages, "PDL": pdl}
+    args = shared_args(problem, F) | {"steps": steps, "num_splits": num_splits}
+    args |= {"least_tiles": least_tiles, "slice_tiles": slice_tiles}
+    args |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": launch.stages}
     views = shared_views(problem, F)
     plan.calls.append(KernelCall(split_kernel, owners * num_splits, args, {"num_warps": launch.warps}, views=views))
     if num_splits > 1:
@@ -200,7 +203,7 @@ def add_splits(plan: Plan, problem: Problem, target: Target, steps: int, tuning:
         plan.scratch.add("partial_state", torch.float32, rows * 2)
         plan.scratch.add("counts", torch.int32, owners)
         args = args | {"BLOCK_D": 1 << (F.head_dim - 1).bit_length(), "CHUNK": REDUCE_CHUNK}
-        options = {"num_warps": 4} | ({"launch_pdl": True} if pdl else {})
+        options = {"num_warps": 4} | ({"launch_pdl": True} if F.pdl else {})
         plan.calls.append(KernelCall(reduce_kernel, owners * tile_rows, args, options))
 
 

@@ -9,6 +9,7 @@ addresses of tensors in their places.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -50,6 +51,10 @@ class KernelCall:
         """All arguments of the kernel by name."""
         return {p: self.args[p] if p in self.args else self._operand(p, operands) for p in self.kernel.arg_names}
 
+    def boxed(self, _parameter: str) -> str | None:
+        """The operand that a parameter takes as boxes of the tensor memory accelerator, if it does."""
+        return None
+
     def _operand(self, parameter: str, operands: Operands) -> Tensor | None:
         x = operands.get(self.sources.get(parameter, parameter))
         return x.view(self.views[parameter]) if x is not None and parameter in self.views else x
@@ -67,15 +72,22 @@ class Scratch:
     def __init__(self) -> None:
         self.nbytes = 0
         self._parts: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
+        self._zeroed: list[slice] = []
 
-    def add(self, name: str, dtype: torch.dtype, *shape: int) -> None:
-        """One more tensor."""
+    def add(self, name: str, dtype: torch.dtype, *shape: int, zeroed: bool = False) -> None:
+        """One more tensor, with zeros in it where asked for."""
         self._parts[name] = self.nbytes, dtype, shape
-        self.nbytes += -(-prod(shape) * dtype.itemsize // self.ALIGNMENT) * self.ALIGNMENT
+        end = self.nbytes + prod(shape) * dtype.itemsize
+        if zeroed:
+            self._zeroed.append(slice(self.nbytes, end))
+        self.nbytes = -(-end // self.ALIGNMENT) * self.ALIGNMENT
 
     def allocate(self, device: torch.device | str) -> Tensor:
         """The bytes of all of them."""
-        return torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        block = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        for part in self._zeroed:
+            block[part].zero_()
+        return block
 
     def tensors(self, device: torch.device | str) -> dict[str, Tensor]:
         """All of them, allocated."""
@@ -136,6 +148,7 @@ class ReadyLaunch:
     values: list[Any]
     operands: list[tuple[int, str]]
     scratch: list[tuple[int, int]]
+    boxes: list[tuple[int, str, int | None]]  # place, operand, and its offset where it is scratch
 
     def __call__(self, operands: Operands, scratch: int, stream: int) -> None:
         """Launch on ``stream`` with the addresses of ``operands``, and scratch that begins at ``scratch``."""
@@ -144,8 +157,22 @@ class ReadyLaunch:
             values[place] = operands[name].data_ptr()  # type: ignore[union-attr]
         for place, offset in self.scratch:
             values[place] = scratch + offset
+        for place, name, at in self.boxes:
+            box = values[place] = copy(values[place])
+            box.base = Address(operands[name].data_ptr() if at is None else scratch + at)  # type: ignore[union-attr]
         kernel = self.compiled
         self.run(self.grid, 1, 1, stream, kernel.function, kernel.packed_metadata, *UNWATCHED, *values)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """What a tensor is to a box that is encoded anew: an address."""
+
+    value: int
+
+    def data_ptr(self) -> int:
+        """The address, by the name that tensors give it."""
+        return self.value
 
 
 UNWATCHED = (None, None, None)
@@ -153,23 +180,28 @@ UNWATCHED = (None, None, None)
 
 
 def ready_launch(call: KernelCall, compiled: Any, operands: Operands, offsets: dict[str, int]) -> ReadyLaunch | None:
-    """The launch of a call that ran; None for the interpreter, a call that does more, or another Triton."""
+    """The launch of a call that ran; None for the interpreter, and for a Triton that keeps its kernels otherwise."""
     parts = ("run", "function", "packed_metadata")
-    if (
-        type(call) is not KernelCall
-        or not isinstance(call.kernel, JITFunction)
-        or not all(hasattr(compiled, part) for part in parts)
-    ):
+    if not isinstance(call.kernel, JITFunction) or not all(hasattr(compiled, part) for part in parts):
         return None
     parameters = call.kernel.arg_names
-    taken = [(i, call.sources.get(p, p)) for i, p in enumerate(parameters) if p not in call.args]
+    boxed = [(i, p, call.boxed(p)) for i, p in enumerate(parameters)]
+    boxes = [(i, name, offsets.get(name)) for i, _, name in boxed if name is not None]
+    taken = [(i, call.sources.get(p, p)) for i, p, name in boxed if p not in call.args and name is None]
+    values: list[Any] = [call.args.get(p) for p in parameters]
+    if boxes:
+        arguments = call.arguments(operands)
+        for i, _, _ in boxes:
+            values[i] = copy(arguments[parameters[i]])
+            values[i].base = Address(0)  # a tensor here would be kept from being freed
     return ReadyLaunch(
         run=compiled.run,
         compiled=compiled,
         grid=call.grid,
-        values=[call.args.get(p) for p in parameters],
+        values=values,
         operands=[(i, name) for i, name in taken if name not in offsets and operands.get(name) is not None],
         scratch=[(i, offsets[name]) for i, name in taken if name in offsets],
+        boxes=boxes,
     )
 
 

@@ -14,7 +14,7 @@ from swath.schedules.query import q_head_of, row_offsets, tokens_of
 def reduce_kernel(
     partial, partial_state, counts, out, lse, sink, cu_q, steps, num_splits,
     out_seq, out_token, out_head,
-    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program per (sequence, row tile, kv head, row): joins ``counts`` partials; one slice is written already."""
     tile_rows = tl.minimum(steps * F.group, BLOCK_M)
@@ -25,7 +25,7 @@ def reduce_kernel(
     tile = owner // F.kv_heads % row_tiles
     b = owner // F.kv_heads // row_tiles
     r = tile * BLOCK_M + row
-    if PDL:
+    if F.pdl:
         gdc_wait()
     count = tl.load(counts + owner)
     if count <= 1:

@@ -37,10 +37,13 @@ class Slices(NamedTuple):
 
 
 @triton.jit
-def slice_of(j, walk, num_splits, slice_tiles, BLOCK_N: tl.constexpr):
-    """Slice ``j`` of a walk: an even cut into ``num_splits``, or (slice_tiles > 0) at multiples of ``slice_tiles``."""
+def slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N: tl.constexpr):
+    """Slice ``j`` of a walk: an even cut, or (slice_tiles > 0) one at multiples of ``slice_tiles``.
+
+    Even slices are at most ``num_splits``, of ``least_tiles`` or more.
+    """
     if slice_tiles == 0:
-        each = tl.maximum(tl.cdiv(walk.total, num_splits), 1)
+        each = tl.maximum(tl.cdiv(walk.total, num_splits), least_tiles)
         first = tl.minimum(j * each, walk.total)
         return Slices(first, tl.minimum(first + each, walk.total), tl.cdiv(walk.total, each))
     origin = walk.origin // BLOCK_N
@@ -57,17 +60,27 @@ def slice_of(j, walk, num_splits, slice_tiles, BLOCK_N: tl.constexpr):
     return Slices(first, end, tl.where(num_band > 0, count, lead_slices))
 
 
-RUN_TIME = ("leading", "size", "steps", "num_splits", "slice_tiles", "max_pages", "num_pages", "table_stride")
+RUN_TIME = (
+    "leading",
+    "size",
+    "steps",
+    "num_splits",
+    "least_tiles",
+    "slice_tiles",
+    "max_pages",
+    "num_pages",
+    "table_stride",
+)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def split_kernel(
     q, k, v, out, lse, partial, partial_state, counts, sink, q_scale, k_scale, v_scale,
     table, indptr, lens, cu_q, q_start, leading,
-    scale_log2, cap_log2, size, steps, num_splits, slice_tiles, max_pages, num_pages,
+    scale_log2, cap_log2, size, steps, num_splits, least_tiles, slice_tiles, max_pages, num_pages,
     q_seq, q_token, q_head, out_seq, out_token, out_head, kv_page, kv_head_stride, kv_token, table_stride,
     ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
-    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program per (sequence, row tile, kv head, slice), slices fastest.
 
@@ -79,7 +92,7 @@ def split_kernel(
     kv_head = owner % F.kv_heads
     tile = owner // F.kv_heads % row_tiles
     b = owner // F.kv_heads // row_tiles
-    if PDL:
+    if F.pdl and partial is not None:
         gdc_launch_dependents()
     seq = sequence_of(b, cu_q, steps, lens, q_start, F)
     r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -95,7 +108,7 @@ def split_kernel(
     lead = leading_of(b, leading, F)
     band = band_of(first, last, tl.minimum(seq.kv_len, pages * F.page_size), size, lead, F)
     walk = plan_walk(band, tl.where(slice_tiles > 0, BLOCK_N, 1), BLOCK_N)
-    cut = slice_of(j, walk, num_splits, slice_tiles, BLOCK_N)
+    cut = slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N)
     if partial is not None:
         if j == 0:
             tl.store(counts + owner, cut.count)
