@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from swath.bench.case import BenchCase, Groups
 from swath.bench.clock import CpuClock, GpuClock
 from swath.bench.tune import Candidate, Search, candidates_of, search_case, source_of
 from swath.cli import app
-from swath.launch import TileLaunch, Tuning, fitting
+from swath.launch import HopperLaunch, TileLaunch, Tuning, fitting
 from swath.problem import Problem
 from swath.schedules.kernels import plan_of
 from swath.schedules.launcher import KernelCall
@@ -79,6 +80,15 @@ def test_a_hopper_row_is_what_is_launched() -> None:
     assert boxes == {16}, "pages of 16, whatever the tile"
 
 
+def test_a_hopper_line_has_the_fields_that_differ() -> None:
+    rows = candidates_of(problem(queries="dense", head_dim="64", window="both sides"), H200, "hopper", "hopper", SOURCE)
+    present = rows[0].tuning.hopper
+    assert present is not None
+    assert f"consumers={present.consumers}, programs={present.programs}, " in rows[0].line
+    assert not {"pack", "box_rows", "uniform"} & set(re.findall(r"(\w+)=", rows[0].line))
+    assert from_line(rows[0]).hopper == present
+
+
 def test_other_rows_of_a_mixed_batch_stay() -> None:
     mixed = problem(queries="ragged", storage="bf16")
     split = candidates_of(mixed, H200, "splits", "triton", SOURCE)[5]
@@ -105,12 +115,12 @@ def test_what_the_table_would_cut_is_marked() -> None:
 
 def from_line(row: Candidate) -> Tuning:
     """What launch.py would launch with the line in it."""
-    names: dict[str, Any] = {"TileLaunch": TileLaunch}
+    names: dict[str, Any] = {"TileLaunch": TileLaunch, "HopperLaunch": HopperLaunch}
     exec(row.line, names)
-    launch = names.get("launch")
-    if row.tuning.hopper is not None:
-        values = {field: names[field] for field in ("block_n", "stages", "q_stages")}
-        return Tuning(hopper=replace(row.tuning.hopper, **values))
+    launch, hopper = names["launch"], row.tuning.hopper
+    if hopper is not None:
+        assert row.line.endswith(f"  # {SOURCE}")
+        return Tuning(hopper=replace(launch, pack=hopper.pack, box_rows=hopper.box_rows, uniform=hopper.uniform))
     assert launch.source == SOURCE
     return Tuning(tile=(names["block_m"], launch)) if row.tuning.tile is not None else Tuning(split=launch)
 
@@ -126,6 +136,7 @@ def test_the_line_makes_the_same_launch(schedule: str) -> None:
             assert str(launched(tuning)) != str(launched(row.tuning))
             tuning = replace(tuning, num_splits=row.tuning.num_splits)
         assert str(launched(tuning)) == str(launched(row.tuning))
+        assert launched(tuning).args.get("C") == launched(row.tuning).args.get("C")
 
 
 def test_a_number_of_splits_becomes_resident_programs() -> None:

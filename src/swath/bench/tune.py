@@ -6,7 +6,7 @@ Each row is a provider, so that a search is ``measure_case`` with rows for conte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
@@ -144,8 +144,7 @@ def _around_hopper(now: Present) -> Iterator[Candidate]:
     }
     for name, values in _rows(axes):
         launch = replace(row, **values, box_rows=box_rows(now.features, values["block_n"]))
-        line = f"block_n, stages, q_stages = {launch.block_n}, {launch.stages}, {launch.q_stages}  # {now.source}"
-        yield Candidate(name, Tuning(hopper=launch), line)
+        yield Candidate(name, Tuning(hopper=launch), f"launch = {_spelled_hopper(launch)}  # {now.source}")
 
 
 _AROUND: dict[str, Callable[[Present], Iterator[Candidate]]] = {
@@ -184,6 +183,13 @@ def _rows(axes: Axes) -> Iterator[tuple[str, dict[str, Any]]]:
 def _spelled(launch: TileLaunch) -> str:
     resident = "" if launch.resident == TileLaunch.resident else f", resident={launch.resident}"
     return f'TileLaunch({launch.block_n}, {launch.warps}, {launch.stages}, "{launch.source}"{resident})'
+
+
+def _spelled_hopper(launch: HopperLaunch) -> str:
+    found = ("block_n", "stages", "q_stages", "pack", "box_rows", "uniform")  # the row's shape, and what a call decides
+    others = {f.name: (getattr(launch, f.name), f.default) for f in fields(launch) if f.name not in found}
+    changed = "".join(f", {name}={value}" for name, (value, default) in others.items() if value != default)
+    return f"HopperLaunch({launch.block_n}, {launch.stages}, {launch.q_stages}{changed})"
 
 
 def _call(plan: Plan, schedule: str) -> KernelCall | None:
