@@ -40,8 +40,8 @@ demo: $(DEMO_STAMP) ## run the demo: a small language model served through swath
 
 # Each pytest process computes on one thread: together they fill the cores, and results do not depend on how many.
 test: lint ## lint, type check and run the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -k triton $(INTERPRETED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -k triton $(INTERPRETED)
 
 # A GPU machine comes with a torch and triton made for it: use the Python that is there and install nothing.
 test-gpu: ## run the kernels' tests on the GPU with the installed Python, installing nothing (ARGS="-n 16" with xdist)
