@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,13 @@ class Problem:
     compute: str = "float"
     split_size: int | None = None
     memo: dict[str, Any] | None = field(default=None, init=False)
+
+    def remembered(self, key: str, find: Callable[[], Any]) -> Any:
+        """What was found under ``key`` for a call of this signature, or what ``find`` returns."""
+        memo = {} if self.memo is None else self.memo
+        if key not in memo:
+            memo[key] = find()
+        return memo[key]
 
     @property
     def num_seqs(self) -> int:

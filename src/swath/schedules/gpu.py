@@ -37,10 +37,8 @@ class Runner:
 
     def _plan(self, problem: Problem) -> Plan:
         """The plan that was made for the first call of this signature."""
-        memo = {} if problem.memo is None else problem.memo
-        if self.tiles not in memo:
-            memo[self.tiles] = _kernels().plan_of(problem, target_of(problem.q.device), self.tiles)
-        made: Plan = memo[self.tiles]
+        target = target_of(problem.q.device)
+        made: Plan = problem.remembered(self.tiles, lambda: _kernels().plan_of(problem, target, self.tiles))
         return made
 
 

@@ -29,11 +29,7 @@ def why_not(problem: Problem) -> str | None:
     arch = target_of(device).arch
     if arch != ARCH:
         return f"made for {ARCH}, this is {arch}"
-    memo = {} if problem.memo is None else problem.memo
-    key = f"why_not {NAME}"
-    if key not in memo:
-        memo[key] = why_not_tiles(problem)
-    remembered: str | None = memo[key]
+    remembered: str | None = problem.remembered(f"why_not {NAME}", lambda: why_not_tiles(problem))
     return remembered
 
 

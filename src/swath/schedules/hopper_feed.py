@@ -281,7 +281,7 @@ DRAW = gl.constexpr(
 
 @gluon.jit
 def draw(counter):
-    """The next number of the launch, in each lane of the one warp that draws. ``gl.atomic_add`` lost numbers here."""
+    """The launch's next number, in each lane of the warp that draws; ``gl.atomic_add`` lost tiles in a prototype."""
     address = gl.full((32,), 0, gl.int64, layout=gl.BlockedLayout([1], [32], [1], [0])) + counter.to(gl.int64)
     return gl.inline_asm_elementwise(DRAW, "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1)
 
