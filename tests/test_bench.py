@@ -239,8 +239,11 @@ def test_a_gpu_run_has_all_its_figures(op: str) -> None:
     chosen = choose(("swath", "scalar", "torch"))
     here = tuple(provider for provider in chosen if provider.missing(torch.device("cuda")) is None)
     rows = run.measure_case(case, here, GpuClock(), 3, lambda _text: None)
-    assert {row["status"] for row in rows} == {"ok"}, rows
-    for row in rows:
+    # hopper leaves decode and few rows over 8-bit keys to triton.
+    able = [row for row in rows if (row["provider"], row["status"]) != ("swath-hopper", "unable")]
+    assert {row["provider"] for row in able} == {"swath-triton", "scalar", "torch"}
+    assert {row["status"] for row in able} == {"ok"}, rows
+    for row in able:
         assert {"us", "x_floor", "extra_bytes", "error", "copy_tb_per_s"} <= row.keys()
         assert ({"host_us", "eager_us", "read_us"} <= row.keys()) == (op != "prefill")
         assert row["method"] == ("eager" if op == "prefill" else "graph")

@@ -10,11 +10,10 @@ import torch
 
 from compile_variants import OPTIONS, TARGETS, problem_of
 from swath import Window
+from swath.features import Features, features_of
 from swath.launch import (
     SCRATCH_BYTES,
-    Features,
     dequantises,
-    features_of,
     fitting,
     least_tiles_for,
     num_splits_for,
@@ -49,24 +48,25 @@ def test_an_unknown_target_gets_the_least_shared_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("owners", "tiles", "places", "slices"),
+    ("owners", "tiles", "resident", "slices"),
     [
-        (8, 2048, 264, 33),  # one full round
-        (64, 64, 264, 4),
-        (256, 256, 264, 1),
-        (256, 512, 264, 2),  # no slice is longer than 256 tiles
-        (256, 256, 528, 2),
-        (512, 128, 264, 1),  # two full rounds
-        (1024, 16, 264, 1),
-        (100, 1024, 264, 5),  # two rounds, for one would leave a quarter of the places empty
-        (1, 1, 264, 1),
-        (10**6, 256, 264, 1),
-        (10**6, 4096, 264, 16),
-        (1, 12, 264, 3),  # no slice under four tiles
+        (8, 2048, 2, 33),  # one full round
+        (64, 64, 2, 4),
+        (256, 256, 2, 1),
+        (256, 512, 2, 2),  # no slice is longer than 256 tiles where two run on a multiprocessor
+        (256, 256, 4, 2),
+        (512, 128, 2, 1),  # two full rounds
+        (512, 256, 4, 2),  # no slice is longer than 128 tiles where four do
+        (1024, 16, 2, 1),
+        (100, 1024, 2, 5),  # two rounds, for one would leave a quarter of the places empty
+        (1, 1, 2, 1),
+        (10**6, 256, 2, 1),
+        (10**6, 4096, 2, 16),
+        (1, 12, 2, 3),  # no slice under four tiles
     ],
 )
-def test_slices_fill_their_rounds(owners: int, tiles: int, places: int, slices: int) -> None:
-    assert num_splits_for(owners, tiles, places) == slices
+def test_slices_fill_their_rounds(owners: int, tiles: int, resident: int, slices: int) -> None:
+    assert num_splits_for(owners, tiles, resident, num_sms=132) == slices
 
 
 @pytest.mark.parametrize(("tiles", "num_splits", "least"), [(1024, 8, 16), (64, 33, 2), (12, 3, 4), (0, 1, 1)])

@@ -1,4 +1,4 @@
-"""What kernels are compiled for, and how they are launched: pure functions of the case and the target.
+"""How kernels are launched: pure functions of the case and the target.
 
 A row of a table says where it was measured, or "unmeasured, compiles". No autotuning happens when serving: rows come
 from ``swath bench tune`` and are pasted.
@@ -9,130 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from swath.cache import PagedKeys, PagedKV
+from swath.cache import PagedKeys
+from swath.features import STORED, Features
 from swath.problem import Problem
 from swath.target import Target
 from swath.window import Window
-
-STORED = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
-"""Names of the 8-bit storage types in kernels; everything else is "wide"."""
-
-FUSED = {"enable_fp_fusion": True}
-"""Compiler option of every kernel: scales fold into multiply-adds, which Triton 3.10 will no longer fuse unasked."""
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a kernel is compiled for: one constexpr. Lengths, window sizes, batch and bounds are not in it."""
-
-    head_dim: int
-    kv_heads: int
-    group: int
-    causal: bool = True
-    window: bool = False
-    leading: str = ""  # "", "count" or "tensor"
-    softcap: bool = False
-    interleaved: bool = False
-    page_size: int = 0  # 0: dense keys
-    stored: str = "wide"
-    pairs: bool = False  # 8-bit rows read as 16-bit units (NVIDIA)
-    k_fold: str = "none"
-    v_fold: str = "none"
-    q_scale: str = ""  # "", "tensor" or "row"
-    compute_int8: bool = False
-    fp32: bool = False  # float32 queries: IEEE dots
-    pdl: bool = False  # the reduce is launched before the splits have ended
-    interpret: bool = False
-
-    @property
-    def stored_dim(self) -> int:
-        """Columns of a stored row in units of the pointer that kernels see."""
-        return self.head_dim // 2 if self.pairs else self.head_dim
-
-    @property
-    def block_d(self) -> int:
-        """Columns of a tile of such rows: the next power of two, at least what a dot takes."""
-        return max(16, 1 << (self.stored_dim - 1).bit_length())
-
-    @property
-    def padded(self) -> bool:
-        """Whether tiles have columns past the row."""
-        return self.block_d != self.stored_dim
-
-    @property
-    def unit_q(self) -> bool:
-        """Whether query rows are divided by their largest magnitude: over 8-bit caches, unless dots are float32."""
-        return self.stored != "wide"
-
-
-def features_of(problem: Problem, target: Target) -> Features:
-    """The features of a call on a target."""
-    window, keys = problem.window, problem.keys
-    leading = ""
-    if window.size is not None and not (isinstance(window.global_tokens, int) and window.global_tokens == 0):
-        leading = "count" if isinstance(window.global_tokens, int) else "tensor"
-    paged = keys.cache if isinstance(keys, PagedKeys) else None
-    stored = "wide" if paged is None else STORED.get(paged.k.dtype, "wide")
-    fp32 = problem.q.dtype == torch.float32
-    int8 = problem.compute == "int8"
-    return Features(
-        head_dim=problem.head_dim,
-        kv_heads=keys.num_kv_heads,
-        group=problem.group,
-        causal=window.causal,
-        window=window.size is not None,
-        leading=leading,
-        softcap=problem.softcap > 0,
-        interleaved=problem.interleaved,
-        page_size=0 if paged is None else paged.page_size,
-        stored=stored,
-        pairs=stored != "wide" and target.has_pairs(stored) and not (fp32 or int8) and _viewable_as_pairs(problem),
-        k_fold="none" if paged is None else paged.quant.k,
-        v_fold="none" if paged is None else paged.quant.v_granularity,
-        q_scale="" if problem.q_scale is None else "row" if problem.q_scale.dim() else "tensor",
-        compute_int8=int8,
-        fp32=fp32,
-        pdl=target.has_pdl,
-        interpret=target.interpret,
-    )
-
-
-def cache_features(cache: PagedKV) -> Features:
-    """The features of a kernel that only knows a cache: append."""
-    return Features(
-        head_dim=cache.head_dim,
-        kv_heads=cache.num_kv_heads,
-        group=1,
-        page_size=cache.page_size,
-        stored=STORED.get(cache.k.dtype, "wide"),
-        k_fold=cache.quant.k,
-        v_fold=cache.quant.v_granularity,
-    )
-
-
-def token_strides(scale: Tensor | None) -> tuple[int, ...]:
-    """Strides of a token scale; zeros for the other granularities, whose scales kernels take contiguous."""
-    return tuple(scale.stride()) if scale is not None and scale.dim() == 3 else (0, 0, 0)
-
-
-def kernel_scale(scale: Tensor | None) -> Tensor | None:
-    """A scale as kernels take it: token scales with any strides, the small static ones contiguous."""
-    return scale if scale is None or scale.dim() == 3 else scale.contiguous()
-
-
-def kernel_dtype(stored: torch.dtype) -> torch.dtype:
-    """What kernels see stored tensors as: fp8 as bytes, which every target can load."""
-    return torch.uint8 if stored in STORED and stored != torch.int8 else stored
-
-
-def _viewable_as_pairs(problem: Problem) -> bool:
-    """Rows must start at even elements to be read as 16-bit units."""
-    if not isinstance(problem.keys, PagedKeys):
-        return False
-    k, v = problem.keys.cache.k, problem.keys.cache.v
-    return all(s % 2 == 0 for s in k.stride()[:3]) and k.storage_offset() % 2 == 0 and v.storage_offset() % 2 == 0
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -162,12 +44,14 @@ def split_launch(F: Features, target: Target, block_m: int) -> TileLaunch:
         launch = TileLaunch(32, 1, 1, "interpreter")
     elif F.fp32:
         launch = TileLaunch(16, 4, 1, UNMEASURED)
-    elif target.compute_capability == 0 or block_m > 16:
-        launch = TileLaunch(32, 8, 2, UNMEASURED) if F.pairs else TileLaunch(64, 4, 2, UNMEASURED)
+    elif target.compute_capability == 0:
+        launch = TileLaunch(64, 4, 2, UNMEASURED)
     elif F.pairs:
         launch = TileLaunch(64, 2, 3, source, resident=4)
-    elif F.head_dim <= 64:
+    elif F.head_dim <= 64 and block_m == 16:
         launch = TileLaunch(32, 1, 4, source, resident=8)
+    elif F.head_dim <= 128 and F.padded:
+        launch = TileLaunch(32, 2, 4, source, resident=4)
     else:
         launch = TileLaunch(64, 4, 3 if F.head_dim <= 128 else 2, source)
     return fitting(launch, F, block_m, target)
@@ -253,9 +137,9 @@ def is_short(window: Window) -> bool:
 
 MIN_SPLIT_TILES = 4
 """Key tiles that a slice should have: shorter ones cost more in the reduce than they win."""
-MAX_SPLIT_TILES = 256
-"""Key tiles that a slice may have at most: in a ragged batch the longest one is what all wait for. Uncut, 128 sequences
-of 128 to 65,536 keys took 1.5 times their floor. Slices of this size are a prediction: docs/notes/triton.md."""
+MAX_SPLIT_TILES = 512
+"""Key tiles that the slices on a multiprocessor may have at most together: in a ragged batch all wait for the longest.
+128 sequences of 128 to 65,536 keys took 1.50 times their floor uncut and 1.04 so; over int8 keys 3.23 and 1.24."""
 LEAST_SPLIT_TILES = 16
 """Key tiles from which short sequences of a ragged batch are not cut further, however long others may be."""
 MAX_ROUNDS = 5
@@ -264,14 +148,15 @@ FULL = 0.93
 """Share of the last round's places that must be taken."""
 
 
-def num_splits_for(owners: int, tiles: int, places: int) -> int:
+def num_splits_for(owners: int, tiles: int, resident: int, num_sms: int) -> int:
     """How many slices to cut the visible keys into, for ``owners`` = sequences x kv heads x row tiles.
 
-    ``places``: programs that run at once. Sequences of one length make slices that take about as long, so a round that
-    is half empty costs as much as a full one: the fewest slices that fill their rounds, or else those that fill them
-    best. Measured: 8 owners want 33 slices of 264 places (64 slices were 8 % slower).
+    ``resident``: programs that run at once on each of ``num_sms``. Sequences of one length make slices that take about
+    as long, so a round that is half empty costs as much as a full one: the fewest slices that fill their rounds, or
+    else those that fill them best. Measured: 8 owners want 33 slices of 264 places (64 slices were 8 % slower).
     """
-    fewest = ceil_div(tiles, MAX_SPLIT_TILES)
+    places = resident * num_sms
+    fewest = ceil_div(tiles * resident, MAX_SPLIT_TILES)
     most = max(1, fewest, min(tiles // MIN_SPLIT_TILES, ceil_div(MAX_ROUNDS * places, owners)))
     first_round = max(1, fewest, min(places // owners, most))
     return max(range(first_round, most + 1), key=lambda n: (min(filled(owners * n, places), FULL), -n))
@@ -288,7 +173,8 @@ def in_step(launch: TileLaunch, F: Features, block_m: int, programs: int, target
     A third one would come and go between the others. Measured: 64 x 4 tokens under a window of 4,096 took 306 us with
     three stages and 259 with four.
     """
-    if F.stored != "wide" or programs <= launch.resident * target.num_sms or not 64 < F.head_dim <= 128:
+    whole = 64 < F.head_dim <= 128 and not F.padded
+    if F.stored != "wide" or programs <= launch.resident * target.num_sms or not whole:
         return launch
     return fitting(replace(launch, stages=launch.stages + 1), F, block_m, target)
 
@@ -330,6 +216,10 @@ FEW_KEYS, FEW_PAGED_KEYS = 1024, 1280
 ends, and two consumers of one program reach theirs together. 32 ragged sequences of up to 1,024 keys took 274 us so and
 348 with two consumers; windows of 257 in sequences of up to 4,096 keys 709 and 1,127; a window of 1,024 over pages of
 16 332 and 376, over dense keys 1,063 and 976."""
+PACKED_TOKENS = 2048
+"""Mean query tokens of a sequence up to which the heads of a group are packed: rows of a half-empty last tile are then
+positions of all its heads. 32 ragged sequences took, packed and not: 227 and 275 us (up to 511 tokens each), 2,786 and
+3,118 (up to 2,047), 8,340 and 8,900 (up to 4,095); one of 8,192 tokens 788 and 781."""
 VERY_FEW_KEYS = 256
 """Of rows of 64: a window of 128 took 340 us in four programs with tiles of 32 keys, 406 in three with tiles of 64."""
 
@@ -354,13 +244,26 @@ def hopper_launch(F: Features, problem: Problem) -> HopperLaunch:
         launch = HopperLaunch(128, 2, 2)
     else:
         launch = HopperLaunch(128, 4, 2)
-    pack = 1 if F.interleaved else pack_heads(F, is_short(problem.window), 64)
+    # Few leading keys fit into the last tile of a window, if that is not full: packed rows see fewer keys.
+    packed = is_short(problem.window) or F.leading != "" or few_tokens(problem)
+    pack = 1 if F.interleaved else pack_heads(F, packed, 64)
     return replace(launch, pack=pack, box_rows=box_rows(F, launch.block_n), uniform=problem.cu_seqlens_q is None)
 
 
+def few_tokens(problem: Problem) -> bool:
+    """Whether a ragged batch has short sequences on average; never with split_size, when no bit may depend on that."""
+    if problem.cu_seqlens_q is None or problem.split_size is not None:
+        return False
+    return problem.q.shape[0] <= PACKED_TOKENS * problem.num_seqs
+
+
+BOX_ROWS = 64
+"""Keys that are fetched at once at most: fewer than a tile, so that what nobody sees of a tile is not fetched."""
+
+
 def box_rows(F: Features, block_n: int) -> int:
-    """Keys that are fetched at once: the largest power of two that divides a page, at most a tile."""
-    return block_n if F.page_size == 0 else min(block_n, F.page_size & -F.page_size)
+    """Keys that are fetched at once: of a page, the largest power of two that divides it."""
+    return min(block_n, BOX_ROWS, F.page_size & -F.page_size or BOX_ROWS)
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,7 @@ def spread(granularity: str, scale: Tensor | None) -> Tensor | None:
 
 def token_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale [..., Hkv] (fp32) that stores each row of ``x`` [..., Hkv, D]: max|x| / largest, 1 for a zero row."""
-    largest = x.float().abs().amax(-1)
-    return torch.where(largest > 0, largest / LARGEST[dtype], 1.0)
+    return _scale_for(x.float().abs().amax(-1), dtype)
 
 
 def quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -134,8 +133,15 @@ def calibrate(x: Tensor, dtype: torch.dtype, granularity: str) -> Tensor:
     dims = {"tensor": (0, 1, 2), "head": (0, 2), "channel": (0,)}
     if granularity not in dims:
         raise bad_value("granularity", f"one of {tuple(dims)}", repr(granularity))
-    largest = x.float().abs().amax(dims[granularity])
-    return torch.where(largest > 0, largest / LARGEST[dtype], 1.0)
+    return _scale_for(x.float().abs().amax(dims[granularity]), dtype)
+
+
+def _scale_for(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """``largest`` over the largest stored value, 1 for zeros.
+
+    The divisor is a tensor: CUDA's division by a number is a product with its reciprocal, one bit off here and there.
+    """
+    return torch.where(largest > 0, largest / largest.new_full((), LARGEST[dtype]), 1.0)
 
 
 def fold_q(q: Tensor, granularity: str, scale: Tensor | None) -> Tensor:

@@ -20,8 +20,8 @@ from swath.bench.providers import Provider
 from swath.bench.providers.own import GPU_BACKENDS, call_of
 from swath.bench.results import Row
 from swath.bench.run import Progress, measure_case
+from swath.features import Features
 from swath.launch import (
-    Features,
     HopperLaunch,
     TileLaunch,
     Tuning,

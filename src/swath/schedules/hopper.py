@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from swath.cache import PagedKeys
-from swath.launch import MAX_STEPS, STORED, dequantises
+from swath.features import STORED
+from swath.launch import MAX_STEPS, dequantises
 from swath.problem import Problem
 from swath.schedules.gpu import Runner
 from swath.target import target_of, why_no_triton

@@ -10,7 +10,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from swath.launch import Features, Tuning, hopper_launch, tile_slots
+from swath.features import Features
+from swath.launch import Tuning, hopper_launch, tile_slots
 from swath.problem import Problem
 from swath.schedules.hopper_feed import BOX_COLUMNS, CONSUMER_ROWS
 from swath.schedules.hopper_tiles import hopper_tile_kernel

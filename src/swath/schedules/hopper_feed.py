@@ -18,7 +18,7 @@ from swath.device.window import band_of
 from swath.schedules.gluon_names import load_box, reinterpret
 from swath.schedules.query import leading_of, q_head_of, sequence_of
 from swath.schedules.tiles import sequence_at
-from swath.schedules.walk import interior_tiles, plan_walk, seen_by_any, tile_start
+from swath.schedules.walk import interior_tiles, key_at, plan_walk, seen_by_any
 
 CONSUMER_ROWS = gl.constexpr(64)
 BOX_COLUMNS = gl.constexpr(64)  # of 16 bits: the widest box with a 128-byte swizzle
@@ -114,7 +114,7 @@ def tile_of(place, batch, F: gl.constexpr, C: gl.constexpr):
     first = place.start + place.begin
     last = place.start + gl.minimum(place.begin + POSITIONS, place.q_len) - 1
     band = band_of(first, last, place.kv_len, batch.size, place.leading, F)
-    walk = plan_walk(band, C.box_rows if F.page_size > 0 else 1, C.block_n)
+    walk = plan_walk(band, C.box_rows, key_align(F, C), C.block_n)
     interior, interior_end = interior_tiles(band, walk, first, last, batch.size, F, C.block_n)
     return Tile(place, head, kv_head, band, walk, interior, interior_end)
 
@@ -125,22 +125,29 @@ def masked_tiles(tile):
     return tile.walk.total - (tile.interior_end - tile.interior)
 
 
-@gluon.jit
-def key_start(j, tile, F: gl.constexpr, C: gl.constexpr):
-    """Where the ``j``-th key tile begins, and the first key that is new in it: masked tiles come first, all downwards.
+@gluon.constexpr_function
+def key_align(F, C):
+    """What a band's first key is a multiple of: boxes may not cross a page, and stand anywhere in dense keys."""
+    return C.box_rows if F.page_size > 0 else 1
 
-    The last tile of the band is moved back until it ends with the band (or at the end of a box), so that none of its
-    rows is one that nobody may see; the keys that it shares with its neighbour count there.
+
+@gluon.jit
+def key_tile(j, tile, F: gl.constexpr, C: gl.constexpr):
+    """Where in the list of keys the ``j``-th key tile begins, and from where on its keys are new.
+
+    Masked tiles come first, all downwards. The last tile of the band is moved back until it ends with the band (or at
+    the end of a box), so that none of its rows is one that nobody may see; the keys that it shares with its neighbour
+    count there.
     """
     walk = tile.walk
     top = walk.total - tile.interior_end
     i = gl.where(j < top, walk.total - 1 - j, tile.interior - 1 - (j - top))
     i = gl.where(j < masked_tiles(tile), i, tile.interior_end - 1 - (j - masked_tiles(tile)))
-    fresh = tile_start(i, walk, C.block_n)
-    align: gl.constexpr = C.box_rows if F.page_size > 0 else 1
-    end = (tile.band.right + align - 1) // align * align
-    moved = gl.maximum(gl.minimum(fresh, end - C.block_n), walk.origin)
-    return gl.where(i < walk.num_lead, fresh, moved), fresh
+    x = i * C.block_n
+    ALIGN: gl.constexpr = key_align(F, C)
+    end = (tile.band.right + ALIGN - 1) // ALIGN * ALIGN - walk.gap
+    moved = gl.maximum(gl.minimum(x, end - C.block_n), walk.lead)
+    return gl.where(x < walk.lead, x, moved), x
 
 
 @gluon.jit
@@ -170,22 +177,22 @@ def produce(q_desc, k_desc, v_desc, counter, cut_loaded, rings, batch, F: gl.con
 @gluon.jit
 def load_keys(n, cuts, tile, k_desc, v_desc, cut_loaded, rings, batch, F: gl.constexpr, C: gl.constexpr):
     """Ask for all key tiles of a row tile, of which ``n`` were before; counts those that an edge cuts."""
-    start, _ = key_start(0, tile, F, C)
+    start, _ = key_tile(0, tile, F, C)
     page = box_pages(start, tile, 1, batch, F, C)
     for j in range(tile.walk.total):
-        next_start, _ = key_start(j + 1, tile, F, C)
+        next_start, _ = key_tile(j + 1, tile, F, C)
         ahead = box_pages(next_start, tile, 1, batch, F, C)
         k_full = rings.k.full.index((n + j) % C.stages)
         v_full = rings.v.full.index((n + j) % C.stages)
         load_tile(n + j, start, page, tile, k_desc, rings.k, k_full, F, C)
-        if all_seen(start, start + C.block_n, tile.band):
-            load_tile(n + j, start, page, tile, v_desc, rings.v, v_full, F, C)
-        else:
+        if cuts_a_box(start, tile, F, C):
             load_tile(n + j, start, page, tile, v_desc, rings.v, cut_loaded, F, C)
             mbarrier.wait(cut_loaded, cuts & 1)
             cuts += 1
             clear_hidden(n + j, start, tile, rings.v, F, C)
             mbarrier.arrive(v_full, count=1)
+        else:
+            load_tile(n + j, start, page, tile, v_desc, rings.v, v_full, F, C)
         start = next_start
         page = ahead
     return cuts
@@ -219,9 +226,8 @@ def box_pages(start, tile, WARPS: gl.constexpr, batch, F: gl.constexpr, C: gl.co
     sees the box.
     """
     lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    pos = start + lane * C.box_rows
-    band = tile.band
-    wanted = (pos < band.lead) | ((pos + C.box_rows > band.left) & (pos < band.right))
+    pos = key_at(start + lane * C.box_rows, tile.walk, F)
+    wanted = some_seen(pos, pos + C.box_rows, tile.band)
     if F.page_size == 0:
         return gl.where(wanted, 0, -1)
     else:
@@ -238,7 +244,7 @@ def load_tile(n, start, page, tile, desc, ring, full, F: gl.constexpr, C: gl.con
     HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
     BOXES: gl.constexpr = C.block_n // C.box_rows
     for i in gl.static_range(BOXES):
-        pos = start + i * C.box_rows
+        pos = key_at(start + i * C.box_rows, tile.walk, F)
         row = pos % F.page_size if F.page_size > 0 else tile.place.key_row + pos
         entry = nth(page, i)
         for half in gl.static_range(HALVES):
@@ -258,13 +264,29 @@ def clear_hidden(n, start, tile, ring, F: gl.constexpr, C: gl.constexpr):
         ring.stages, ring.stages.dtype, [C.stages * HALVES * CHUNKS, ROWS, BOX_COLUMNS], ring.stages.layout
     )
     for i in range(CHUNKS):
-        pos = start + i * ROWS
+        pos = key_at(start + i * ROWS, tile.walk, F)
         if not all_seen(pos, pos + ROWS, tile.band):
             seen = seen_by_any(pos + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), tile.band)
             for half in gl.static_range(HALVES):
                 chunk = chunks.index(((n % C.stages) * HALVES + half) * CHUNKS + i)
                 chunk.store(gl.where(seen[:, None], chunk.load(LAYOUT), 0.0))
     fence_async_shared()
+
+
+@gluon.jit
+def cuts_a_box(start, tile, F: gl.constexpr, C: gl.constexpr):
+    """Whether an edge of the visible keys runs through a box of a key tile, and not only between its boxes."""
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    pos = key_at(start + lane * C.box_rows, tile.walk, F)
+    end = pos + C.box_rows
+    cut = some_seen(pos, end, tile.band) & (all_seen(pos, end, tile.band) == 0) & (lane < C.block_n // C.box_rows)
+    return gl.max(cut.to(gl.int32), 0) != 0
+
+
+@gluon.jit
+def some_seen(start, end, band):
+    """Whether any of the keys ``start .. end - 1`` is seen by some row."""
+    return (start < band.lead) | ((end > band.left) & (start < band.right))
 
 
 @gluon.jit

@@ -29,7 +29,7 @@ from swath.schedules.hopper_feed import (
     Rings,
     as_tiles,
     box_pages,
-    key_start,
+    key_tile,
     masked_tiles,
     new_places,
     new_ring,
@@ -38,6 +38,10 @@ from swath.schedules.hopper_feed import (
     tile_of,
 )
 from swath.schedules.query import q_head_of, row_offsets
+from swath.schedules.walk import listed
+
+NOWHERE = gl.constexpr(1 << 30)
+"""A place in the list of keys that no row sees."""
 
 
 class Output(NamedTuple):
@@ -85,6 +89,7 @@ def consume(c: gl.constexpr, output, scale_log2, cap_log2, rings, batch, F: gl.c
         if tile.walk.total > 0:
             slot = rows % C.q_stages
             reach = reach_of(place.start + begin + i // C.pack, tile.band, batch.size, place.leading, F)
+            reach = listed(reach, tile.walk)
             query = Query(
                 q_ring.stages.index(slot * C.consumers + c), reach, scale_log2, cap_log2, all_live(tile, batch, F)
             )
@@ -177,16 +182,18 @@ def masked_scores(s, j, query, tile, batch, MASKED: gl.constexpr, F: gl.constexp
         scale = 1.0
     if MASKED:
         reach = query.reach
-        start, fresh = key_start(j, tile, F, C)
-        k = start + gl.arange(0, C.block_n, layout=gl.SliceLayout(0, s.type.layout))
-        low = gl.maximum(reach.low, fresh)
-        seen = visible(k[None, :], low[:, None], reach.end[:, None], reach.lead[:, None], F)
-        if F.leading != "" or not F.window:  # there keys may be seen below ``low``
-            seen = seen & (k[None, :] >= fresh)
+        start, fresh = key_tile(j, tile, F, C)
+        column = gl.arange(0, C.block_n, layout=gl.SliceLayout(0, s.type.layout))
+        x, low = start + column, reach.low
+        if F.window and F.leading == "":
+            low = gl.maximum(low, fresh)
+        else:  # leading keys are seen below ``low``, and without a window there is no ``low``
+            x = gl.where(x >= fresh, x, NOWHERE)
+        seen = visible(x[None, :], low[:, None], reach.end[:, None], reach.lead[:, None], F)
         s = gl.where(seen, s, float("-inf"))
         if F.page_size > 0:
             if not query.clean:
-                live = (live_boxes(start, tile, batch, F, C) >> ((k - start) // C.box_rows)) & 1
+                live = (live_boxes(start, tile, batch, F, C) >> (column // C.box_rows)) & 1
                 s = gl.where((live != 0)[None, :], s, float("-inf"))
     return s, scale
 

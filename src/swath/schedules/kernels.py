@@ -9,25 +9,21 @@ import torch
 from torch import Tensor
 
 from swath.cache import DenseKeys, PagedKeys, PagedKV, PageTable
+from swath.features import Features, features_of, kernel_dtype, kernel_scale, token_strides
 from swath.launch import (
     MAX_STEPS,
     UNTUNED,
-    Features,
     Tuning,
     ceil_div,
     dequantises,
-    features_of,
     in_step,
     is_short,
-    kernel_dtype,
-    kernel_scale,
     least_tiles_for,
     num_splits_for,
     pack_heads,
     split_launch,
     tile_launch,
     tile_slots,
-    token_strides,
 )
 from swath.problem import LOG2_E, Problem
 from swath.schedules.dequantise import dequantise_kernel
@@ -56,7 +52,7 @@ def plan_of(problem: Problem, target: Target, tiles: str, tuning: Tuning = UNTUN
     splits = paged and steps <= MAX_STEPS
     if splits:
         add_splits(plan, problem, target, steps, tuning)
-    if not splits or (ragged and problem.max_q_len > MAX_STEPS):
+    if not splits or is_mixed(problem):
         claimed = MAX_STEPS if splits else 0
         sources: dict[str, str] = {}
         if dequantises(problem):
@@ -68,6 +64,11 @@ def plan_of(problem: Problem, target: Target, tiles: str, tuning: Tuning = UNTUN
         else:
             add_tiles(plan, problem, F, target, args, sources, tuning)
     return plan
+
+
+def is_mixed(problem: Problem) -> bool:
+    """Whether sequences of a few query tokens, if any, stand beside longer ones."""
+    return problem.cu_seqlens_q is not None and problem.max_q_len > MAX_STEPS
 
 
 def with_positive_scale(problem: Problem) -> Problem:
@@ -174,20 +175,23 @@ def add_splits(plan: Plan, problem: Problem, target: Target, steps: int, tuning:
     """Splits for the sequences of at most ``steps`` query tokens, and the reduce where they are cut."""
     F = features_of(problem, target)
     # With split_size the shape of a program must not depend on the batch either: a row's bits would. Over 8-bit keys
-    # several programs of 16 rows that share their keys through the cache beat one that decodes them for more.
-    smallest = F.fp32 or F.pairs or problem.split_size is not None
+    # several programs of 16 rows that share their keys through the cache beat one that decodes them for more. In a
+    # mixed batch most sequences have one token: programs for the rows of more find none, and return.
+    mixed = is_mixed(problem)
+    smallest = F.fp32 or F.pairs or mixed or problem.split_size is not None
     block_m = next((m for m in (16, 32) if smallest or steps * F.group <= m), 64)
     row_tiles = ceil_div(max(steps, 1) * F.group, block_m)
     tile_rows = min(block_m, steps * F.group)
     owners = problem.num_seqs * row_tiles * F.kv_heads
+    busy = problem.num_seqs * F.kv_heads if mixed else owners
     launch = tuning.split or split_launch(F, target, block_m)
     visible = problem.window.visible_bound(steps, problem.max_kv_len)
     block_n, slice_tiles, least_tiles = launch.block_n, 0, 1
     if problem.split_size is None:
-        tiles, places = ceil_div(visible, block_n), launch.resident * target.num_sms
-        num_splits = tuning.num_splits or num_splits_for(owners, tiles, places)
+        tiles = ceil_div(visible, block_n)
+        num_splits = tuning.num_splits or num_splits_for(busy, tiles, launch.resident, target.num_sms)
         least_tiles = least_tiles_for(tiles, num_splits)
-        launch = in_step(launch, F, block_m, owners * num_splits, target)
+        launch = in_step(launch, F, block_m, busy * num_splits, target)
     else:
         block_n = min(block_n, problem.split_size & -problem.split_size)
         slice_tiles = problem.split_size // block_n

@@ -20,7 +20,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from swath.launch import FUSED
+from swath.features import FUSED
 
 Operands = Mapping[str, Tensor | None]
 """The tensors of a call by name; None, or no entry, for what the call lacks."""

@@ -25,7 +25,7 @@ from swath.schedules.query import (
     store_rows,
     token_scales,
 )
-from swath.schedules.walk import attend, new_state, plan_walk
+from swath.schedules.walk import attend, listed, new_state, plan_walk
 
 
 class Slices(NamedTuple):
@@ -46,16 +46,18 @@ def slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N: tl.constexp
         each = tl.maximum(tl.cdiv(walk.total, num_splits), least_tiles)
         first = tl.minimum(j * each, walk.total)
         return Slices(first, tl.minimum(first + each, walk.total), tl.cdiv(walk.total, each))
-    origin = walk.origin // BLOCK_N
-    lead_slices = tl.cdiv(walk.num_lead, slice_tiles)
+    # The list is in whole tiles then.
+    num_lead = walk.lead // BLOCK_N
+    origin = num_lead + walk.gap // BLOCK_N
+    lead_slices = tl.cdiv(num_lead, slice_tiles)
     band_slice = tl.maximum(origin // slice_tiles, lead_slices)
-    num_band = walk.total - walk.num_lead
+    num_band = walk.total - num_lead
     band_end = tl.maximum(tl.cdiv(origin + num_band, slice_tiles), band_slice)
     cut = tl.where(j < lead_slices, j, band_slice + j - lead_slices) * slice_tiles
     # Tiles of the list that stand before a cut: leading ones, then those of the band.
-    first = tl.minimum(cut, walk.num_lead) + tl.minimum(tl.maximum(cut - origin, 0), num_band)
+    first = tl.minimum(cut, num_lead) + tl.minimum(tl.maximum(cut - origin, 0), num_band)
     cut += slice_tiles
-    end = tl.minimum(cut, walk.num_lead) + tl.minimum(tl.maximum(cut - origin, 0), num_band)
+    end = tl.minimum(cut, num_lead) + tl.minimum(tl.maximum(cut - origin, 0), num_band)
     count = lead_slices + tl.where(num_band > 0, band_end - band_slice, 0)
     return Slices(first, end, tl.where(num_band > 0, count, lead_slices))
 
@@ -107,7 +109,8 @@ def split_kernel(
     last = seq.start + (tl.minimum((tile + 1) * BLOCK_M, rows) - 1) // F.group
     lead = leading_of(b, leading, F)
     band = band_of(first, last, tl.minimum(seq.kv_len, pages * F.page_size), size, lead, F)
-    walk = plan_walk(band, tl.where(slice_tiles > 0, BLOCK_N, 1), BLOCK_N)
+    align = tl.where(slice_tiles > 0, BLOCK_N, 1)
+    walk = plan_walk(band, align, align, BLOCK_N)
     cut = slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N)
     if partial is not None:
         if j == 0:
@@ -119,7 +122,8 @@ def split_kernel(
     valid = r < rows
     at = row_offsets(b, r // F.group, token, member, q_seq, q_token, q_head, cu_q)
     row_scale = query_scale(q_scale, token * F.kv_heads * F.group + member, valid, F)
-    query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach_of(p, band, size, lead, F), F)
+    reach = listed(reach_of(p, band, size, lead, F), walk)
+    query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
     base = kv_head.to(tl.int64) * kv_head_stride
     keys = Keys(k + base, v + base, entries, num_pages, kv_page, kv_token, kv_page, kv_token)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)

@@ -23,7 +23,7 @@ from swath.schedules.query import (
     store_rows,
     token_scales,
 )
-from swath.schedules.walk import attend, interior_tiles, new_state, plan_walk
+from swath.schedules.walk import attend, interior_tiles, listed, new_state, plan_walk
 
 
 @triton.jit
@@ -90,11 +90,11 @@ def tile_kernel(
     last = seq.start + tl.minimum(begin + POSITIONS, seq.q_len) - 1
     lead = leading_of(b, leading, F)
     band = band_of(first, last, kv_len, size, lead, F)
-    walk = plan_walk(band, 1, BLOCK_N)
+    walk = plan_walk(band, 1, 1, BLOCK_N)
     token = seq.token + step
     at = row_offsets(b, step, token, member, q_seq, q_token, q_head, cu_q)
     row_scale = query_scale(q_scale, token * F.kv_heads * F.group + member, valid, F)
-    reach = reach_of(seq.start + step, band, size, lead, F)
+    reach = listed(reach_of(seq.start + step, band, size, lead, F), walk)
     query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
     key_row = seq.key_row.to(tl.int64)
     k += kv_head.to(tl.int64) * k_head + key_row * k_token

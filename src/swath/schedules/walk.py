@@ -1,7 +1,7 @@
 """The inner loop that tiles and splits share: query rows over a run of key tiles.
 
-The visible keys of a program, ``[0, lead)`` and ``[left, right)``, become one list of tiles: those of the leading keys
-from 0, then those of the band from ``origin``. No key is in two tiles, and a tile that no row sees is not in the list.
+The visible keys of a program, ``[0, lead)`` and ``[left, right)``, are laid end to end, and tiles cut from that list: a
+few leading keys share a tile with the first of the band. No key is listed twice, and no tile is without visible keys.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import triton.language as tl
 from swath.device.cache import load_rows, locate, page_ids
 from swath.device.quant import decode, half_of_pair, relative, round_half_even
 from swath.device.softmax import FLOOR, soft_cap, step
-from swath.device.window import interior_of, visible
+from swath.device.window import Reach, interior_of, visible
 
 
 class Walk(NamedTuple):
-    """The list of key tiles: ``num_lead`` from key 0, then the band's from key ``origin``; ``total`` in all."""
+    """The list of keys: ``lead`` from key 0, then the band's, ``gap`` keys further on; ``total`` tiles in all."""
 
-    num_lead: tl.tensor
-    origin: tl.tensor
+    lead: tl.tensor
+    gap: tl.tensor
     total: tl.tensor
 
 
@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     q: tl.tensor
     q_odd: tl.tensor
     scale: tl.tensor  # [M] or scalar: makes base-2 scores of dots
-    reach: tl.tensor  # a Reach: who sees whom
+    reach: tl.tensor  # a Reach in places of the list: who sees whom
 
 
 class TokenScales(NamedTuple):
@@ -46,17 +46,26 @@ class TokenScales(NamedTuple):
 
 
 @triton.jit
-def plan_walk(band, align, BLOCK_N: tl.constexpr):
-    """List the tiles of a band; each starts at a multiple of ``align``, a divisor of BLOCK_N."""
-    num_lead = tl.cdiv(band.lead, BLOCK_N)
-    origin = tl.maximum(band.left // align * align, num_lead * BLOCK_N)
-    return Walk(num_lead, origin, num_lead + tl.cdiv(tl.maximum(band.right - origin, 0), BLOCK_N))
+def plan_walk(band, unit, align, BLOCK_N: tl.constexpr):
+    """List the keys of a band: the leading ones in whole ``unit``s, the others from a multiple of ``align`` on."""
+    lead = tl.cdiv(band.lead, unit) * unit
+    origin = tl.maximum(band.left // align * align, lead)
+    return Walk(lead, origin - lead, tl.cdiv(tl.maximum(band.right - origin, 0) + lead, BLOCK_N))
 
 
 @triton.jit
-def tile_start(i, walk, BLOCK_N: tl.constexpr):
-    """The first key of tile ``i`` of the list."""
-    return tl.where(i < walk.num_lead, i * BLOCK_N, walk.origin + (i - walk.num_lead) * BLOCK_N)
+def key_at(x, walk, F: tl.constexpr):
+    """The ``x``-th key of the list."""
+    if F.leading != "":
+        return x + tl.where(x < walk.lead, 0, walk.gap)
+    else:
+        return x + walk.gap
+
+
+@triton.jit
+def listed(reach, walk):
+    """A reach in places of the list. Where there is a gap, every row's window begins behind it."""
+    return Reach(reach.low - walk.gap, reach.end - walk.gap, reach.lead)
 
 
 @triton.jit
@@ -69,9 +78,8 @@ def seen_by_any(pos, band):
 def interior_tiles(band, walk, first, last, size, F: tl.constexpr, BLOCK_N: tl.constexpr):
     """Tiles ``begin .. end - 1`` of the list in which every row sees every key: they need no mask."""
     start, stop = interior_of(band, first, last, size, F)
-    begin = walk.num_lead + tl.cdiv(tl.maximum(start - walk.origin, 0), BLOCK_N)
-    begin = tl.minimum(begin, walk.total)
-    end = walk.num_lead + tl.maximum(stop - walk.origin, 0) // BLOCK_N
+    begin = tl.minimum(tl.cdiv(tl.maximum(start - walk.gap, walk.lead), BLOCK_N), walk.total)
+    end = tl.maximum(stop - walk.gap, 0) // BLOCK_N
     return begin, tl.maximum(tl.minimum(end, walk.total), begin)
 
 
@@ -145,10 +153,10 @@ def new_state(BLOCK_M: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def attend(
-    state, rows, keys, scales, band, cap_log2, walk, first_tile, end_tile, gap, gap_tiles,
+    state, rows, keys, scales, band, cap_log2, walk, first_tile, end_tile, skip, skipped,
     F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Rows over tiles ``first_tile .. end_tile - 1``; those from ``gap`` on stand ``gap_tiles`` later in the list.
+    """Rows over tiles ``first_tile .. end_tile - 1``; those from ``skip`` on stand ``skipped`` later in the list.
 
     Without ``MASKED`` every row sees every key of these tiles; only dead pages are masked then.
     """
@@ -157,14 +165,15 @@ def attend(
     m, l, acc, acc_odd = state
     n = tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)
-    pos = tile_start(first_tile + tl.where(first_tile >= gap, gap_tiles, 0), walk, BLOCK_N) + n
+    pos = key_at((first_tile + tl.where(first_tile >= skip, skipped, 0)) * BLOCK_N + n, walk, F)
     page = page_ids(keys, pos, seen_by_any(pos, band), F)
     for i in tl.range(first_tile, end_tile, num_stages=STAGES):
-        pos = tile_start(i + tl.where(i >= gap, gap_tiles, 0), walk, BLOCK_N) + n
+        x = (i + tl.where(i >= skip, skipped, 0)) * BLOCK_N + n
+        pos = key_at(x, walk, F)
         k_row, v_row, live = locate(keys, pos, page, F)
         k_scale, v_scale = load_token_scales(scales, page, pos, live, F)
         # The next tile's entries are asked for before this tile's rows: the pipeliner would spend a stage on them.
-        ahead = tile_start(i + 1 + tl.where(i + 1 >= gap, gap_tiles, 0), walk, BLOCK_N) + n
+        ahead = key_at((i + 1 + tl.where(i + 1 >= skip, skipped, 0)) * BLOCK_N + n, walk, F)
         # Not one scalar for all: the interpreter would spread it as int32, which is no mask in Triton 3.9.
         more = tl.full((BLOCK_N,), i + 1, tl.int32) < end_tile
         page = page_ids(keys, ahead, seen_by_any(ahead, band) & more, F)
@@ -172,7 +181,7 @@ def attend(
         s, scale = scores(rows, k, k_scale, cap_log2, F)
         if MASKED:
             reach = rows.reach
-            seen = visible(pos[None, :], reach.low[:, None], reach.end[:, None], reach.lead[:, None], F) & live[None, :]
+            seen = visible(x[None, :], reach.low[:, None], reach.end[:, None], reach.lead[:, None], F) & live[None, :]
             s = tl.where(seen, s, float("-inf"))
         elif not ALL_LIVE:
             s = tl.where(live[None, :], s, float("-inf"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from swath.bench.case import BenchCase
 from swath.bench.inputs import Inputs
 from swath.bench.providers.provider import Provider, first_of
-from swath.launch import FUSED
+from swath.features import FUSED
 from swath.target import interpreting
 
 BLOCK_N, WARPS = 32, 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from swath.launch import FUSED, cache_features, kernel_dtype, kernel_scale, token_strides
+from swath.features import FUSED, cache_features, kernel_dtype, kernel_scale, token_strides
 from swath.ops.append.call import AppendCase
 from swath.quant import LARGEST
 from swath.target import on_device, why_no_triton

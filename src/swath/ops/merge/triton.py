@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from swath.launch import FUSED
+from swath.features import FUSED
 from swath.ops.merge.call import MergeCase
 from swath.target import on_device, why_no_triton
 
