@@ -16,7 +16,7 @@ from swath import KVQuant, PagedKV, Window, attention, paged_attention, signatur
 from swath.ops.attention import call as attention_call
 from swath.ops.paged import call as paged_call
 from swath.problem import Problem
-from swath.signature import Memory, coarse, signature_of
+from swath.signature import Memory, coarse
 from swath.target import Target
 from swath.testing import Case, Inputs, pairwise
 
@@ -187,20 +187,29 @@ def test_dense_calls_are_remembered_too() -> None:
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signature, "MOST_SIGNATURES", 3)
-    memory: Memory[int] = Memory()
-    for i in range(4):
-        memory.keep((i,), i)
-    assert [memory.recall((i,)) for i in range(4)] == [None, None, None, 3]
+    memory, checked = Memory[int](), []
+
+    def check(i: int) -> int:
+        checked.append(i)
+        return i
+
+    calls = [0, 1, 2, 2, 0, 3, 3, 0]
+    assert [memory.recall(check, (), (i,)) for i in calls] == calls
+    assert checked == [0, 1, 2, 3, 0], "three are known, and the fourth makes room by forgetting them"
 
 
 def test_what_cannot_be_a_key_is_not_remembered() -> None:
     class Subclass(Tensor):
         pass
 
-    memory: Memory[int] = Memory()
-    unknown = signature_of((torch.zeros(2).as_subclass(Subclass),), ())
-    memory.keep(unknown, 1)
-    assert memory.recall(unknown) is None
+    memory, checked = Memory[int](), []
+
+    def check(x: Tensor) -> int:
+        checked.append(x)
+        return len(checked)
+
+    unknown = torch.zeros(2).as_subclass(Subclass)
+    assert [memory.recall(check, (unknown,), ()) for _ in range(2)] == [1, 2]
 
 
 def test_bounds_are_rounded_up() -> None:
