@@ -12,11 +12,12 @@ from torch import Tensor
 from swath.bench.case import DTYPES, BenchCase, Lengths
 from swath.cache import PagedKeys, PagedKV, PageTable
 from swath.quant import LARGEST
+from swath.testing.inputs import OfEitherKeys
 from swath.window import Window
 
 
 @dataclass(frozen=True, eq=False)
-class Inputs:
+class Inputs(OfEitherKeys):
     """The tensors of one call: q [T, Hq, D]; a cache with ``table`` [B, max_pages], or dense k, v [Tk, Hkv, D].
 
     The pages of the sequences are shuffled over the pool; entries of ``table`` after a sequence's last page are 0.
@@ -53,25 +54,11 @@ class Inputs:
         return self.q.view(len(self.lengths.q), -1, *self.q.shape[1:])
 
     @property
-    def cache(self) -> PagedKV:
-        """The cache of a paged case."""
-        if not isinstance(self.keys, PagedKV):
-            raise TypeError("a dense case has no cache")
-        return self.keys
-
-    @property
     def pages(self) -> Tensor:
         """The block table of a paged case."""
         if self.table is None:
             raise TypeError("a dense case has no block table")
         return self.table
-
-    @property
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """k and v of a dense case."""
-        if isinstance(self.keys, PagedKV):
-            raise TypeError("a paged case has no dense keys")
-        return self.keys
 
     @cached_property
     def nhd(self) -> tuple[Tensor, Tensor]:
