@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from swath.bench.case import DTYPES, BenchCase, Lengths
-from swath.cache import PagedKeys, PagedKV, PageTable
+from swath.cache import PagedKeys, PagedKV, PageTable, page_count
 from swath.quant import LARGEST
 from swath.testing.inputs import OfEitherKeys
 from swath.window import Window
@@ -68,7 +68,7 @@ class Inputs(OfEitherKeys):
     @cached_property
     def page_counts(self) -> list[int]:
         """Pages of each sequence."""
-        return [-(-n // self.case.page_size) for n in self.lengths.kv]
+        return [page_count(n, self.case.page_size) for n in self.lengths.kv]
 
     @cached_property
     def flat_pages(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +106,7 @@ def make_inputs(case: BenchCase, lengths: Lengths, device: torch.device, seed: i
         shape = (sum(lengths.kv), case.kv_heads, case.head_dim)
         k, v = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
         return Inputs(*common, (k, v), None)
-    counts = [-(-n // case.page_size) for n in lengths.kv]
+    counts = [page_count(n, case.page_size) for n in lengths.kv]
     shuffled = torch.randperm(sum(counts), device=device).int().split(counts)
     table = torch.nn.utils.rnn.pad_sequence(list(shuffled), batch_first=True)
     return Inputs(*common, _cache(case, sum(counts), device), table)
