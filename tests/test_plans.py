@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compile_variants import OPTIONS, problem_of, tiles_of
 from swath import KVQuant, PagedKV, Window, attention, paged_attention, signature, target
+from swath.launch import dequantises
 from swath.ops.attention import call as attention_call
 from swath.ops.paged import call as paged_call
 from swath.problem import Problem
@@ -285,6 +286,21 @@ def test_a_remembered_launch_passes_what_a_new_one_would(row: dict[str, str], re
         assert launched == expected
         assert {args[1:9] for args in recorder.launches} == {(1, 1, 7, 11, (4, 1, 0), None, None, None)}
         recorder.launches.clear()
+
+
+@has_triton
+@pytest.mark.parametrize("storage", OPTIONS["storage"])
+def test_a_mixed_batch_takes_three_kernels_or_four_over_8_bits(storage: str) -> None:
+    from swath.schedules.kernels import plan_of
+
+    row = {name: values[0] for name, values in OPTIONS.items()}
+    mixed = problem_of(row | {"queries": "ragged", "storage": storage})
+    copies = ["dequantise_kernel"] if dequantises(mixed) else []
+    assert bool(copies) == (storage not in ("bf16", "fp16", "fp32", "int8 compute"))
+    for tiles in tiles_of(mixed, "sm_90"):
+        names = [call.kernel.fn.__name__ for call in plan_of(mixed, Target("sm_90", 132), tiles).calls]
+        last = "tile_kernel" if tiles == "triton" else "hopper_tile_kernel"
+        assert names == ["split_kernel", "reduce_kernel", *copies, last]
 
 
 def test_a_launch_hook_gets_every_launch(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
