@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 def test_goals_name_cases_that_exist() -> None:
     names = {case.name for case in CASES}
-    assert {name for goal in GOALS for name in (goal.case, goal.other)} <= names
+    assert {name for goal in GOALS for name in (goal.case, *goal.others)} <= names
     assert len({goal.name for goal in GOALS}) == len(GOALS)
 
 
@@ -108,6 +109,30 @@ def test_goals_are_judged() -> None:
     (found,) = outcomes([scalar, ours | {"us": 11.0, "rounds_us": [11.0]}])
     assert not found.reached
     assert outcomes([ours]) == outcomes([scalar]) == []
+
+
+def test_a_mixed_batch_is_judged_against_its_parts() -> None:
+    whole, *parts = (
+        row("mixed 2 x 2k + 62 at 16k", "swath-triton", 22.0, rounds_us=[20.0, 22.0, 92.0]),
+        row("mixed, chunks alone at 16k", "swath-hopper", 12.0, rounds_us=[10.0, 12.0, 50.0]),
+        row("mixed, decodes alone at 16k", "swath-triton", 8.0, rounds_us=[10.0, 8.0, 30.0]),
+    )
+    others = [row(parts[0]["case"], "swath-triton", 13.0), row(parts[1]["case"], "fa3", 1.0)]
+    (found,) = outcomes([whole, *parts, *others])
+    assert (found.ratio, found.reached) == (pytest.approx(1.1), True), "the fastest of ours, within a round"
+    (found,) = outcomes([whole | {"rounds_us": [40.0, 24.0, 92.0]}, *parts])
+    assert not found.reached
+    assert outcomes([whole, parts[0], *others]) == []
+
+
+def test_the_parts_of_a_mixed_batch_make_it_up() -> None:
+    by_name = {case.name: case for case in cases.select(tag=("mixed",))}
+    goals = [goal for goal in GOALS if len(goal.others) > 1]
+    assert by_name.keys() == {name for goal in goals for name in (goal.case, *goal.others)}
+    for goal in goals:
+        whole, parts = by_name[goal.case], [by_name[name] for name in goal.others]
+        assert whole.draw == Groups(tuple(group for part in parts for group in part.draw.groups))
+        assert {replace(part, name=whole.name, op="mixed", draw=whole.draw) for part in parts} == {whole}
 
 
 def sweep_rows() -> list[Row]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from swath import KVQuant, PagedKV, Window, check, slots
+from swath.cache import pages_holding, pages_within
 from swath.testing import Case, make
 
 PAGES, SIZE, HEADS, DIM = 3, 16, 2, 32
@@ -19,6 +20,18 @@ def numbered(*shape: int) -> Tensor:
 
 def int32(*values: object) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("size", [1, 8, 16])
+def test_which_pages_hold_which_keys(size: int) -> None:
+    every = range(4 * size)
+    for start in every:
+        for stop in every[start + 1 :]:
+            pages = [range(page * size, (page + 1) * size) for page in range(4)]
+            holding = [i for i, page in enumerate(pages) if any(start <= key < stop for key in page)]
+            within = [i for i, page in enumerate(pages) if all(start <= key < stop for key in page)]
+            assert list(range(4))[pages_holding(start, stop, size)] == holding
+            assert list(range(4))[pages_within(start, stop, size)] == within
 
 
 def test_from_nhd_is_a_view() -> None:

@@ -17,6 +17,7 @@ import swath.hf
 from hf_models import FAMILIES, SLIDING, WINDOW, error, greedy, logits, make, padding, tokens
 from swath.hf import PagedCache
 from swath.hf.cache import PagedLayer
+from swath.hf.pages import Pages
 from swath.quant import KVQuant, dequantise, quantise, token_scale
 from swath.window import Window
 
@@ -247,6 +248,17 @@ def test_crop_needs_the_keys_it_goes_back_to() -> None:
     assert error(out, logits(make("mistral", "eager"), ids)[:, -1:]) < TOLERANCE
     with pytest.raises(ValueError, match="tokens_to_remove"):
         cache.crop(3)
+
+
+def test_crop_needs_the_page_it_goes_on_in() -> None:
+    """Even if the next query sees no key there."""
+    pages = Pages(Window(1), page_size=16, chunk=64)
+    for seen, new in ((0, 39), (39, 1)):
+        pages.extend(seen, new, [0], torch.device("cpu"))
+    with pytest.raises(ValueError, match="crop: wanted fewer tokens"):
+        pages.crop(20)
+    pages.crop(8)
+    assert pages.live == 0, "position 32 begins a page"
 
 
 def test_pages_are_reused_after_a_crop_to_nothing() -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from compile_variants import OPTIONS, problem_of, tiles_of
 from swath import KVQuant, PagedKV, Window, attention, paged_attention, signature, target
+from swath.launch import dequantises
 from swath.ops.attention import call as attention_call
 from swath.ops.paged import call as paged_call
 from swath.problem import Problem
-from swath.signature import Memory, coarse, signature_of
+from swath.signature import Memory, coarse
 from swath.target import Target
 from swath.testing import Case, Inputs, pairwise
 
@@ -187,20 +188,29 @@ def test_dense_calls_are_remembered_too() -> None:
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signature, "MOST_SIGNATURES", 3)
-    memory: Memory[int] = Memory()
-    for i in range(4):
-        memory.keep((i,), i)
-    assert [memory.recall((i,)) for i in range(4)] == [None, None, None, 3]
+    memory, checked = Memory[int](), []
+
+    def check(i: int) -> int:
+        checked.append(i)
+        return i
+
+    calls = [0, 1, 2, 2, 0, 3, 3, 0]
+    assert [memory.recall(check, (), (i,)) for i in calls] == calls
+    assert checked == [0, 1, 2, 3, 0], "three are known, and the fourth makes room by forgetting them"
 
 
 def test_what_cannot_be_a_key_is_not_remembered() -> None:
     class Subclass(Tensor):
         pass
 
-    memory: Memory[int] = Memory()
-    unknown = signature_of((torch.zeros(2).as_subclass(Subclass),), ())
-    memory.keep(unknown, 1)
-    assert memory.recall(unknown) is None
+    memory, checked = Memory[int](), []
+
+    def check(x: Tensor) -> int:
+        checked.append(x)
+        return len(checked)
+
+    unknown = torch.zeros(2).as_subclass(Subclass)
+    assert [memory.recall(check, (unknown,), ()) for _ in range(2)] == [1, 2]
 
 
 def test_bounds_are_rounded_up() -> None:
@@ -276,6 +286,21 @@ def test_a_remembered_launch_passes_what_a_new_one_would(row: dict[str, str], re
         assert launched == expected
         assert {args[1:9] for args in recorder.launches} == {(1, 1, 7, 11, (4, 1, 0), None, None, None)}
         recorder.launches.clear()
+
+
+@has_triton
+@pytest.mark.parametrize("storage", OPTIONS["storage"])
+def test_a_mixed_batch_takes_three_kernels_or_four_over_8_bits(storage: str) -> None:
+    from swath.schedules.kernels import plan_of
+
+    row = {name: values[0] for name, values in OPTIONS.items()}
+    mixed = problem_of(row | {"queries": "ragged", "storage": storage})
+    copies = ["dequantise_kernel"] if dequantises(mixed) else []
+    assert bool(copies) == (storage not in ("bf16", "fp16", "fp32", "int8 compute"))
+    for tiles in tiles_of(mixed, "sm_90"):
+        names = [call.kernel.fn.__name__ for call in plan_of(mixed, Target("sm_90", 132), tiles).calls]
+        last = "tile_kernel" if tiles == "triton" else "hopper_tile_kernel"
+        assert names == ["split_kernel", "reduce_kernel", *copies, last]
 
 
 def test_a_launch_hook_gets_every_launch(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:

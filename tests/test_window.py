@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -41,6 +43,18 @@ def test_key_ranges_hold_every_visible_key_and_begin_and_end_at_one(
     seen = matrix(window, first, first + more, kv_len).any(0)
     assert not (seen & ~inside).any()
     assert not (inside & ~seen).any(), "neighbouring queries leave no gap, so the ranges are exact"
+
+
+@given(WINDOWS, st.integers(-15, 30), st.integers(0, 6), st.integers(0, 25))
+def test_every_query_sees_the_interior_and_the_leading_keys(window: Window, first: int, more: int, kv_len: int) -> None:
+    lead, left, right = window.key_ranges(first, first + more, kv_len)
+    start, stop = window.interior(first, first + more, left, right)
+    by_all = matrix(window, first, first + more, kv_len).all(0)
+    assert by_all[:lead].all()
+    assert by_all[start:stop].all()
+    by_window = matrix(replace(window, global_tokens=0), first, first + more, kv_len).all(0)
+    by_window[:left] = False
+    assert by_window.nonzero().flatten().tolist() == list(range(start, stop))
 
 
 @given(WINDOWS, st.integers(-15, 30), st.integers(1, 6), st.integers(0, 25))

@@ -154,6 +154,21 @@ def check_page_size(page_size: int) -> None:
         raise bad_value("page_size", "1, 8 or a multiple of 16", page_size)
 
 
+def page_count(keys: int, page_size: int) -> int:
+    """Pages that so many keys take."""
+    return -(-keys // page_size)
+
+
+def pages_holding(start: int, stop: int, page_size: int) -> slice[int, int, None]:
+    """Which pages of a sequence hold its keys ``start .. stop - 1``; of no keys: the page that ``start`` is inside."""
+    return slice(start // page_size, page_count(stop, page_size))
+
+
+def pages_within(start: int, stop: int, page_size: int) -> slice[int, int, None]:
+    """Which pages of a sequence hold nothing but its keys ``start .. stop - 1``."""
+    return slice(page_count(start, page_size), stop // page_size)
+
+
 @dataclass(frozen=True, eq=False)
 class PageTable:
     """Which page holds which tokens of a sequence, rectangular or flat.
@@ -284,13 +299,14 @@ class PagedKeys:
     def slice(self, b: int, start: int, stop: int) -> KeySlice:
         """The keys at positions ``start .. stop - 1`` of sequence ``b``; only pages that hold them are read."""
         cache, size = self.cache, self.cache.page_size
-        first_page, end_page = start // size, -(-stop // size)
-        ids = self.table.row(b)[first_page:end_page]
-        if ids.shape[0] < end_page - first_page:
-            ids = torch.nn.functional.pad(ids, (0, end_page - first_page - ids.shape[0]), value=-1)
+        pages = pages_holding(start, stop, size)
+        ids = self.table.row(b)[pages]
+        missing = pages.stop - pages.start - ids.shape[0]
+        if missing > 0:
+            ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
         in_pool = (ids >= 0) & (ids < cache.num_pages)
         complete = bool(in_pool.all())
-        skip, stop = start - first_page * size, stop - first_page * size
+        skip, stop = start - pages.start * size, stop - pages.start * size
 
         def take(pool: Tensor) -> Tensor:
             """[num_pages, Hkv, page_size, ...] -> [Hkv, stop - start, ...], dead pages zero."""

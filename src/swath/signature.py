@@ -7,7 +7,7 @@ time on finding it out again than the GPU spends on attention.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
@@ -62,21 +62,24 @@ def coarse(bound: object) -> object:
 
 
 class Memory(Generic[V]):
-    """What is remembered of calls, by their signature; all is forgotten beyond ``MOST_SIGNATURES`` of them."""
+    """What checks found out about calls, by signature; all is forgotten beyond ``MOST_SIGNATURES`` of them."""
 
     def __init__(self) -> None:
         self._known: dict[Signature, V] = {}
 
-    def recall(self, signature: Signature) -> V | None:
-        """What was kept for the signature; nothing for one that holds what cannot be a key, such as a list."""
-        try:
-            return self._known.get(signature)
-        except TypeError:
-            return None
+    def recall(self, check: Callable[..., V], tensors: tuple[object, ...], values: tuple[object, ...]) -> V:
+        """What ``check(*tensors, *values)`` returned for such a call, or returns now for one not met before.
 
-    def keep(self, signature: Signature, value: V) -> None:
-        """Remember ``value``, unless the signature cannot be a key."""
-        if len(self._known) >= MOST_SIGNATURES:
-            self._known.clear()
-        with suppress(TypeError):
-            self._known[signature] = value
+        A signature that holds what cannot be a key, such as a list, is never met.
+        """
+        signature = signature_of(tensors, values)
+        try:
+            found = self._known.get(signature)
+        except TypeError:
+            return check(*tensors, *values)
+        if found is None:
+            found = check(*tensors, *values)
+            if len(self._known) >= MOST_SIGNATURES:
+                self._known.clear()
+            self._known[signature] = found
+        return found

@@ -137,6 +137,20 @@ class Window:
         left = min(max(first - self.size + 1, 0), right)
         return (0, 0, max(lead, right)) if left <= lead else (lead, left, right)
 
+    def interior(self, first: int, last: int, left: int, right: int) -> tuple[int, int]:
+        """Which of the keys ``left .. right - 1`` every query at positions ``first .. last`` sees by its window alone.
+
+        They are ``start .. stop - 1``, with ``left <= start <= stop``.
+        """
+        start, stop = left, right
+        if self.size is not None:
+            start = max(start, last - self.size + 1)
+        if self.causal:
+            stop = min(stop, first + 1)
+        elif self.size is not None:
+            stop = min(stop, first + self.size)
+        return start, max(start, stop)
+
     def visible_bound(self, max_q_len: int, max_kv_len: int) -> int:
         """An upper bound of the keys that ``max_q_len`` neighbouring queries see together."""
         if self.size is None:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from swath.cache import page_count, pages_holding
 from swath.quant import KVQuant
 from swath.window import Window
 
@@ -215,6 +216,5 @@ def visible_pairs(window: Window, first: int, kv_len: int) -> int:
 
 def _kept_slots(window: Window, kv_len: int, page_size: int) -> int:
     lead, left, right = window.key_ranges(kv_len, kv_len, kv_len + 1)
-    lead_pages = -(-lead // page_size)
-    first, end = left // page_size, -(-min(right, kv_len) // page_size)
-    return (lead_pages + max(end - max(first, lead_pages), 0)) * page_size
+    lead_pages, others = page_count(lead, page_size), pages_holding(left, min(right, kv_len), page_size)
+    return (lead_pages + max(others.stop - max(others.start, lead_pages), 0)) * page_size

@@ -91,10 +91,13 @@ def _decodes() -> Iterable[BenchCase]:
 
 
 def _mixed() -> Iterable[BenchCase]:
-    """Chunks of prefill beside decodes, as continuous batching makes them."""
-    both = Groups(((2, 2 * K, 16 * K), (62, 1, 16 * K)))
+    """Chunks of prefill beside decodes, as continuous batching makes them, and both parts alone."""
+    chunks, decodes = (2, 2 * K, 16 * K), (62, 1, 16 * K)
     for name, options in (("", {}), (" w1024", {"window": 1024}), (" int8 channel", {"storage": "int8 channel"})):
-        yield BenchCase(f"mixed 2 x 2k + 62 at 16k{name}", "mixed", both, **options)
+        common: dict[str, Any] = {"tags": ("mixed",), **options}
+        yield BenchCase(f"mixed 2 x 2k + 62 at 16k{name}", "mixed", Groups((chunks, decodes)), **common)
+        yield _case(f"mixed, chunks alone at 16k{name}", "prefill", *chunks, **common)
+        yield _case(f"mixed, decodes alone at 16k{name}", "decode", *decodes, **common)
 
 
 def _seeds() -> Iterable[BenchCase]:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from swath.bench.case import DTYPES, BenchCase, Lengths
-from swath.cache import PagedKeys, PagedKV, PageTable
+from swath.cache import PagedKeys, PagedKV, PageTable, page_count
 from swath.quant import LARGEST
+from swath.testing.inputs import OfEitherKeys
 from swath.window import Window
 
 
 @dataclass(frozen=True, eq=False)
-class Inputs:
+class Inputs(OfEitherKeys):
     """The tensors of one call: q [T, Hq, D]; a cache with ``table`` [B, max_pages], or dense k, v [Tk, Hkv, D].
 
     The pages of the sequences are shuffled over the pool; entries of ``table`` after a sequence's last page are 0.
@@ -53,25 +54,11 @@ class Inputs:
         return self.q.view(len(self.lengths.q), -1, *self.q.shape[1:])
 
     @property
-    def cache(self) -> PagedKV:
-        """The cache of a paged case."""
-        if not isinstance(self.keys, PagedKV):
-            raise TypeError("a dense case has no cache")
-        return self.keys
-
-    @property
     def pages(self) -> Tensor:
         """The block table of a paged case."""
         if self.table is None:
             raise TypeError("a dense case has no block table")
         return self.table
-
-    @property
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """k and v of a dense case."""
-        if isinstance(self.keys, PagedKV):
-            raise TypeError("a paged case has no dense keys")
-        return self.keys
 
     @cached_property
     def nhd(self) -> tuple[Tensor, Tensor]:
@@ -81,7 +68,7 @@ class Inputs:
     @cached_property
     def page_counts(self) -> list[int]:
         """Pages of each sequence."""
-        return [-(-n // self.case.page_size) for n in self.lengths.kv]
+        return [page_count(n, self.case.page_size) for n in self.lengths.kv]
 
     @cached_property
     def flat_pages(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +106,7 @@ def make_inputs(case: BenchCase, lengths: Lengths, device: torch.device, seed: i
         shape = (sum(lengths.kv), case.kv_heads, case.head_dim)
         k, v = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
         return Inputs(*common, (k, v), None)
-    counts = [-(-n // case.page_size) for n in lengths.kv]
+    counts = [page_count(n, case.page_size) for n in lengths.kv]
     shuffled = torch.randperm(sum(counts), device=device).int().split(counts)
     table = torch.nn.utils.rnn.pad_sequence(list(shuffled), batch_first=True)
     return Inputs(*common, _cache(case, sum(counts), device), table)

@@ -33,7 +33,9 @@ BOOKKEEPING = ("--output", "--resume", "--budget", "--commit")
 """Options that change no row."""
 ROUNDS, QUICK_ROUNDS, QUICK_SECONDS = 7, 3, 50.0
 
-Device = Annotated[Literal["cuda", "cpu"] | None, typer.Option(show_default="cuda where it works", help="Where.")]
+Device = Annotated[
+    Literal["cuda", "cpu"] | None, typer.Option(show_default="cuda where it works", help="Where to run.")
+]
 
 
 @app.command("list")
@@ -67,7 +69,7 @@ def run(
     provider: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Only these: swath, fa3, scalar ... (see: list).")
     ] = None,
-    without: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Not these.")] = None,
+    without: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Leave these out.")] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, metavar="N", show_default="7, quick 3", help="Interleaved rounds.")
     ] = None,

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 RESULTS = Path("benchmarks/results")
 
-OneFile = Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False)]
 Files = Annotated[
     list[Path] | None,
     typer.Argument(metavar="FILE", exists=True, dir_okay=False, show_default="all in benchmarks/results"),
@@ -23,8 +22,8 @@ Files = Annotated[
 
 
 def compare(
-    before: OneFile,
-    after: OneFile,
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", exists=True, dir_okay=False)],
+    after: Annotated[Path, typer.Argument(metavar="AFTER", exists=True, dir_okay=False)],
     threshold: Annotated[
         float, typer.Option(min=0, metavar="SHARE", help="A loss of ours beyond this share of the time fails.")
     ] = 0.05,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swath.cache import PagedKV
+from swath.cache import PagedKV, page_count
 from swath.quant import KVQuant, calibrate
 from swath.window import Window
 
@@ -88,7 +88,7 @@ class Case:
 
     def _cache(self) -> tuple[PagedKV, int]:
         """A cache of the case's layout, and how many pages each sequence has."""
-        pages = -(-self.kv_len // self.page_size)
+        pages = page_count(self.kv_len, self.page_size)
         page_bytes = self.page_size * self.quant.bytes_per_token(self.kv_heads, self.head_dim)
         pool = max(min(self.batch * pages, MAX_POOL_BYTES // max(page_bytes, 1)), 1)
         sample = torch.ones(1, self.kv_heads, self.head_dim, device=self.device)

@@ -64,7 +64,9 @@ def explain(
     softcap: Annotated[float, typer.Option(metavar="X", help="Soft cap of the scores; 0 is none.")] = 0.0,
     sink: Annotated[bool, typer.Option("--sink", help="With a sink logit for each query head.")] = False,
     compute: Annotated[str, typer.Option(metavar="NAME", help="float or int8.")] = "float",
-    device: Annotated[str | None, typer.Option(metavar="NAME", show_default="cuda if there is one")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", show_default="cuda if there is one", help="Of the tensors.")
+    ] = None,
 ) -> None:
     """Say which backend and launch a call would take, and why not the others.
 

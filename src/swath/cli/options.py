@@ -11,7 +11,11 @@ GlobalTokens = Annotated[int, typer.Option(metavar="N", help="Leading keys that 
 Causal = Annotated[bool, typer.Option(help="Whether keys after the query are hidden.")]
 
 Match = Annotated[
-    list[str] | None, typer.Option("--match", metavar="TEXT", help="Only cases whose name contains this.")
+    list[str] | None,
+    typer.Option("--match", metavar="TEXT", help="Only cases whose name contains this; of several, any."),
 ]
 Op = Annotated[Literal["decode", "steps", "prefill", "mixed"] | None, typer.Option(help="Only cases of this kind.")]
-Tag = Annotated[list[str] | None, typer.Option("--tag", metavar="TAG", help="Only cases with this tag (see: list).")]
+Tag = Annotated[
+    list[str] | None,
+    typer.Option("--tag", metavar="TAG", help="Only cases with this tag; of several, all (see: list)."),
+]

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from swath.cache import page_count, pages_holding, pages_within
 from swath.errors import bad_value
 from swath.ops.slots import slots
 from swath.window import Window
@@ -116,7 +117,7 @@ class Pages:
             self._check_held(row, length, columns)
         for row in self._rows:
             length = max(left - row.padding, 0)
-            keep = -(-length // self.page_size)
+            keep = page_count(length, self.page_size)
             self._release(row.pages[keep:])
             del row.pages[keep:]
             row.padding = min(row.padding, left)
@@ -180,25 +181,25 @@ class Pages:
     def _release_passed(self, row: Row, position: int) -> None:
         """Release the pages that no query from ``position`` on can see."""
         lead, left, _ = self.window.key_ranges(position, position, position + 1)
-        first = max(row.passed, -(-lead // self.page_size))
-        last = min(left // self.page_size, len(row.pages))
-        if last > first:
-            self._release(row.pages[first:last])
-            row.pages[first:last] = [FREED] * (last - first)
-            row.passed, self._table = last, None
+        passed = pages_within(lead, left, self.page_size)
+        first, end = max(row.passed, passed.start), min(passed.stop, len(row.pages))
+        if first < end:
+            self._release(row.pages[first:end])
+            row.pages[first:end] = [FREED] * (end - first)
+            row.passed, self._table = end, None
 
     def _check_held(self, row: Row, length: int, columns: int) -> None:
         """Whether the query at position ``length`` would find the keys before it."""
         lead, left, _ = self.window.key_ranges(length, length, length + 1)
-        size = self.page_size
-        needed = row.pages[: -(-lead // size)] + row.pages[left // size : -(-length // size)]
-        if FREED in needed:
+        seen = pages_holding(0, lead, self.page_size), pages_holding(left, length, self.page_size)
+        if any(FREED in row.pages[pages] for pages in seen):
             raise bad_value("crop", "fewer tokens, or activate_past_recording() first: pages are released", columns)
 
     def _own_last_page(self, row: Row, position: int) -> list[tuple[int, int]]:
         """A (source, target) copy if the page that ``position`` continues belongs to others too."""
-        index = position // self.page_size
-        if position % self.page_size == 0 or self._holders[row.pages[index]] == 1:
+        index = page_count(position, self.page_size) - 1
+        begins_page = page_count(position + 1, self.page_size) > index + 1
+        if begins_page or self._holders[row.pages[index]] == 1:
             return []
         source = row.pages[index]
         row.pages[index], self._table = self._take(), None
@@ -206,7 +207,7 @@ class Pages:
         return [(source, row.pages[index])]
 
     def _grow_row(self, row: Row, length: int) -> None:
-        missing = -(-length // self.page_size) - len(row.pages)
+        missing = page_count(length, self.page_size) - len(row.pages)
         if missing > 0:
             row.pages += [self._take() for _ in range(missing)]
             self._table = None

@@ -89,15 +89,12 @@ def _stretches(problem: Problem, rows: SequenceRows) -> list[_Stretch]:
     size = 1 if n == 1 else block_rows(problem, rows.window, rows.kv_len)
     for first in range(0, n, size):
         end = min(first + size, n)
-        lead, left, right = one = other = rows.visible(keys, first, end)
-        if end - first > 1:
-            # A key that the first and the last row see, all rows between see: its distance from them lies between.
-            one, other = rows.visible(keys, first, first + 1), rows.visible(keys, end - 1, end)
-        if lead:
-            found.append(_Stretch(first, end, 0, lead, (0, min(one[0], other[0]))))
+        lead, left, right = rows.visible(keys, first, end)
+        if lead:  # the first row's window begins after these keys, so that all rows are past them
+            found.append(_Stretch(first, end, 0, lead, (0, lead)))
         if left < right:
-            clear = max(one[1], other[1])
-            found.append(_Stretch(first, end, left, right, (clear, max(clear, min(one[2], other[2])))))
+            clear = rows.window.interior(rows.start + first, rows.start + end - 1, left, right)
+            found.append(_Stretch(first, end, left, right, clear))
     return found
 
 

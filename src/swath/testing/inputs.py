@@ -21,9 +21,29 @@ SENTINEL = -7.25
 """What surrounds the rows of a ``Canary``; every 16-bit type holds it."""
 
 
+class OfEitherKeys:
+    """Inputs whose ``keys`` are a PagedKV or the dense pair (k, v), for who knows which."""
+
+    keys: PagedKV | tuple[Tensor, Tensor]
+
+    @property
+    def cache(self) -> PagedKV:
+        """The keys of a paged case."""
+        if not isinstance(self.keys, PagedKV):
+            raise TypeError("a dense case has no cache")
+        return self.keys
+
+    @property
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """k and v of a dense case."""
+        if isinstance(self.keys, PagedKV):
+            raise TypeError("a paged case has no dense keys")
+        return self.keys
+
+
 @dataclass(frozen=True, eq=False)
-class Inputs:
-    """The tensors of a case, made by ``make``; ``keys`` is a PagedKV or the dense pair (k, v)."""
+class Inputs(OfEitherKeys):
+    """The tensors of a case, made by ``make``."""
 
     case: Case
     q: Tensor
@@ -41,13 +61,6 @@ class Inputs:
     def op(self) -> str:
         """The public function that takes them."""
         return "attention" if self.case.dense else "paged_attention"
-
-    @property
-    def cache(self) -> PagedKV:
-        """The keys of a paged case."""
-        if not isinstance(self.keys, PagedKV):
-            raise TypeError("a dense case has no cache")
-        return self.keys
 
     @property
     def args(self) -> tuple[Any, ...]:

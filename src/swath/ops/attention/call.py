@@ -11,7 +11,7 @@ from swath.cache import DenseKeys
 from swath.checks import Accepted
 from swath.errors import bad_type, bad_value
 from swath.problem import Problem
-from swath.signature import Memory, coarse, signature_of
+from swath.signature import Memory, coarse
 from swath.window import FULL, Window
 
 OP = "attention"
@@ -41,11 +41,7 @@ def prepare(
     window = FULL if window is None else window
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, q_start, window, sink, out)
     values = (max_q_len, coarse(max_kv_len), scale, softcap, gqa, return_lse)
-    signature = signature_of(tensors, values)
-    accepted = _memory.recall(signature)
-    if accepted is None:
-        accepted = _accept(*tensors, *values)
-        _memory.keep(signature, accepted)
+    accepted = _memory.recall(_accept, tensors, values)
     out, lse = checks.make_outputs(q, out, return_lse)
     scoring = accepted.scoring
     problem = Problem(

@@ -14,7 +14,7 @@ from swath.checks import Accepted
 from swath.errors import bad_type, bad_value
 from swath.problem import Problem
 from swath.quant import LARGEST
-from swath.signature import Memory, coarse, signature_of
+from swath.signature import Memory, coarse
 from swath.window import FULL, Window
 
 OP = "paged"
@@ -48,11 +48,7 @@ def prepare(
     window = FULL if window is None else window
     tensors = (q, cache, block_table, seq_lens, cu_seqlens_q, q_start, window, q_scale, sink, out)
     values = (max_q_len, coarse(max_kv_len), scale, softcap, gqa, return_lse, compute, split_size)
-    signature = signature_of(tensors, values)
-    accepted = _memory.recall(signature)
-    if accepted is None:
-        accepted = _accept(*tensors, *values)
-        _memory.keep(signature, accepted)
+    accepted = _memory.recall(_accept, tensors, values)
     out, lse = checks.make_outputs(q, out, return_lse)
     table = PageTable(block_table) if isinstance(block_table, Tensor) else PageTable(*block_table)
     scoring = accepted.scoring

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swath import checks
-from swath.cache import PagedKeys, PagedKV, PageTable
+from swath.cache import PagedKeys, PagedKV, PageTable, pages_holding
 from swath.errors import bad_value
 from swath.window import Window
 
@@ -56,9 +56,12 @@ def _check_visible(keys: PagedKeys, window: Window, b: int, first: int, last: in
     lead, left, right = window.key_ranges(first, last, keys.kv_len(b))
     size, row = keys.cache.page_size, keys.table.row(b)
     for start, stop in ((0, lead), (left, right)):
-        pages = row[start // size : -(-stop // size)] if stop > start else row[:0]
+        if start == stop:
+            continue
+        held = pages_holding(start, stop, size)
+        pages = row[held]
         bad = torch.nonzero((pages < 0) | (pages >= keys.cache.num_pages)).flatten().tolist()
         if bad:
-            entry = start // size + bad[0]
+            entry = held.start + bad[0]
             wanted = f"visible entries in [0, {keys.cache.num_pages})"
             raise bad_value("block_table", wanted, f"{int(row[entry])} at sequence {b}, entry {entry}")
