@@ -44,7 +44,7 @@ def page_ids(keys, pos, wanted, F: tl.constexpr):
     if F.page_size == 0:
         return tl.where(wanted, 0, -1)
     else:
-        return tl.load(keys.table + pos // F.page_size, mask=wanted, other=-1)
+        return tl.load(keys.table + pos.to(tl.uint32) // F.page_size, mask=wanted, other=-1)
 
 
 @triton.jit
@@ -54,8 +54,8 @@ def locate(keys, pos, page, F: tl.constexpr):
         slot, live = pos.to(tl.int64), page >= 0
         k_row, v_row = slot * keys.k_token, slot * keys.v_token
     else:
-        live = (page >= 0) & (page < keys.num_pages)
-        slot = pos % F.page_size
+        live = page.to(tl.uint32) < keys.num_pages.to(tl.uint32)
+        slot = (pos.to(tl.uint32) % F.page_size).to(tl.int32)
         k_row = page.to(tl.int64) * keys.k_page + slot * keys.k_token
         v_row = k_row  # the same strides, as PagedKV demands: one offset tensor serves both
     return k_row, v_row, live
