@@ -48,6 +48,12 @@ def page_ids(keys, pos, wanted, F: tl.constexpr):
 
 
 @triton.jit
+def widen(x):
+    """An index or stride >= 0 as int64. With no sign to extend, the product of two is one instruction, not five."""
+    return x.to(tl.uint32).to(tl.int64) if x.dtype == tl.int32 else x.to(tl.int64)
+
+
+@triton.jit
 def locate(keys, pos, page, F: tl.constexpr):
     """Element offsets of the K and V rows (int64), and whether each may be read."""
     if F.page_size == 0:
@@ -56,7 +62,7 @@ def locate(keys, pos, page, F: tl.constexpr):
     else:
         live = page.to(tl.uint32) < keys.num_pages.to(tl.uint32)
         slot = (pos.to(tl.uint32) % F.page_size).to(tl.int32)
-        k_row = page.to(tl.int64) * keys.k_page + slot * keys.k_token
+        k_row = widen(page) * widen(keys.k_page) + widen(slot) * widen(keys.k_token)
         v_row = k_row  # the same strides, as PagedKV demands: one offset tensor serves both
     return k_row, v_row, live
 
