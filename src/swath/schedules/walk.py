@@ -11,10 +11,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from swath.device.cache import load_rows, locate, page_ids
+from swath.device.cache import is_live, load_rows, locate, page_ids
 from swath.device.quant import decode, half_of_pair, relative, round_half_even
 from swath.device.softmax import FLOOR, soft_cap, step
 from swath.device.window import interior_of, visible
+
+
+BEYOND = tl.constexpr(0x7FFFFFFF)
+"""Where a key of a dead page stands for the mask: after the last key that any row may see."""
 
 
 class Walk(NamedTuple):
@@ -161,8 +165,11 @@ def attend(
     page = page_ids(keys, pos, seen_by_any(pos, band), F)
     for i in tl.range(first_tile, end_tile, num_stages=STAGES):
         pos = tile_start(i + tl.where(i >= gap, gap_tiles, 0), walk, BLOCK_N) + n
-        k_row, v_row, live = locate(keys, pos, page, F)
-        k_scale, v_scale = load_token_scales(scales, page, pos, live, F)
+        k_row, v_row = locate(keys, pos, page, F)
+        # Rows ask their pages themselves: a layout then converts page numbers once, and no predicates.
+        live = is_live(keys, page[:, None], F)
+        key = tl.where(is_live(keys, page, F), pos, BEYOND)
+        k_scale, v_scale = load_token_scales(scales, page, pos, is_live(keys, page, F), F)
         # The next tile's entries are asked for before this tile's rows: the pipeliner would spend a stage on them.
         ahead = tile_start(i + 1 + tl.where(i + 1 >= gap, gap_tiles, 0), walk, BLOCK_N) + n
         # Not one scalar for all: the interpreter would spread it as int32, which is no mask in Triton 3.9.
@@ -172,10 +179,10 @@ def attend(
         s, scale = scores(rows, k, k_scale, cap_log2, F)
         if MASKED:
             reach = rows.reach
-            seen = visible(pos[None, :], reach.low[:, None], reach.end[:, None], reach.lead[:, None], F) & live[None, :]
+            seen = visible(key[None, :], reach.low[:, None], reach.end[:, None], reach.lead[:, None], F)
             s = tl.where(seen, s, float("-inf"))
         elif not ALL_LIVE:
-            s = tl.where(live[None, :], s, float("-inf"))
+            s = tl.where(key[None, :] < BEYOND, s, float("-inf"))
         p, m, l, alpha = step(s, scale, m, l)
         v = load_rows(keys.v, v_row, column, live, ALL_LIVE, F)
         factor = 1.0
