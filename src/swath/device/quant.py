@@ -69,9 +69,10 @@ def decode(x, F: tl.constexpr):
 
 
 @triton.jit
-def unit_rows(q, largest, F: tl.constexpr):
-    """Query rows over an 8-bit cache as dot operands: divided by their ``largest`` magnitude, in 127ths for int8."""
-    unit = q / tl.where(largest > 0, largest, 1.0)[:, None]
+def unit_rows(q, divisor, F: tl.constexpr):
+    """Query rows over an 8-bit cache as dot operands: divided by plus or minus their largest magnitude (a row of 0 by
+    1), in 127ths for int8."""
+    unit = q / tl.where(divisor != 0, divisor, 1.0)[:, None]
     if F.compute_int8:
         return round_half_even(unit * 127.0).to(tl.int8)
     else:

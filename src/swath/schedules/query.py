@@ -12,6 +12,10 @@ from swath.device.softmax import add_sink, finish
 from swath.schedules.walk import Rows, TokenScales
 
 
+SMALLEST_FACTOR = tl.constexpr(1.0e-30)
+"""Of scores that are all 0, or that a scale makes so."""
+
+
 class Sequence(NamedTuple):
     """One sequence: its first query token, how many there are, the position of the first, and how many keys."""
 
@@ -132,7 +136,10 @@ def load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, r
     factor = largest * row_scale * (scale_log2 * head_scale(k_scale, kv_head, False, F))
     if F.compute_int8:
         factor *= 1.0 / 127.0
-    return Rows(unit_rows(x_even, largest, F), unit_rows(x_odd, largest, F), factor, reach)
+    # Masked scores are -inf and must stay so: a sign goes into the rows, and no factor is 0.
+    divisor = tl.where(factor < 0, -largest, largest)
+    factor = tl.where(factor == 0, SMALLEST_FACTOR, tl.abs(factor))
+    return Rows(unit_rows(x_even, divisor, F), unit_rows(x_odd, divisor, F), factor, reach)
 
 
 @triton.jit

@@ -34,7 +34,7 @@ class Rows(NamedTuple):
 
     q: tl.tensor
     q_odd: tl.tensor
-    scale: tl.tensor  # [M] or scalar: makes base-2 scores of dots
+    scale: tl.tensor  # > 0, [M] (unit_q) or scalar: makes base-2 scores of dots
     reach: tl.tensor  # a Reach: who sees whom
 
 
@@ -90,7 +90,7 @@ def mma(a, b, acc, F: tl.constexpr):
 
 @triton.jit
 def scores(rows, k, k_scale, cap_log2, F: tl.constexpr):
-    """Scores [M, N] of the rows with stored keys ``k`` [N, columns], and the scale that makes them base-2."""
+    """Scores [M, N] of the rows with stored keys ``k`` [N, columns], and the scale(s) that make them base-2."""
     BLOCK_M: tl.constexpr = rows.q.shape[0]
     BLOCK_N: tl.constexpr = k.shape[0]
     if F.compute_int8:
@@ -104,13 +104,10 @@ def scores(rows, k, k_scale, cap_log2, F: tl.constexpr):
         else:
             s = mma(rows.q, tl.trans(decode(k, F)), s, F)
     scale = rows.scale
-    if F.unit_q:
-        s *= rows.scale[:, None]
-        scale = 1.0
     if F.k_fold == "token":
         s *= k_scale[None, :]
     if F.softcap:
-        s = soft_cap(s * scale, cap_log2)
+        s = soft_cap(s * (scale[:, None] if F.unit_q else scale), cap_log2)
         scale = 1.0
     return s, scale
 
@@ -183,7 +180,7 @@ def attend(
             s = tl.where(seen, s, float("-inf"))
         elif not ALL_LIVE:
             s = tl.where(key[None, :] < BEYOND, s, float("-inf"))
-        p, m, l, alpha = step(s, scale, m, l)
+        p, m, l, alpha = step(s, scale, m, l, F.unit_q and not F.softcap)
         v = load_rows(keys.v, v_row, column, live, ALL_LIVE, F)
         factor = 1.0
         if F.v_fold == "token":
