@@ -174,6 +174,9 @@ def attend(
         page = page_ids(keys, ahead, seen_by_any(ahead, band) & more, F)
         k = load_rows(keys.k, k_row, column, live, ALL_LIVE, F)
         s, scale = scores(rows, k, k_scale, cap_log2, F)
+        factor = 1.0
+        if F.v_fold == "token":
+            v_scale, factor = relative(v_scale)
         if MASKED:
             reach = rows.reach
             seen = visible(key[None, :], reach.low[:, None], reach.end[:, None], reach.lead[:, None], F)
@@ -182,9 +185,7 @@ def attend(
             s = tl.where(key[None, :] < BEYOND, s, float("-inf"))
         p, m, l, alpha = step(s, scale, m, l, F.unit_q and not F.softcap)
         v = load_rows(keys.v, v_row, column, live, ALL_LIVE, F)
-        factor = 1.0
         if F.v_fold == "token":
-            v_scale, factor = relative(v_scale)
             p *= v_scale[None, :]
         acc *= alpha[:, None]
         if F.pairs:
