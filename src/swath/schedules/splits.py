@@ -25,7 +25,7 @@ from swath.schedules.query import (
     store_rows,
     token_scales,
 )
-from swath.schedules.walk import attend, new_state, plan_walk
+from swath.schedules.walk import attend, new_partial_sums, new_state, plan_walk
 
 
 class Slices(NamedTuple):
@@ -123,10 +123,12 @@ def split_kernel(
     base = kv_head.to(tl.int64) * kv_head_stride
     keys = Keys(k + base, v + base, entries, num_pages, kv_page, kv_token, kv_page, kv_token)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
+    m, l, acc, acc_odd = new_state(BLOCK_M, F)
     m, l, acc, acc_odd = attend(
-        new_state(BLOCK_M, F), query, keys, scales, band, cap_log2, walk, cut.first, cut.end, cut.end, 0,
-        F, BLOCK_N, STAGES, MASKED=True,
+        (m, new_partial_sums(BLOCK_M, BLOCK_N, F), acc, acc_odd), query, keys, scales, band, cap_log2,
+        walk, cut.first, cut.end, cut.end, 0, F, BLOCK_N, STAGES, MASKED=True,
     )  # fmt: skip
+    l = tl.sum(l, 1)
     acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)
     if partial is not None:
         if cut.count > 1:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import num_warps
 
 from swath.device.cache import is_live, load_rows, locate, page_ids
 from swath.device.quant import decode, half_of_pair, relative, round_half_even
@@ -142,6 +143,15 @@ def new_state(BLOCK_M: tl.constexpr, F: tl.constexpr):
     BLOCK_D: tl.constexpr = F.block_d
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     return tl.full((BLOCK_M,), FLOOR, tl.float32), tl.zeros((BLOCK_M,), tl.float32), acc, acc
+
+
+@triton.jit
+def new_partial_sums(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr):
+    """An l of 0 for programs whose warps stand side by side along the keys, 8 columns each: ``step`` adds up a thread's
+    own columns only, and warps need not wait for one another to exchange sums."""
+    SIDE_BY_SIDE: tl.constexpr = 8 if F.interpret else 8 * num_warps()
+    COLUMNS: tl.constexpr = SIDE_BY_SIDE if SIDE_BY_SIDE < BLOCK_N else BLOCK_N
+    return tl.zeros((BLOCK_M, COLUMNS), tl.float32)
 
 
 @triton.jit
