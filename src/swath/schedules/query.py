@@ -128,11 +128,8 @@ def load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, r
     column = tl.arange(0, F.block_d)
     even = 2 * column if F.pairs else column
     x_even = load_half(q, offset, valid, even, k_scale, kv_head, F)
-    largest = tl.max(tl.abs(x_even), 1)
-    x_odd = x_even
-    if F.pairs:
-        x_odd = load_half(q, offset, valid, even + 1, k_scale, kv_head, F)
-        largest = tl.maximum(largest, tl.max(tl.abs(x_odd), 1))
+    x_odd = load_half(q, offset, valid, even + 1, k_scale, kv_head, F) if F.pairs else x_even
+    largest = tl.max(tl.maximum(tl.abs(x_even), tl.abs(x_odd)), 1)
     factor = largest * row_scale * (scale_log2 * head_scale(k_scale, kv_head, False, F))
     if F.compute_int8:
         factor *= 1.0 / 127.0

@@ -25,7 +25,7 @@ from swath.schedules.query import (
     store_rows,
     token_scales,
 )
-from swath.schedules.walk import attend, new_partial_sums, new_state, plan_walk
+from swath.schedules.walk import attend, new_partial_sums, new_state, plan_walk, tile_pages
 
 
 class Slices(NamedTuple):
@@ -114,18 +114,20 @@ def split_kernel(
             tl.store(counts + owner, cut.count)
         if j >= tl.maximum(cut.count, 1):
             return
+    base = kv_head.to(tl.int64) * kv_head_stride
+    keys = Keys(k + base, v + base, entries, num_pages, kv_page, kv_token, kv_page, kv_token)
+    page = tile_pages(keys, band, walk, cut.first, F, BLOCK_N)
+    tl.debug_barrier()  # or ptxas asks for the pages only when the query is there: one more trip to memory before K
     member = q_head_of(kv_head, r % F.group, F)
     token = seq.token + r // F.group
     valid = r < rows
     at = row_offsets(b, r // F.group, token, member, q_seq, q_token, q_head, cu_q)
     row_scale = query_scale(q_scale, token * F.kv_heads * F.group + member, valid, F)
     query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach_of(p, band, size, lead, F), F)
-    base = kv_head.to(tl.int64) * kv_head_stride
-    keys = Keys(k + base, v + base, entries, num_pages, kv_page, kv_token, kv_page, kv_token)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
     m, l, acc, acc_odd = new_state(BLOCK_M, F)
     m, l, acc, acc_odd = attend(
-        (m, new_partial_sums(BLOCK_M, BLOCK_N, F), acc, acc_odd), query, keys, scales, band, cap_log2,
+        (m, new_partial_sums(BLOCK_M, BLOCK_N, F), acc, acc_odd), page, query, keys, scales, band, cap_log2,
         walk, cut.first, cut.end, cut.end, 0, F, BLOCK_N, STAGES, MASKED=True,
     )  # fmt: skip
     l = tl.sum(l, 1)

@@ -23,7 +23,7 @@ from swath.schedules.query import (
     store_rows,
     token_scales,
 )
-from swath.schedules.walk import attend, interior_tiles, new_state, plan_walk
+from swath.schedules.walk import attend, interior_tiles, new_state, plan_walk, tile_pages
 
 
 @triton.jit
@@ -104,12 +104,12 @@ def tile_kernel(
     begin, end = interior_tiles(band, walk, first, last, size, F, BLOCK_N)
     # The order of keys is free: first the interior, then all tiles that need a mask (leading, left edge, causal edge).
     state = attend(
-        new_state(BLOCK_M, F), query, keys, scales, band, cap_log2, walk, begin, end, end, 0,
-        F, BLOCK_N, STAGES, MASKED=False,
+        new_state(BLOCK_M, F), tile_pages(keys, band, walk, begin, F, BLOCK_N), query, keys, scales, band, cap_log2,
+        walk, begin, end, end, 0, F, BLOCK_N, STAGES, MASKED=False,
     )  # fmt: skip
     m, l, acc, acc_odd = attend(
-        state, query, keys, scales, band, cap_log2, walk, 0, walk.total - (end - begin), begin, end - begin,
-        F, BLOCK_N, STAGES, MASKED=True,
+        state, tile_pages(keys, band, walk, tl.where(begin > 0, 0, end), F, BLOCK_N), query, keys, scales, band, cap_log2,
+        walk, 0, walk.total - (end - begin), begin, end - begin, F, BLOCK_N, STAGES, MASKED=True,
     )  # fmt: skip
     acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)
     at = row_offsets(b, step, token, member, out_seq, out_token, out_head, cu_q)

@@ -155,12 +155,20 @@ def new_partial_sums(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constex
 
 
 @triton.jit
+def tile_pages(keys, band, walk, i, F: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The table entries of tile ``i`` of the list."""
+    pos = tile_start(i, walk, BLOCK_N) + tl.arange(0, BLOCK_N)
+    return page_ids(keys, pos, seen_by_any(pos, band), F)
+
+
+@triton.jit
 def attend(
-    state, rows, keys, scales, band, cap_log2, walk, first_tile, end_tile, gap, gap_tiles,
+    state, page, rows, keys, scales, band, cap_log2, walk, first_tile, end_tile, gap, gap_tiles,
     F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Rows over tiles ``first_tile .. end_tile - 1``; those from ``gap`` on stand ``gap_tiles`` later in the list.
 
+    ``page``: the ``tile_pages`` of the first one, which callers ask for before they wait for anything else.
     Without ``MASKED`` every row sees every key of these tiles; only dead pages are masked then.
     """
     BLOCK_D: tl.constexpr = F.block_d
@@ -168,8 +176,6 @@ def attend(
     m, l, acc, acc_odd = state
     n = tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)
-    pos = tile_start(first_tile + tl.where(first_tile >= gap, gap_tiles, 0), walk, BLOCK_N) + n
-    page = page_ids(keys, pos, seen_by_any(pos, band), F)
     for i in tl.range(first_tile, end_tile, num_stages=STAGES):
         pos = tile_start(i + tl.where(i >= gap, gap_tiles, 0), walk, BLOCK_N) + n
         k_row, v_row = locate(keys, pos, page, F)
