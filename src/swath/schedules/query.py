@@ -11,7 +11,6 @@ from swath.device.quant import channel_scale, decode_e4m3, head_scale, unit_rows
 from swath.device.softmax import add_sink, finish
 from swath.schedules.walk import Rows, TokenScales
 
-
 SMALLEST_FACTOR = tl.constexpr(1.0e-30)
 """Of scores that are all 0, or that a scale makes so."""
 

@@ -17,7 +17,6 @@ from swath.device.quant import decode, half_of_pair, relative, round_half_even
 from swath.device.softmax import FLOOR, soft_cap, step
 from swath.device.window import interior_of, visible
 
-
 BEYOND = tl.constexpr(0x7FFFFFFF)
 """Where a key of a dead page stands for the mask: after the last key that any row may see."""
 
