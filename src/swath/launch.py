@@ -31,6 +31,12 @@ class TileLaunch:
     stages: int
     source: str
     resident: int = 2  # programs that run at once on a multiprocessor
+    registers: int | None = None  # a thread's at most (NVIDIA), where the compiler's choice lets fewer programs run
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As the compiler takes them."""
+        return {"num_warps": self.warps} | ({"maxnreg": self.registers} if self.registers else {})
 
 
 UNMEASURED = "unmeasured, compiles"
@@ -274,6 +280,7 @@ class Tuning:
     """
 
     split: TileLaunch | None = None
+    split_rows: int | None = None
     num_splits: int | None = None
     tile: tuple[int, TileLaunch] | None = None
     hopper: HopperLaunch | None = None

@@ -44,32 +44,45 @@ def page_ids(keys, pos, wanted, F: tl.constexpr):
     if F.page_size == 0:
         return tl.where(wanted, 0, -1)
     else:
-        return tl.load(keys.table + pos // F.page_size, mask=wanted, other=-1)
+        return tl.load(keys.table + pos.to(tl.uint32) // F.page_size, mask=wanted, other=-1)
+
+
+@triton.jit
+def widen(x):
+    """An index or stride >= 0 as int64. With no sign to extend, the product of two is one instruction, not five."""
+    return x.to(tl.uint32).to(tl.int64) if x.dtype == tl.int32 else x.to(tl.int64)
+
+
+@triton.jit
+def is_live(keys, page, F: tl.constexpr):
+    """Which table entries are pages of the pool; what stands in others is never read."""
+    if F.page_size == 0:
+        return page >= 0
+    else:
+        return page.to(tl.uint32) < keys.num_pages.to(tl.uint32)
 
 
 @triton.jit
 def locate(keys, pos, page, F: tl.constexpr):
-    """Element offsets of the K and V rows (int64), and whether each may be read."""
+    """Element offsets of the K and V rows (int64)."""
     if F.page_size == 0:
-        slot, live = pos.to(tl.int64), page >= 0
-        k_row, v_row = slot * keys.k_token, slot * keys.v_token
+        k_row, v_row = pos.to(tl.int64) * keys.k_token, pos.to(tl.int64) * keys.v_token
     else:
-        live = (page >= 0) & (page < keys.num_pages)
-        slot = pos % F.page_size
-        k_row = page.to(tl.int64) * keys.k_page + slot * keys.k_token
+        slot = (pos.to(tl.uint32) % F.page_size).to(tl.int32)
+        k_row = widen(page) * widen(keys.k_page) + widen(slot) * widen(keys.k_token)
         v_row = k_row  # the same strides, as PagedKV demands: one offset tensor serves both
-    return k_row, v_row, live
+    return k_row, v_row
 
 
 @triton.jit
 def load_rows(base, row, column, live, ALL_LIVE: tl.constexpr, F: tl.constexpr):
-    """Rows [N, columns] of K or V; what is not ``live`` is not read and comes as 0."""
+    """Rows [N, columns] of K or V; what is not ``live`` [N, 1] is not read and comes as 0."""
     at = base + row[:, None] + column[None, :]
     if ALL_LIVE and not F.padded:
         return tl.load(at)
     elif ALL_LIVE:
         return tl.load(at, mask=(column < F.stored_dim)[None, :], other=0)
     elif F.padded:
-        return tl.load(at, mask=live[:, None] & (column < F.stored_dim)[None, :], other=0)
+        return tl.load(at, mask=live & (column < F.stored_dim)[None, :], other=0)
     else:
-        return tl.load(at, mask=live[:, None], other=0)
+        return tl.load(at, mask=live, other=0)

@@ -69,9 +69,10 @@ def decode(x, F: tl.constexpr):
 
 
 @triton.jit
-def unit_rows(q, largest, F: tl.constexpr):
-    """Query rows over an 8-bit cache as dot operands: divided by their ``largest`` magnitude, in 127ths for int8."""
-    unit = q / tl.where(largest > 0, largest, 1.0)[:, None]
+def unit_rows(q, divisor, F: tl.constexpr):
+    """Query rows over an 8-bit cache as dot operands: divided by plus or minus their largest magnitude (a row of 0 by
+    1), in 127ths for int8."""
+    unit = q / tl.where(divisor != 0, divisor, 1.0)[:, None]
     if F.compute_int8:
         return round_half_even(unit * 127.0).to(tl.int8)
     else:
@@ -96,12 +97,15 @@ def channel_scale(scale, head, column, dim, live):
     return tl.load(scale + head * dim + column, mask=live, other=0.0).to(tl.float32)
 
 
+SMALLEST_SCALE = tl.constexpr(1.0e-35)
+"""What V's token scales are at least relative to: it has a reciprocal in float32."""
+
+
 @triton.jit
 def relative(scale):
-    """A tile's V token scales relative to the largest of them, and that largest (1 where all are 0)."""
-    largest = tl.max(tl.abs(scale), 0)
-    largest = tl.where(largest > 0, largest, 1.0)
-    return scale / largest, largest
+    """A tile's V token scales relative to the largest of them, and that largest (SMALLEST_SCALE at least)."""
+    largest = tl.maximum(tl.max(tl.abs(scale), 0), SMALLEST_SCALE)
+    return scale * (1.0 / largest), largest
 
 
 @triton.jit

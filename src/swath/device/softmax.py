@@ -14,16 +14,22 @@ FLOOR = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def step(s, scale, m, l):
-    """Take in a tile of scores [M, N] whose product with ``scale`` > 0 is in base 2.
+def step(s, scale, m, l, BY_ROW: tl.constexpr = False):
+    """Take in a tile of scores [M, N] whose product with ``scale`` > 0, a number or (``BY_ROW``) [M], is in base 2.
+
+    ``l`` may be [M, C]: sums of every C-th column, whose sum is l. Where a thread holds those, they need no exchange.
 
     Returns p [M, N], the new m and l, and the factor for what came before. Scaling inside the exponent is one fused
     multiply-add an element.
     """
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
-    p = tl.exp2(s * scale - m_new[:, None])
+    p = tl.exp2(s * (scale[:, None] if BY_ROW else scale) - m_new[:, None])
     alpha = tl.exp2(m - m_new)
-    return p, m_new, l * alpha + tl.sum(p, 1), alpha
+    if len(l.shape) == 2:
+        columns = tl.reshape(p, (p.shape[0], p.shape[1] // l.shape[1], l.shape[1]))
+        return p, m_new, l * alpha[:, None] + tl.sum(columns, 1), alpha
+    else:
+        return p, m_new, l * alpha + tl.sum(p, 1), alpha
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from swath.device.cache import table_row
 from swath.device.softmax import FLOOR, add_sink, finish, soft_cap, step
-from swath.device.window import reach_of, visible
+from swath.device.window import reach_of
 from swath.schedules.hopper_feed import (
     BOX_COLUMNS,
     CONSUMER_ROWS,
@@ -185,17 +185,35 @@ def masked_scores(s, j, query, tile, batch, MASKED: gl.constexpr, F: gl.constexp
         start, fresh = key_tile(j, tile, F, C)
         column = gl.arange(0, C.block_n, layout=gl.SliceLayout(0, s.type.layout))
         x, low = start + column, reach.low
-        if F.window and F.leading == "":
+        if F.leading == "":
             low = gl.maximum(low, fresh)
-        else:  # leading keys are seen below ``low``, and without a window there is no ``low``
-            x = gl.where(x >= fresh, x, NOWHERE)
-        seen = visible(x[None, :], low[:, None], reach.end[:, None], reach.lead[:, None], F)
-        s = gl.where(seen, s, float("-inf"))
+        else:  # leading keys are seen below ``low``
+            x |= ((x - fresh) >> 31) & NOWHERE  # where x < fresh; as a choice it would take predicates from ``hide``
+        s = hide(s, x, low, reach.end, reach.lead, F)
         if F.page_size > 0:
             if not query.clean:
                 live = (live_boxes(start, tile, batch, F, C) >> (column // C.box_rows)) & 1
                 s = gl.where((live != 0)[None, :], s, float("-inf"))
     return s, scale
+
+
+WITHIN = "{ .reg .pred seen; setp.lt.s32 seen, $2, $4; setp.ge.and.s32 seen, $2, $3, seen; "
+HIDE = gl.constexpr(WITHIN + "selp.f32 $0, $1, 0fFF800000, seen; }")
+HIDE_BUT_LEADING = gl.constexpr(WITHIN + "setp.lt.or.s32 seen, $2, $5, seen; selp.f32 $0, $1, 0fFF800000, seen; }")
+
+
+@gluon.jit
+def hide(s, x, low, end, lead, F: gl.constexpr):
+    """Scores with -inf where a row does not see a key: ``visible`` as comparisons that pass one predicate on.
+
+    The compiler keeps the results of all comparisons in registers, and spills.
+    """
+    zero = gl.zeros_like(s).to(gl.int32)
+    x, low, end, lead = zero + x[None, :], zero + low[:, None], zero + end[:, None], zero + lead[:, None]
+    CODE: gl.constexpr = HIDE_BUT_LEADING if F.leading != "" else HIDE
+    return gl.inline_asm_elementwise(
+        CODE, "=f,f,r,r,r,r", [s, x, low, end, lead], dtype=gl.float32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit

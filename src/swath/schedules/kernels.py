@@ -179,7 +179,7 @@ def add_splits(plan: Plan, problem: Problem, target: Target, steps: int, tuning:
     # mixed batch most sequences have one token: programs for the rows of more find none, and return.
     mixed = is_mixed(problem)
     smallest = F.fp32 or F.pairs or mixed or problem.split_size is not None
-    block_m = next((m for m in (16, 32) if smallest or steps * F.group <= m), 64)
+    block_m = tuning.split_rows or next((m for m in (16, 32) if smallest or steps * F.group <= m), 64)
     row_tiles = ceil_div(max(steps, 1) * F.group, block_m)
     tile_rows = min(block_m, steps * F.group)
     owners = problem.num_seqs * row_tiles * F.kv_heads
@@ -200,7 +200,7 @@ def add_splits(plan: Plan, problem: Problem, target: Target, steps: int, tuning:
     args |= {"least_tiles": least_tiles, "slice_tiles": slice_tiles}
     args |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": launch.stages}
     views = shared_views(problem, F)
-    plan.calls.append(KernelCall(split_kernel, owners * num_splits, args, {"num_warps": launch.warps}, views=views))
+    plan.calls.append(KernelCall(split_kernel, owners * num_splits, args, launch.options, views=views))
     if num_splits > 1:
         rows = owners * num_splits * tile_rows
         plan.scratch.add("partial", torch.float32, rows * F.head_dim)
@@ -226,8 +226,8 @@ def add_tiles(
     pack = pack_heads(F, short, block_m)
     steps, slots = tile_slots(problem, block_m // pack)
     args |= {"steps": steps, "BLOCK_M": block_m, "PACK": pack, "BLOCK_N": launch.block_n, "STAGES": launch.stages}
-    grid, options = slots * (F.kv_heads * F.group // pack), {"num_warps": launch.warps}
-    plan.calls.append(KernelCall(tile_kernel, grid, args, options, sources, shared_views(problem, F)))
+    grid = slots * (F.kv_heads * F.group // pack)
+    plan.calls.append(KernelCall(tile_kernel, grid, args, launch.options, sources, shared_views(problem, F)))
 
 
 def add_dequantise(plan: Plan, problem: Problem, target: Target, claimed: int) -> tuple[Problem, dict[str, str]]:

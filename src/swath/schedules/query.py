@@ -11,6 +11,9 @@ from swath.device.quant import channel_scale, decode_e4m3, head_scale, unit_rows
 from swath.device.softmax import add_sink, finish
 from swath.schedules.walk import Rows, TokenScales
 
+SMALLEST_FACTOR = tl.constexpr(1.0e-30)
+"""Of scores that are all 0, or that a scale makes so."""
+
 
 class Sequence(NamedTuple):
     """One sequence: its first query token, how many there are, the position of the first, and how many keys."""
@@ -124,15 +127,15 @@ def load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, r
     column = tl.arange(0, F.block_d)
     even = 2 * column if F.pairs else column
     x_even = load_half(q, offset, valid, even, k_scale, kv_head, F)
-    largest = tl.max(tl.abs(x_even), 1)
-    x_odd = x_even
-    if F.pairs:
-        x_odd = load_half(q, offset, valid, even + 1, k_scale, kv_head, F)
-        largest = tl.maximum(largest, tl.max(tl.abs(x_odd), 1))
+    x_odd = load_half(q, offset, valid, even + 1, k_scale, kv_head, F) if F.pairs else x_even
+    largest = tl.max(tl.maximum(tl.abs(x_even), tl.abs(x_odd)), 1)
     factor = largest * row_scale * (scale_log2 * head_scale(k_scale, kv_head, False, F))
     if F.compute_int8:
         factor *= 1.0 / 127.0
-    return Rows(unit_rows(x_even, largest, F), unit_rows(x_odd, largest, F), factor, reach)
+    # Masked scores are -inf and must stay so: a sign goes into the rows, and no factor is 0.
+    divisor = tl.where(factor < 0, -largest, largest)
+    factor = tl.where(factor == 0, SMALLEST_FACTOR, tl.abs(factor))
+    return Rows(unit_rows(x_even, divisor, F), unit_rows(x_odd, divisor, F), factor, reach)
 
 
 @triton.jit

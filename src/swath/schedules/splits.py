@@ -25,7 +25,7 @@ from swath.schedules.query import (
     store_rows,
     token_scales,
 )
-from swath.schedules.walk import attend, listed, new_state, plan_walk
+from swath.schedules.walk import attend, listed, new_partial_sums, new_state, plan_walk, tile_pages
 
 
 class Slices(NamedTuple):
@@ -117,6 +117,10 @@ def split_kernel(
             tl.store(counts + owner, cut.count)
         if j >= tl.maximum(cut.count, 1):
             return
+    base = kv_head.to(tl.int64) * kv_head_stride
+    keys = Keys(k + base, v + base, entries, num_pages, kv_page, kv_token, kv_page, kv_token)
+    page = tile_pages(keys, band, walk, cut.first, F, BLOCK_N)
+    tl.debug_barrier()  # or ptxas asks for the pages only when the query is there: one more trip to memory before K
     member = q_head_of(kv_head, r % F.group, F)
     token = seq.token + r // F.group
     valid = r < rows
@@ -124,13 +128,13 @@ def split_kernel(
     row_scale = query_scale(q_scale, token * F.kv_heads * F.group + member, valid, F)
     reach = listed(reach_of(p, band, size, lead, F), walk)
     query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
-    base = kv_head.to(tl.int64) * kv_head_stride
-    keys = Keys(k + base, v + base, entries, num_pages, kv_page, kv_token, kv_page, kv_token)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
+    m, l, acc, acc_odd = new_state(BLOCK_M, F)
     m, l, acc, acc_odd = attend(
-        new_state(BLOCK_M, F), query, keys, scales, band, cap_log2, walk, cut.first, cut.end, cut.end, 0,
-        F, BLOCK_N, STAGES, MASKED=True,
+        (m, new_partial_sums(BLOCK_M, BLOCK_N, F), acc, acc_odd), page, query, keys, scales, band, cap_log2,
+        walk, cut.first, cut.end, cut.end, 0, F, BLOCK_N, STAGES, MASKED=True,
     )  # fmt: skip
+    l = tl.sum(l, 1)
     acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)
     if partial is not None:
         if cut.count > 1:

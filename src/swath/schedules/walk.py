@@ -10,11 +10,15 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import num_warps
 
-from swath.device.cache import load_rows, locate, page_ids
+from swath.device.cache import is_live, load_rows, locate, page_ids
 from swath.device.quant import decode, half_of_pair, relative, round_half_even
 from swath.device.softmax import FLOOR, soft_cap, step
 from swath.device.window import Reach, interior_of, visible
+
+BEYOND = tl.constexpr(0x7FFFFFFF)
+"""The place of a dead page's key, for the mask: after all that any row may see."""
 
 
 class Walk(NamedTuple):
@@ -30,7 +34,7 @@ class Rows(NamedTuple):
 
     q: tl.tensor
     q_odd: tl.tensor
-    scale: tl.tensor  # [M] or scalar: makes base-2 scores of dots
+    scale: tl.tensor  # > 0, [M] (unit_q) or scalar: makes base-2 scores of dots
     reach: tl.tensor  # a Reach in places of the list: who sees whom
 
 
@@ -94,7 +98,7 @@ def mma(a, b, acc, F: tl.constexpr):
 
 @triton.jit
 def scores(rows, k, k_scale, cap_log2, F: tl.constexpr):
-    """Scores [M, N] of the rows with stored keys ``k`` [N, columns], and the scale that makes them base-2."""
+    """Scores [M, N] of the rows with stored keys ``k`` [N, columns], and the scale(s) that make them base-2."""
     BLOCK_M: tl.constexpr = rows.q.shape[0]
     BLOCK_N: tl.constexpr = k.shape[0]
     if F.compute_int8:
@@ -108,13 +112,10 @@ def scores(rows, k, k_scale, cap_log2, F: tl.constexpr):
         else:
             s = mma(rows.q, tl.trans(decode(k, F)), s, F)
     scale = rows.scale
-    if F.unit_q:
-        s *= rows.scale[:, None]
-        scale = 1.0
     if F.k_fold == "token":
         s *= k_scale[None, :]
     if F.softcap:
-        s = soft_cap(s * scale, cap_log2)
+        s = soft_cap(s * (scale[:, None] if F.unit_q else scale), cap_log2)
         scale = 1.0
     return s, scale
 
@@ -152,12 +153,29 @@ def new_state(BLOCK_M: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def new_partial_sums(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr):
+    """An l of 0 for programs whose warps stand side by side along the keys, 8 columns each: ``step`` adds up a thread's
+    own columns only, and warps need not wait for one another to exchange sums."""
+    SIDE_BY_SIDE: tl.constexpr = 8 if F.interpret else 8 * num_warps()
+    COLUMNS: tl.constexpr = SIDE_BY_SIDE if SIDE_BY_SIDE < BLOCK_N else BLOCK_N
+    return tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+
+
+@triton.jit
+def tile_pages(keys, band, walk, i, F: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The table entries of tile ``i`` of the list."""
+    pos = key_at(i * BLOCK_N + tl.arange(0, BLOCK_N), walk, F)
+    return page_ids(keys, pos, seen_by_any(pos, band), F)
+
+
+@triton.jit
 def attend(
-    state, rows, keys, scales, band, cap_log2, walk, first_tile, end_tile, skip, skipped,
+    state, page, rows, keys, scales, band, cap_log2, walk, first_tile, end_tile, skip, skipped,
     F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Rows over tiles ``first_tile .. end_tile - 1``; those from ``skip`` on stand ``skipped`` later in the list.
 
+    ``page``: the ``tile_pages`` of the first one, which callers ask for before they wait for anything else.
     Without ``MASKED`` every row sees every key of these tiles; only dead pages are masked then.
     """
     BLOCK_D: tl.constexpr = F.block_d
@@ -165,13 +183,14 @@ def attend(
     m, l, acc, acc_odd = state
     n = tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)
-    pos = key_at((first_tile + tl.where(first_tile >= skip, skipped, 0)) * BLOCK_N + n, walk, F)
-    page = page_ids(keys, pos, seen_by_any(pos, band), F)
     for i in tl.range(first_tile, end_tile, num_stages=STAGES):
         x = (i + tl.where(i >= skip, skipped, 0)) * BLOCK_N + n
         pos = key_at(x, walk, F)
-        k_row, v_row, live = locate(keys, pos, page, F)
-        k_scale, v_scale = load_token_scales(scales, page, pos, live, F)
+        k_row, v_row = locate(keys, pos, page, F)
+        # Rows ask their pages themselves: a layout then converts page numbers once, and no predicates.
+        live = is_live(keys, page[:, None], F)
+        x = tl.where(is_live(keys, page, F), x, BEYOND)
+        k_scale, v_scale = load_token_scales(scales, page, pos, is_live(keys, page, F), F)
         # The next tile's entries are asked for before this tile's rows: the pipeliner would spend a stage on them.
         ahead = key_at((i + 1 + tl.where(i + 1 >= skip, skipped, 0)) * BLOCK_N + n, walk, F)
         # Not one scalar for all: the interpreter would spread it as int32, which is no mask in Triton 3.9.
@@ -179,17 +198,18 @@ def attend(
         page = page_ids(keys, ahead, seen_by_any(ahead, band) & more, F)
         k = load_rows(keys.k, k_row, column, live, ALL_LIVE, F)
         s, scale = scores(rows, k, k_scale, cap_log2, F)
-        if MASKED:
-            reach = rows.reach
-            seen = visible(x[None, :], reach.low[:, None], reach.end[:, None], reach.lead[:, None], F) & live[None, :]
-            s = tl.where(seen, s, float("-inf"))
-        elif not ALL_LIVE:
-            s = tl.where(live[None, :], s, float("-inf"))
-        p, m, l, alpha = step(s, scale, m, l)
-        v = load_rows(keys.v, v_row, column, live, ALL_LIVE, F)
         factor = 1.0
         if F.v_fold == "token":
             v_scale, factor = relative(v_scale)
+        if MASKED:
+            reach = rows.reach
+            seen = visible(x[None, :], reach.low[:, None], reach.end[:, None], reach.lead[:, None], F)
+            s = tl.where(seen, s, float("-inf"))
+        elif not ALL_LIVE:
+            s = tl.where(x[None, :] < BEYOND, s, float("-inf"))
+        p, m, l, alpha = step(s, scale, m, l, F.unit_q and not F.softcap)
+        v = load_rows(keys.v, v_row, column, live, ALL_LIVE, F)
+        if F.v_fold == "token":
             p *= v_scale[None, :]
         acc *= alpha[:, None]
         if F.pairs:
