@@ -37,7 +37,8 @@ def problem(**row: str) -> Problem:
 def test_a_launch_fits_the_target(arch: str, storage: str, head_dim: str) -> None:
     target = Target(arch, 132)
     F = features_of(problem(storage=storage, head_dim=head_dim), target)
-    for block_m, launch in ((64, split_launch(F, target, 64)), tile_launch(F, target, False)):
+    splits = [(m, split_launch(F, target, m, short)) for m in (16, 32, 64) for short in (False, True)]
+    for block_m, launch in (*splits, tile_launch(F, target, False)):
         assert launch.block_n >= 16
         assert launch.stages >= 1
         assert fitting(launch, F, block_m, target) == launch, "what fits stays"

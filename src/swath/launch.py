@@ -43,7 +43,18 @@ UNMEASURED = "unmeasured, compiles"
 H200 = "H200, torch 2.11, Triton 3.6, 2026-11-21"
 
 
-def split_launch(F: Features, target: Target, block_m: int) -> TileLaunch:
+LARGEST_BOUND = 1 << 30
+SHORT_RUN = 2048
+"""Keys up to which a slice is over before a deep pipeline pays."""
+
+
+def is_short_run(problem: Problem) -> bool:
+    """Whether a query sees few keys; with split_size, when no bit may depend on bounds, as its window alone says."""
+    most = problem.max_kv_len if problem.split_size is None else LARGEST_BOUND
+    return problem.window.visible_bound(1, most) <= SHORT_RUN
+
+
+def split_launch(F: Features, target: Target, block_m: int, short_run: bool) -> TileLaunch:
     """Decode: keys per tile, warps and pipeline depth for ``block_m`` rows."""
     source = H200 if target.arch == "sm_90" else UNMEASURED
     if F.interpret:
@@ -52,10 +63,18 @@ def split_launch(F: Features, target: Target, block_m: int) -> TileLaunch:
         launch = TileLaunch(16, 4, 1, UNMEASURED)
     elif target.compute_capability == 0:
         launch = TileLaunch(64, 4, 2, UNMEASURED)
+    elif F.pairs and block_m > 16:
+        launch = TileLaunch(64, 4, 3, source, resident=4, registers=128)
+        if "token" in (F.k_fold, F.v_fold):
+            launch = TileLaunch(128, 4, 2, source, resident=4)
+    elif F.pairs and short_run:
+        launch = TileLaunch(32, 1, 3, source, resident=8, registers=200)
     elif F.pairs:
         launch = TileLaunch(64, 2, 3, source, resident=4)
     elif F.head_dim <= 64 and block_m == 16:
-        launch = TileLaunch(32, 1, 4, source, resident=8)
+        launch = TileLaunch(64, 2, 3, source, resident=4)
+        if short_run:
+            launch = TileLaunch(32, 1, 4, source, resident=8)
     elif F.head_dim <= 128 and F.padded:
         launch = TileLaunch(32, 2, 4, source, resident=4)
     else:
@@ -101,8 +120,25 @@ def tile_launch(F: Features, target: Target, short: bool) -> tuple[int, TileLaun
     return block_m, fitting(launch, F, block_m, target)
 
 
+def split_rows(F: Features, problem: Problem, steps: int) -> int:
+    """Rows (steps x group) of a split program.
+
+    With split_size they must not depend on the batch: a row's bits would. Over 8-bit keys 32 are most: 8 steps of
+    groups of 4 over int8 took 386 us so, 461 in programs of 16 rows. In a mixed batch most sequences have one token:
+    programs for the rows of more find none, and return.
+    """
+    if F.fp32 or is_mixed(problem) or problem.split_size is not None:
+        return 16
+    return next((m for m in (16, 32) if steps * F.group <= m), 32 if F.pairs else 64)
+
+
 MAX_STEPS = 16
 """Query tokens that a sequence may have to be decoded by splits; longer ones are cut into tiles."""
+
+
+def is_mixed(problem: Problem) -> bool:
+    """Whether sequences of a few query tokens, if any, stand beside longer ones."""
+    return problem.cu_seqlens_q is not None and problem.max_q_len > MAX_STEPS
 
 
 def tile_slots(problem: Problem, positions: int) -> tuple[int, int]:
@@ -216,7 +252,6 @@ class HopperLaunch:
     uniform: bool = False
 
 
-LARGEST_BOUND = 1 << 30
 FEW_KEYS, FEW_PAGED_KEYS = 1024, 1280
 """Keys that a row tile sees up to which programs of one consumer win: short runs leave the tensor cores idle at their
 ends, and two consumers of one program reach theirs together. 32 ragged sequences of up to 1,024 keys took 274 us so and

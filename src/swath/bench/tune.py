@@ -28,6 +28,7 @@ from swath.launch import (
     box_rows,
     fitting,
     is_short,
+    is_short_run,
     split_launch,
     tile_launch,
 )
@@ -106,7 +107,8 @@ def candidates_of(problem: Problem, target: Target, schedule: str, tiles: str, s
 
 def _around_split(now: Present) -> Iterator[Candidate]:
     block_m = now.call.args["BLOCK_M"]
-    row = replace(split_launch(now.features, now.target, block_m), source=now.source)
+    launch = split_launch(now.features, now.target, block_m, is_short_run(now.problem))
+    row = replace(launch, source=now.source)
     axes = _tile_axes(row) | {"num_splits": _doubled(now.call.args["num_splits"], 1, 4096)}
     for name, values in _rows(axes):
         num_splits = values.pop("num_splits")

@@ -223,16 +223,16 @@ def load_queries(n, tile, q_desc, ring, F: gl.constexpr, C: gl.constexpr):
 @gluon.jit
 def box_pages(start, tile, WARPS: gl.constexpr, batch, F: gl.constexpr, C: gl.constexpr):
     """The page of each box of a key tile, one a lane (the same in each warp); -1, which reads as zeros, where no row
-    sees the box.
+    sees the box. Dense keys are page 0.
     """
-    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    pos = key_at(start + lane * C.box_rows, tile.walk, F)
-    wanted = some_seen(pos, pos + C.box_rows, tile.band)
     if F.page_size == 0:
-        return gl.where(wanted, 0, -1)
+        return 0
     else:
+        lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+        pos = key_at(start + lane * C.box_rows, tile.walk, F)
+        wanted = some_seen(pos, pos + C.box_rows, tile.band) & (lane < C.block_n // C.box_rows)
         entries, _ = table_row(batch.table, batch.indptr, tile.place.b, batch.table_stride, batch.max_pages)
-        return gl.load(entries + pos // F.page_size, mask=wanted & (lane < C.block_n // C.box_rows), other=-1)
+        return gl.load(entries + pos // F.page_size, mask=wanted, other=-1)
 
 
 @gluon.jit
@@ -246,7 +246,10 @@ def load_tile(n, start, page, tile, desc, ring, full, F: gl.constexpr, C: gl.con
     for i in gl.static_range(BOXES):
         pos = key_at(start + i * C.box_rows, tile.walk, F)
         row = pos % F.page_size if F.page_size > 0 else tile.place.key_row + pos
-        entry = nth(page, i)
+        if F.page_size == 0:
+            entry = gl.where(some_seen(pos, pos + C.box_rows, tile.band), page, -1)
+        else:
+            entry = nth(page, i)
         for half in gl.static_range(HALVES):
             box = ring.stages.index((slot * HALVES + half) * BOXES + i)
             box = reinterpret(box, desc.dtype, desc.block_type.shape, desc.layout)
@@ -276,11 +279,13 @@ def clear_hidden(n, start, tile, ring, F: gl.constexpr, C: gl.constexpr):
 @gluon.jit
 def cuts_a_box(start, tile, F: gl.constexpr, C: gl.constexpr):
     """Whether an edge of the visible keys runs through a box of a key tile, and not only between its boxes."""
-    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    pos = key_at(start + lane * C.box_rows, tile.walk, F)
-    end = pos + C.box_rows
-    cut = some_seen(pos, end, tile.band) & (all_seen(pos, end, tile.band) == 0) & (lane < C.block_n // C.box_rows)
-    return gl.max(cut.to(gl.int32), 0) != 0
+    BOXES: gl.constexpr = C.block_n // C.box_rows
+    cut = start < 0
+    for i in gl.static_range(BOXES):
+        pos = key_at(start + i * C.box_rows, tile.walk, F)
+        end = pos + C.box_rows
+        cut = cut | (some_seen(pos, end, tile.band) & (all_seen(pos, end, tile.band) == 0))
+    return cut
 
 
 @gluon.jit
@@ -296,14 +301,17 @@ def all_seen(start, end, band):
 
 
 DRAW = gl.constexpr(
-    "{ .reg .pred first; .reg .b32 lane, old; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.b32 old, 0; "
-    "@first atom.global.add.u32 old, [$1], 1; shfl.sync.idx.b32 $0, old, 0, 31, 0xffffffff; }"
+    "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.b32 $0, 0; "
+    "@first atom.global.add.u32 $0, [$1], 1; }"
 )
 
 
 @gluon.jit
 def draw(counter):
-    """The launch's next number, in each lane of the warp that draws; ``gl.atomic_add`` lost tiles in a prototype."""
+    """The launch's next number in lane 0 of the warp that draws, zeros in the others. Who reads it first waits for it.
+
+    ``gl.atomic_add`` lost tiles in a prototype, and an exchange between the lanes would wait here.
+    """
     address = gl.full((32,), 0, gl.int64, layout=gl.BlockedLayout([1], [32], [1], [0])) + counter.to(gl.int64)
     return gl.inline_asm_elementwise(DRAW, "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1)
 

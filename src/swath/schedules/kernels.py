@@ -17,11 +17,14 @@ from swath.launch import (
     ceil_div,
     dequantises,
     in_step,
+    is_mixed,
     is_short,
+    is_short_run,
     least_tiles_for,
     num_splits_for,
     pack_heads,
     split_launch,
+    split_rows,
     tile_launch,
     tile_slots,
 )
@@ -64,11 +67,6 @@ def plan_of(problem: Problem, target: Target, tiles: str, tuning: Tuning = UNTUN
         else:
             add_tiles(plan, problem, F, target, args, sources, tuning)
     return plan
-
-
-def is_mixed(problem: Problem) -> bool:
-    """Whether sequences of a few query tokens, if any, stand beside longer ones."""
-    return problem.cu_seqlens_q is not None and problem.max_q_len > MAX_STEPS
 
 
 def with_positive_scale(problem: Problem) -> Problem:
@@ -174,17 +172,12 @@ def _strides(names: str, strides: tuple[int, ...]) -> dict[str, int]:
 def add_splits(plan: Plan, problem: Problem, target: Target, steps: int, tuning: Tuning) -> None:
     """Splits for the sequences of at most ``steps`` query tokens, and the reduce where they are cut."""
     F = features_of(problem, target)
-    # With split_size the shape of a program must not depend on the batch either: a row's bits would. Over 8-bit keys
-    # several programs of 16 rows that share their keys through the cache beat one that decodes them for more. In a
-    # mixed batch most sequences have one token: programs for the rows of more find none, and return.
-    mixed = is_mixed(problem)
-    smallest = F.fp32 or F.pairs or mixed or problem.split_size is not None
-    block_m = tuning.split_rows or next((m for m in (16, 32) if smallest or steps * F.group <= m), 64)
+    block_m = tuning.split_rows or split_rows(F, problem, steps)
     row_tiles = ceil_div(max(steps, 1) * F.group, block_m)
     tile_rows = min(block_m, steps * F.group)
     owners = problem.num_seqs * row_tiles * F.kv_heads
-    busy = problem.num_seqs * F.kv_heads if mixed else owners
-    launch = tuning.split or split_launch(F, target, block_m)
+    busy = problem.num_seqs * F.kv_heads if is_mixed(problem) else owners
+    launch = tuning.split or split_launch(F, target, block_m, is_short_run(problem))
     visible = problem.window.visible_bound(steps, problem.max_kv_len)
     block_n, slice_tiles, least_tiles = launch.block_n, 0, 1
     if problem.split_size is None:
