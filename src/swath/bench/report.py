@@ -39,9 +39,14 @@ def page(files: dict[str, list[Row]], images: Iterable[str]) -> str:
     """The page of result files, the newest first; ``images`` are the names of the plots that exist."""
     drawn = set(images)
     plots = [f"![{text}](img/bench-{name}.png)\n" for name, text in PLOTS.items() if f"bench-{name}.png" in drawn]
-    newest_first = sorted(files.items(), key=lambda item: (max(row["date"] for row in item[1]), item[0]), reverse=True)
+    newest_first = sorted(files.items(), key=lambda item: (age(item[1]), item[0]), reverse=True)
     sections = [_section(name, rows) for name, rows in newest_first]
     return "\n".join([INTRODUCTION, *plots, *sections])
+
+
+def age(rows: list[Row]) -> tuple[str, int]:
+    """What orders result files: the date, and of one day's files the number of rows."""
+    return max(row["date"] for row in rows), len(rows)
 
 
 def _section(name: str, rows: list[Row]) -> str:
@@ -97,7 +102,10 @@ def with_plot(readme: str, rows: list[Row], images: Iterable[str]) -> str:
     drawn = set(images)
     shown = [name for name in ("floor-decode", "floor-prefill") if f"bench-{name}.png" in drawn]
     pictures = [f'<img src="docs/img/bench-{name}.png" width="640" alt="{PLOTS[name]}.">\n' for name in shown]
-    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
-    said = f"<sub>{conditions(rows)}. Drawn from {commands}. [All figures](docs/benchmarks.md).</sub>\n"
+    commands = list(dict.fromkeys(row["command"] for row in rows))
+    by = f"Drawn from `{commands[0]}`. [All figures](docs/benchmarks.md)"
+    if len(commands) > 1:
+        by = "[All figures, and the commands that give them](docs/benchmarks.md)"
+    said = f"<sub>{conditions(rows)}. {by}.</sub>\n"
     before, after = readme.split(BEGIN)[0], readme.split(END)[1]
     return "\n".join([f"{before}{BEGIN}\n", *pictures, said, f"{END}{after}"])

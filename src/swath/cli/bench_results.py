@@ -69,13 +69,13 @@ def plot(
 
 def report(files: Files = None) -> None:
     """Write docs/benchmarks.md, its plots and the plot in README.md from stored results, in a checkout."""
-    from swath.bench.report import IMAGES, PAGE, README, page, with_plot
+    from swath.bench.report import IMAGES, PAGE, README, age, page, with_plot
 
     if not README.exists() or not PAGE.parent.is_dir():
         raise fail("report writes into a checkout: run it where README.md and docs/ are")
     with one_line_errors():
         found = _results(files)
-        newest = max(found.values(), key=lambda rows: max(row["date"] for row in rows))
+        newest = max(found.values(), key=age)
         for old in IMAGES.glob("bench-*"):
             old.unlink()
         images = [path.name for path in _draw(newest, IMAGES)]

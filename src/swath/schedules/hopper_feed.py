@@ -280,12 +280,21 @@ def clear_hidden(n, start, tile, ring, F: gl.constexpr, C: gl.constexpr):
 def cuts_a_box(start, tile, F: gl.constexpr, C: gl.constexpr):
     """Whether an edge of the visible keys runs through a box of a key tile, and not only between its boxes."""
     BOXES: gl.constexpr = C.block_n // C.box_rows
-    cut = start < 0
-    for i in gl.static_range(BOXES):
-        pos = key_at(start + i * C.box_rows, tile.walk, F)
-        end = pos + C.box_rows
-        cut = cut | (some_seen(pos, end, tile.band) & (all_seen(pos, end, tile.band) == 0))
-    return cut
+    if BOXES <= 2:
+        cut = box_is_cut(start, tile, F, C)
+        return cut | box_is_cut(start + C.block_n - C.box_rows, tile, F, C)
+    else:  # a box a lane
+        lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+        cut = box_is_cut(start + lane * C.box_rows, tile, F, C) & (lane < BOXES)
+        return gl.max(cut.to(gl.int32), 0) != 0
+
+
+@gluon.jit
+def box_is_cut(start, tile, F: gl.constexpr, C: gl.constexpr):
+    """Whether of the box at place ``start`` of the list of keys some rows are seen, and some not."""
+    pos = key_at(start, tile.walk, F)
+    end = pos + C.box_rows
+    return some_seen(pos, end, tile.band) & (all_seen(pos, end, tile.band) == 0)
 
 
 @gluon.jit
