@@ -63,8 +63,10 @@ def split_launch(F: Features, target: Target, block_m: int, short_run: bool) -> 
         launch = TileLaunch(16, 4, 1, UNMEASURED)
     elif target.compute_capability == 0:
         launch = TileLaunch(64, 4, 2, UNMEASURED)
+    elif F.pairs and F.head_dim > 128:
+        launch = TileLaunch(64, 2, 3, source, resident=4)
     elif F.pairs and block_m > 16:
-        launch = TileLaunch(64, 4, 3, source, resident=4, registers=128)
+        launch = TileLaunch(64, 4, 3, source, resident=4, registers=None if F.padded else 128)
         if "token" in (F.k_fold, F.v_fold):
             launch = TileLaunch(128, 4, 2, source, resident=4)
     elif F.pairs and short_run:
@@ -124,10 +126,10 @@ def split_rows(F: Features, problem: Problem, steps: int) -> int:
     """Rows (steps x group) of a split program.
 
     With split_size they must not depend on the batch: a row's bits would. Over 8-bit keys 32 are most: 8 steps of
-    groups of 4 over int8 took 386 us so, 461 in programs of 16 rows. In a mixed batch most sequences have one token:
-    programs for the rows of more find none, and return.
+    groups of 4 over int8 took 386 us so, 461 in programs of 16 rows; with wide heads they are more than the registers
+    hold. In a mixed batch most sequences have one token: programs for the rows of more find none, and return.
     """
-    if F.fp32 or is_mixed(problem) or problem.split_size is not None:
+    if F.fp32 or is_mixed(problem) or problem.split_size is not None or (F.pairs and F.head_dim > 128):
         return 16
     return next((m for m in (16, 32) if steps * F.group <= m), 32 if F.pairs else 64)
 
