@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -47,6 +48,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patch_triton_once_a_launch() -> Iterator[None]:
+    """Triton's interpreter patches ``triton.language`` anew in every call of a device function, a third of its time."""
+    if not target.interpreting():
+        yield
+        return
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[str] = set()
+
+    def patch_once(fn: Any) -> Any:
+        known = (language, language.core)
+        seen = {value.__name__ for value in fn.__globals__.values() if any(value is module for module in known)}
+        if seen <= patched:
+            return None
+        patched.update(seen)
+        return patch(fn)
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            patched.clear()
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(interpreter, "_patch_lang", patch_once)
+        context.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        yield
 
 
 @pytest.fixture(params=impls("paged"))
