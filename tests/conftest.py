@@ -72,10 +72,7 @@ def patch_triton_once_a_launch() -> Iterator[None]:
 
     def launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
         patched.clear()
-        try:
-            return launch(self, *args, **kwargs)
-        finally:
-            patched.clear()
+        return launch(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as context:
         context.setattr(interpreter, "_patch_lang", patch_once)

@@ -48,10 +48,16 @@ SHORT_RUN = 2048
 """Keys up to which a slice is over before a deep pipeline pays."""
 
 
-def is_short_run(problem: Problem) -> bool:
-    """Whether a query sees few keys; with split_size, when no bit may depend on bounds, as its window alone says."""
+def keys_in_sight(problem: Problem, queries: int) -> int:
+    """Keys that neighbouring queries may see together; with split_size, when no bit may depend on bounds, as the window
+    alone says."""
     most = problem.max_kv_len if problem.split_size is None else LARGEST_BOUND
-    return problem.window.visible_bound(1, most) <= SHORT_RUN
+    return problem.window.visible_bound(queries, most)
+
+
+def is_short_run(problem: Problem) -> bool:
+    """Whether a query sees few keys."""
+    return keys_in_sight(problem, 1) <= SHORT_RUN
 
 
 def split_launch(F: Features, target: Target, block_m: int, short_run: bool) -> TileLaunch:
@@ -63,13 +69,11 @@ def split_launch(F: Features, target: Target, block_m: int, short_run: bool) -> 
         launch = TileLaunch(16, 4, 1, UNMEASURED)
     elif target.compute_capability == 0:
         launch = TileLaunch(64, 4, 2, UNMEASURED)
-    elif F.pairs and F.head_dim > 128:
-        launch = TileLaunch(64, 2, 3, source, resident=4)
-    elif F.pairs and block_m > 16:
+    elif F.pairs and block_m > 16 and F.head_dim <= 128:
         launch = TileLaunch(64, 4, 3, source, resident=4, registers=None if F.padded else 128)
         if "token" in (F.k_fold, F.v_fold):
             launch = TileLaunch(128, 4, 2, source, resident=4)
-    elif F.pairs and short_run:
+    elif F.pairs and short_run and F.head_dim <= 128:
         launch = TileLaunch(32, 1, 3, source, resident=8, registers=200)
     elif F.pairs:
         launch = TileLaunch(64, 2, 3, source, resident=4)
@@ -269,9 +273,7 @@ VERY_FEW_KEYS = 256
 
 def hopper_launch(F: Features, problem: Problem) -> HopperLaunch:
     """Prefill on sm_90: as many stages and registers as a multiprocessor has, in one program or several."""
-    # With split_size no bit may depend on bounds, so the window alone decides.
-    most = problem.max_kv_len if problem.split_size is None else LARGEST_BOUND
-    keys = problem.window.visible_bound(128, most)
+    keys = keys_in_sight(problem, 128)
     few = keys <= (FEW_PAGED_KEYS if F.page_size else FEW_KEYS)
     if F.head_dim > 128:
         launch = HopperLaunch(64, 2, 1)

@@ -197,9 +197,8 @@ class Pages:
 
     def _own_last_page(self, row: Row, position: int) -> list[tuple[int, int]]:
         """A (source, target) copy if the page that ``position`` continues belongs to others too."""
-        index = page_count(position, self.page_size) - 1
-        begins_page = page_count(position + 1, self.page_size) > index + 1
-        if begins_page or self._holders[row.pages[index]] == 1:
+        index, slot = divmod(position, self.page_size)
+        if slot == 0 or self._holders[row.pages[index]] == 1:
             return []
         source = row.pages[index]
         row.pages[index], self._table = self._take(), None
