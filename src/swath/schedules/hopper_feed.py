@@ -180,7 +180,7 @@ def load_keys(n, cuts, tile, k_desc, v_desc, cut_loaded, rings, batch, F: gl.con
     start, _ = key_tile(0, tile, F, C)
     page = box_pages(start, tile, 1, batch, F, C)
     for j in range(tile.walk.total):
-        next_start, _ = key_tile(j + 1, tile, F, C)
+        next_start, _ = key_tile(gl.minimum(j + 1, tile.walk.total - 1), tile, F, C)
         ahead = box_pages(next_start, tile, 1, batch, F, C)
         k_full = rings.k.full.index((n + j) % C.stages)
         v_full = rings.v.full.index((n + j) % C.stages)
