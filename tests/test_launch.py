@@ -13,6 +13,7 @@ from swath import Window
 from swath.features import Features, features_of
 from swath.launch import (
     SCRATCH_BYTES,
+    TileLaunch,
     dequantises,
     fitting,
     least_tiles_for,
@@ -67,7 +68,14 @@ def test_an_unknown_target_gets_the_least_shared_memory() -> None:
     ],
 )
 def test_slices_fill_their_rounds(owners: int, tiles: int, resident: int, slices: int) -> None:
-    assert num_splits_for(owners, tiles, resident, num_sms=132) == slices
+    launch = TileLaunch(64, 4, 3, "here", resident=resident)
+    assert num_splits_for(owners, tiles, launch, num_sms=132) == slices
+
+
+def test_the_bound_of_a_slice_counts_keys() -> None:
+    """Tiles half as wide are no reason to cut twice."""
+    narrow, wide = (TileLaunch(keys, 2, 4, "here", resident=4) for keys in (32, 64))
+    assert num_splits_for(512, 256, narrow, num_sms=132) == num_splits_for(512, 128, wide, num_sms=132) == 1
 
 
 @pytest.mark.parametrize(("tiles", "num_splits", "least"), [(1024, 8, 16), (64, 33, 2), (12, 3, 4), (0, 1, 1)])

@@ -83,6 +83,8 @@ def split_launch(F: Features, target: Target, block_m: int, short_run: bool) -> 
             launch = TileLaunch(32, 1, 4, source, resident=8)
     elif F.head_dim <= 128 and F.padded:
         launch = TileLaunch(32, 2, 4, source, resident=4)
+        if F.head_dim > 80:
+            launch = TileLaunch(32, 4, 4, source, resident=3)
     else:
         launch = TileLaunch(64, 4, 3 if F.head_dim <= 128 else 2, source)
     return fitting(launch, F, block_m, target)
@@ -185,8 +187,8 @@ def is_short(window: Window) -> bool:
 
 MIN_SPLIT_TILES = 4
 """Key tiles that a slice should have: shorter ones cost more in the reduce than they win."""
-MAX_SPLIT_TILES = 512
-"""Key tiles that the slices on a multiprocessor may have at most together: in a ragged batch all wait for the longest.
+MAX_SPLIT_KEYS = 32768
+"""Keys that the slices on a multiprocessor may have at most together: in a ragged batch all wait for the longest.
 128 sequences of 128 to 65,536 keys took 1.50 times their floor uncut and 1.04 so; over int8 keys 3.23 and 1.24."""
 LEAST_SPLIT_TILES = 16
 """Key tiles from which short sequences of a ragged batch are not cut further, however long others may be."""
@@ -196,15 +198,15 @@ FULL = 0.93
 """Share of the last round's places that must be taken."""
 
 
-def num_splits_for(owners: int, tiles: int, resident: int, num_sms: int) -> int:
+def num_splits_for(owners: int, tiles: int, launch: TileLaunch, num_sms: int) -> int:
     """How many slices to cut the visible keys into, for ``owners`` = sequences x kv heads x row tiles.
 
-    ``resident``: programs that run at once on each of ``num_sms``. Sequences of one length make slices that take about
-    as long, so a round that is half empty costs as much as a full one: the fewest slices that fill their rounds, or
-    else those that fill them best. Measured: 8 owners want 33 slices of 264 places (64 slices were 8 % slower).
+    Sequences of one length make slices that take about as long, so a round that is half empty costs as much as a full
+    one: the fewest slices that fill their rounds, or else those that fill them best. Measured: 8 owners want 33 slices
+    of 264 places (64 slices were 8 % slower).
     """
-    places = resident * num_sms
-    fewest = ceil_div(tiles * resident, MAX_SPLIT_TILES)
+    places = launch.resident * num_sms
+    fewest = ceil_div(tiles * launch.block_n * launch.resident, MAX_SPLIT_KEYS)
     most = max(1, fewest, min(tiles // MIN_SPLIT_TILES, ceil_div(MAX_ROUNDS * places, owners)))
     first_round = max(1, fewest, min(places // owners, most))
     return max(range(first_round, most + 1), key=lambda n: (min(filled(owners * n, places), FULL), -n))

@@ -182,7 +182,7 @@ def add_splits(plan: Plan, problem: Problem, target: Target, steps: int, tuning:
     block_n, slice_tiles, least_tiles = launch.block_n, 0, 1
     if problem.split_size is None:
         tiles = ceil_div(visible, block_n)
-        num_splits = tuning.num_splits or num_splits_for(busy, tiles, launch.resident, target.num_sms)
+        num_splits = tuning.num_splits or num_splits_for(busy, tiles, launch, target.num_sms)
         least_tiles = least_tiles_for(tiles, num_splits)
         launch = in_step(launch, F, block_m, busy * num_splits, target)
     else:
