@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from swath.errors import bad_type, bad_value
-from swath.quant import LARGEST, KVQuant, check_scale, dequantise, granularity_of, spread
+from swath.quant import LARGEST, WIDE, KVQuant, check_scale, dequantise, granularity_of, spread
 
-CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, *LARGEST)
+CACHE_DTYPES = (*WIDE, *LARGEST)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from swath.errors import bad_type, bad_value
+from swath.quant import WIDE
 from swath.window import Window
 
-Q_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Q_DTYPES = WIDE
 MAX_HEAD_DIM = 256
 GQA_LAYOUTS = ("grouped", "interleaved")
 COMPUTES = ("float", "int8")
@@ -118,15 +119,21 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise bad_value(name, f"one of {', '.join(map(repr, choices))}", repr(value))
 
 
+def check_int(name: str, value: object, wanted: str) -> int:
+    """An int, which a bool is not."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise bad_type(name, wanted, type(value).__name__)
+    return value
+
+
 def check_bound(name: str, value: object, default: int) -> int:
     """A host bound, an int >= 0, or ``default`` where none is given."""
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise bad_type(name, "an int or None", type(value).__name__)
-    if value < 0:
+    bound = check_int(name, value, "an int or None")
+    if bound < 0:
         raise bad_value(name, "an int >= 0", value)
-    return value
+    return bound
 
 
 def output_dtype(q: Tensor) -> torch.dtype:
