@@ -1,4 +1,4 @@
-"""Checks that the attention operators share. They read shapes and dtypes, never the contents of device tensors."""
+"""Checks that operators and caches share. They read shapes and dtypes, never the contents of device tensors."""
 
 from __future__ import annotations
 
@@ -50,6 +50,14 @@ def check_rows(name: str, x: Tensor) -> None:
     """Any strides with the last one 1."""
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise bad_value(name, "a last stride of 1", f"strides {x.stride()}")
+
+
+def check_alike(name: str, x: Tensor, of: str, like: Tensor) -> None:
+    """The shape and dtype of the tensor ``like``, whose name is ``of``."""
+    if x.shape != like.shape:
+        raise bad_value(name, f"{of}'s shape {tuple(like.shape)}", tuple(x.shape))
+    if x.dtype != like.dtype:
+        raise bad_type(name, f"{of}'s dtype {like.dtype}", x.dtype)
 
 
 def check_heads(q: Tensor, num_kv_heads: int, head_dim: int) -> None:
