@@ -14,6 +14,7 @@ import torch
 
 import swath
 from swath import dispatch, target
+from swath.bench.clock import CpuClock
 from swath.testing import Case, Inputs, make
 
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, database=None)
@@ -48,6 +49,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+
+
+class SmallClock(CpuClock):
+    """A clock that is quick to make: its own ceilings take no time."""
+
+    matmul_size = 64
+    stream_bytes = 1 << 16
 
 
 @pytest.fixture(scope="session", autouse=True)

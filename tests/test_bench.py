@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import SmallClock
 from swath import Window
 from swath.bench import providers, results, run
 from swath.bench.case import BenchCase, Extend, Groups, Lengths, LogUniform, UniformKeys, visible_pairs, work_of
-from swath.bench.cases import CASES, select
-from swath.bench.clock import CpuClock, GpuClock
+from swath.bench.cases import BY_NAME, CASES, select
+from swath.bench.clock import GpuClock
 from swath.bench.gate import Gate
 from swath.bench.inputs import Inputs, make_inputs
 from swath.bench.providers import PROVIDERS, Provider, choose
@@ -24,11 +25,6 @@ from swath.target import interpreting
 CPU = torch.device("cpu")
 SMALL = BenchCase("small", "decode", Groups(((2, 1, 70),)), 4, 2, 64, storage="f32", dtype="f32", window=20, leading=3)
 WINDOWS = (Window(), Window(1), Window(5), Window(5, 3), Window(100, 2), Window(0, 3))
-
-
-class SmallClock(CpuClock):
-    matmul_size = 64
-    stream_bytes = 1 << 16
 
 
 def inputs_of(case: BenchCase, seed: int = 0) -> Inputs:
@@ -69,12 +65,11 @@ def test_floors_are_those_of_the_peers_page() -> None:
         "B128 16k w128 p16": 7.9, "B64 8k p16 int8 channel": 239, "B128 16k w1024 p16 int8 channel": 60,
         "4 steps, B64 16k w4096 p16": 240,
     }  # fmt: skip
-    by_name = {case.name: case for case in CASES}
     for name, want in floors.items():
-        work = work_of(by_name[name], by_name[name].draw.lengths(CPU))
+        work = work_of(BY_NAME[name], BY_NAME[name].draw.lengths(CPU))
         assert work.nbytes / 4.49e6 == pytest.approx(want, rel=0.01)
     flops = {
-        name: work_of(by_name[name], by_name[name].draw.lengths(CPU)).flops for name in ("llama 8k full", "mistral 16k")
+        name: work_of(BY_NAME[name], BY_NAME[name].draw.lengths(CPU)).flops for name in ("llama 8k full", "mistral 16k")
     }
     assert flops["mistral 16k"] / flops["llama 8k full"] == pytest.approx(2492 / 712, rel=0.01)
 

@@ -14,10 +14,10 @@ pytest.importorskip("typer", reason="the command line needs the extra 'bench'")
 
 from typer.testing import CliRunner
 
+from conftest import SmallClock
 from swath.bench import cases, report, run
 from swath.bench.case import BenchCase, Groups, work_of
 from swath.bench.cases import CASES
-from swath.bench.clock import CpuClock
 from swath.bench.compare import changes
 from swath.bench.goals import GOALS, outcomes
 from swath.bench.judge import best, by_case, verdict
@@ -230,11 +230,6 @@ TINY = tuple(
     BenchCase(f"tiny {n}", "decode", Groups(((1, 1, n),)), 2, 1, 64, storage="f32", dtype="f32", tags=("cpu", "quick"))
     for n in (20, 30, 40)
 )
-
-
-class SmallClock(CpuClock):
-    matmul_size = 64
-    stream_bytes = 1 << 16
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ pytest.importorskip("typer", reason="the command line needs the extra 'bench'")
 from typer.testing import CliRunner
 
 from compile_variants import OPTIONS, problem_of
+from conftest import SmallClock
 from swath.bench import cases, tune
 from swath.bench.case import BenchCase, Groups
-from swath.bench.clock import CpuClock, GpuClock
+from swath.bench.clock import GpuClock
 from swath.bench.tune import Candidate, Search, candidates_of, search_case, source_of
 from swath.cli import app
 from swath.launch import HopperLaunch, TileLaunch, Tuning, fitting
@@ -162,11 +163,6 @@ SEARCHED = {
     "tiles": replace(SMALL, op="prefill", draw=Groups(((1, 20, 40),))),
     "hopper": replace(SMALL, op="prefill", draw=Groups(((1, 300, 700),)), storage="bf16", dtype="bf16"),
 }
-
-
-class SmallClock(CpuClock):
-    matmul_size = 64
-    stream_bytes = 1 << 16
 
 
 def search(schedule: str) -> Search:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,11 +19,13 @@ pytest.importorskip("typer", reason="the command line needs the extra 'bench'")
 
 from typer.testing import CliRunner
 
+from conftest import python_environment
 from swath.cli import app
-from swath.cli.case import MAX_POOL_BYTES, OPS, Case
+from swath.cli.case import MAX_POOL_BYTES, Case
 from swath.cli.doctor import EXTRAS
 from swath.cli.explain import APPLIES, DTYPES
 from swath.draw import Cell, picture, spelled
+from swath.tooling import OPS
 
 ROOT = Path(__file__).parent.parent
 PLAIN = {"COLUMNS": "80", "NO_COLOR": "1", "FORCE_COLOR": None, "TERM": "dumb", "GITHUB_ACTIONS": None}
@@ -46,8 +47,7 @@ def failure(*args: object) -> str:
 
 
 def python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(swath.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "COLUMNS": "80"} | env
+    environment = python_environment() | {"COLUMNS": "80"} | env
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=environment, timeout=120)
 
 

@@ -9,10 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from swath.checks import check_alike
 from swath.errors import bad_type, bad_value
-from swath.quant import LARGEST, KVQuant, check_scale, dequantise, granularity_of, spread
+from swath.quant import LARGEST, WIDE, KVQuant, check_scale, dequantise, granularity_of, spread
 
-CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, *LARGEST)
+CACHE_DTYPES = (*WIDE, *LARGEST)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +43,7 @@ class PagedKV:
             raise bad_type("k", "one of " + ", ".join(str(d).removeprefix("torch.") for d in CACHE_DTYPES), k.dtype)
         if k.dim() != 4:
             raise bad_value("k", "shape [num_pages, num_kv_heads, page_size, head_dim]", tuple(k.shape))
-        if v.dtype != k.dtype:
-            raise bad_type("v", f"k's dtype {k.dtype}", v.dtype)
-        if v.shape != k.shape:
-            raise bad_value("v", f"k's shape {tuple(k.shape)}", tuple(v.shape))
+        check_alike("v", v, "k", k)
         if v.device != k.device:
             raise bad_value("v", f"a tensor on {k.device}", v.device)
         if k.stride(3) != 1 and k.shape[3] > 1:

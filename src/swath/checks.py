@@ -1,4 +1,4 @@
-"""Checks that the attention operators share. They read shapes and dtypes, never the contents of device tensors."""
+"""Checks that operators and caches share. They read shapes and dtypes, never the contents of device tensors."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from swath.errors import bad_type, bad_value
+from swath.quant import WIDE
 from swath.window import Window
 
-Q_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Q_DTYPES = WIDE
 MAX_HEAD_DIM = 256
 GQA_LAYOUTS = ("grouped", "interleaved")
 COMPUTES = ("float", "int8")
@@ -49,6 +50,14 @@ def check_rows(name: str, x: Tensor) -> None:
     """Any strides with the last one 1."""
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise bad_value(name, "a last stride of 1", f"strides {x.stride()}")
+
+
+def check_alike(name: str, x: Tensor, of: str, like: Tensor) -> None:
+    """The shape and dtype of the tensor ``like``, whose name is ``of``."""
+    if x.shape != like.shape:
+        raise bad_value(name, f"{of}'s shape {tuple(like.shape)}", tuple(x.shape))
+    if x.dtype != like.dtype:
+        raise bad_type(name, f"{of}'s dtype {like.dtype}", x.dtype)
 
 
 def check_heads(q: Tensor, num_kv_heads: int, head_dim: int) -> None:
@@ -118,15 +127,21 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise bad_value(name, f"one of {', '.join(map(repr, choices))}", repr(value))
 
 
+def check_int(name: str, value: object, wanted: str) -> int:
+    """An int, which a bool is not."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise bad_type(name, wanted, type(value).__name__)
+    return value
+
+
 def check_bound(name: str, value: object, default: int) -> int:
     """A host bound, an int >= 0, or ``default`` where none is given."""
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise bad_type(name, "an int or None", type(value).__name__)
-    if value < 0:
+    bound = check_int(name, value, "an int or None")
+    if bound < 0:
         raise bad_value(name, "an int >= 0", value)
-    return value
+    return bound
 
 
 def output_dtype(q: Tensor) -> torch.dtype:

@@ -27,6 +27,9 @@ from swath.errors import bad_type, bad_value
 GRANULARITIES = ("tensor", "head", "channel", "token")
 """Granularity by the rank of its scale."""
 
+WIDE = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes of values that are stored as they are."""
+
 LARGEST: dict[torch.dtype, float] = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 """The largest magnitude stored by each quantised dtype; int8 stays symmetric, so -128 is not used."""
 
@@ -75,7 +78,7 @@ class KVQuant:
 
     def __post_init__(self) -> None:
         quantised = self.dtype in LARGEST
-        if not quantised and self.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        if not quantised and self.dtype not in WIDE:
             raise bad_type("dtype", "int8, float8_e4m3fn, float8_e5m2, bfloat16, float16 or float32", self.dtype)
         allowed: tuple[str, ...] = GRANULARITIES if quantised else ("none",)
         if self.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):

@@ -20,11 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swath import target
 from swath.cache import PagedKV
-from swath.cli.case import OPS, Case
+from swath.cli.case import Case
 from swath.dispatch import BACKENDS
 from swath.quant import KVQuant
 from swath.target import Target, has_triton
-from swath.tooling import explain
+from swath.tooling import OPS, explain
 from swath.window import Window
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -19,6 +19,8 @@ _CALLS: dict[str, Any] = {
     "append_kv": append_call,
     "merge_states": merge_call,
 }
+OPS = tuple(_CALLS)
+"""Names of the public functions that have backends."""
 
 
 def explain(op: str | Callable[..., Any], *args: Any, impl: str = "auto", **kwargs: Any) -> Explanation:

@@ -11,6 +11,8 @@ from swath.cache import page_count, pages_holding
 from swath.quant import KVQuant
 from swath.window import Window
 
+DECODES = ("decode", "steps")
+"""Ops in which each sequence has one query token or a few; the others have chunks of prefill."""
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 _STORED = DTYPES | {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
 
@@ -21,6 +23,10 @@ class Lengths:
 
     q: tuple[int, ...]
     kv: tuple[int, ...]
+
+    def pages(self, page_size: int) -> list[int]:
+        """Pages that the keys of each sequence take."""
+        return [page_count(n, page_size) for n in self.kv]
 
 
 class Draw(Protocol):
@@ -136,6 +142,11 @@ class BenchCase:
     tags: tuple[str, ...] = ()
     goal_x_floor: float | None = field(default=None, compare=False)
     goal_peer: float | None = field(default=None, compare=False)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether each sequence has one query token or a few."""
+        return self.op in DECODES
 
     @property
     def visible(self) -> Window:

@@ -10,7 +10,6 @@ from swath.bench.case import BenchCase, Extend, Groups, LogUniform, UniformKeys
 from swath.errors import bad_value
 
 K = 1024
-OPS = ("decode", "steps", "prefill", "mixed")
 
 
 def _case(name: str, op: str, batch: int, q_len: int, kv_len: int, **options: Any) -> BenchCase:
@@ -206,6 +205,7 @@ def _cpu() -> Iterable[BenchCase]:
 
 CASES = tuple(chain(_models(), _decodes(), _mixed(), _seeds(), _table(), _sweeps(), _cpu()))
 """Every case of ``swath bench``. Those tagged "cpu" are for machines without a GPU, the others for GPUs."""
+BY_NAME = {case.name: case for case in CASES}
 
 
 def select(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swath.bench.case import DTYPES, BenchCase, Lengths
-from swath.cache import PagedKeys, PagedKV, PageTable, page_count
+from swath.cache import PagedKeys, PagedKV, PageTable
 from swath.quant import LARGEST
 from swath.testing.inputs import OfEitherKeys
 from swath.window import Window
@@ -66,16 +67,11 @@ class Inputs(OfEitherKeys):
         return self.cache.k.transpose(1, 2).contiguous(), self.cache.v.transpose(1, 2).contiguous()
 
     @cached_property
-    def page_counts(self) -> list[int]:
-        """Pages of each sequence."""
-        return [page_count(n, self.case.page_size) for n in self.lengths.kv]
-
-    @cached_property
     def flat_pages(self) -> tuple[Tensor, Tensor, Tensor]:
         """The table as FlashInfer keeps it: page ids, their bounds [B + 1], and keys in each last page."""
-        rows = [self.pages[b, :count] for b, count in enumerate(self.page_counts)]
-        bounds = _int32([0, *accumulate(self.page_counts)], self.q.device)
-        return torch.cat(rows), bounds, (self.seq_lens - 1) % self.case.page_size + 1
+        counts = self.lengths.pages(self.case.page_size)
+        rows = [self.pages[b, :count] for b, count in enumerate(counts)]
+        return torch.cat(rows), bounds_of(counts, self.q.device), (self.seq_lens - 1) % self.case.page_size + 1
 
     def of_sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor]:
         """q [Q, Hq, D], k and v [N, Hkv, D] of one sequence, dequantised into q's dtype, its keys gathered."""
@@ -100,16 +96,21 @@ def make_inputs(case: BenchCase, lengths: Lengths, device: torch.device, seed: i
     dtype = DTYPES[case.dtype]
     q = torch.randn(sum(lengths.q), case.heads, case.head_dim, dtype=dtype, device=device)
     sink = torch.randn(case.heads, dtype=dtype, device=device) if case.sink else None
-    cu_q, cu_k = (_int32([0, *accumulate(n)], device) for n in (lengths.q, lengths.kv))
+    cu_q, cu_k = (bounds_of(n, device) for n in (lengths.q, lengths.kv))
     common = (case, lengths, q, _int32(lengths.kv, device), cu_q, cu_k, sink)
     if case.page_size == 0:
         shape = (sum(lengths.kv), case.kv_heads, case.head_dim)
         k, v = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
         return Inputs(*common, (k, v), None)
-    counts = [page_count(n, case.page_size) for n in lengths.kv]
+    counts = lengths.pages(case.page_size)
     shuffled = torch.randperm(sum(counts), device=device).int().split(counts)
     table = torch.nn.utils.rnn.pad_sequence(list(shuffled), batch_first=True)
     return Inputs(*common, _cache(case, sum(counts), device), table)
+
+
+def bounds_of(counts: Iterable[int], device: torch.device) -> Tensor:
+    """Where sequences of so many rows, laid end to end, begin and end: int32 [B + 1]."""
+    return _int32([0, *accumulate(counts)], device)
 
 
 def _cache(case: BenchCase, num_pages: int, device: torch.device) -> PagedKV:
@@ -131,5 +132,5 @@ def _values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return torch.randn(shape, dtype=dtype, device=device)
 
 
-def _int32(values: list[int] | tuple[int, ...], device: torch.device) -> Tensor:
+def _int32(values: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)

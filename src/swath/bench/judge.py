@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from statistics import median
 
-from swath.bench.cases import CASES
+from swath.bench.cases import BY_NAME
 from swath.bench.results import Row
 
 BASELINES = ("scalar", "torch")
@@ -24,9 +24,14 @@ def is_ours(provider: str) -> bool:
     return provider.startswith("swath-")
 
 
+def is_baseline(provider: str) -> bool:
+    """Whether it shows what tiles or fused kernels bring, and is nobody's fast path."""
+    return provider in BASELINES
+
+
 def is_peer(provider: str) -> bool:
     """Whether it is another library's fast path: neither ours nor a baseline."""
-    return not is_ours(provider) and provider not in BASELINES
+    return not is_ours(provider) and not is_baseline(provider)
 
 
 def advantage(ours: Row, other: Row) -> float:
@@ -40,12 +45,17 @@ def best(rows: Iterable[Row]) -> Row | None:
     return min((row for row in rows if row["status"] == "ok"), key=lambda row: float(row["us"]), default=None)
 
 
+def sides(rows: list[Row]) -> tuple[Row | None, Row | None]:
+    """Of one case: our fastest row, and that of the best peer."""
+    return best(r for r in rows if is_ours(r["provider"])), best(r for r in rows if is_peer(r["provider"]))
+
+
 def verdict(rows: list[Row]) -> str:
     """Of one case: our best against the best peer, and against the goals that the case states."""
-    ours, peer = best(r for r in rows if is_ours(r["provider"])), best(r for r in rows if is_peer(r["provider"]))
+    ours, peer = sides(rows)
     if ours is None:
         return ""
-    goals = {case.name: case for case in CASES}.get(ours["case"])
+    goals = BY_NAME.get(ours["case"])
     words = []
     if peer is not None:
         ratio, tie = advantage(ours, peer), tie_of(ours["op"])

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from swath.bench.case import BenchCase, Groups, work_of
-from swath.bench.cases import CASES
-from swath.bench.judge import by_case, is_ours, is_peer
+from swath.bench.case import DECODES, BenchCase, Groups, work_of
+from swath.bench.cases import BY_NAME, CASES
+from swath.bench.judge import by_case, is_baseline, is_ours
 from swath.bench.results import Row, conditions
 from swath.palette import FAINT, INK, MUTED, TONES
 
@@ -24,15 +24,14 @@ WIDTH = 7.0
 """Inches: a page's width in print, and at its letters' size readable on a phone held across."""
 TICKS = (1, 1.1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 MARKERS = "osD^vP*X"
-_CASES = {case.name: case for case in CASES}
-_KINDS = {"decode": ("decode", "steps"), "prefill": ("prefill", "mixed")}
+_KINDS = {"decode": DECODES, "prefill": ("prefill", "mixed")}
 
 
 def save_all(rows: list[Row], folder: Path, prefix: str = "bench") -> list[Path]:
     """Write every plot for which there are rows, each as PNG and SVG; the same rows give the same bytes."""
     import matplotlib as mpl
 
-    rows = [row for row in rows if row["status"] == "ok" and row["case"] in _CASES]
+    rows = [row for row in rows if row["status"] == "ok" and row["case"] in BY_NAME]
     drawn: dict[str, Figure | None] = {}
     for kind, ops in _KINDS.items():
         mine = [row for row in rows if row["op"] in ops]
@@ -56,16 +55,16 @@ def _context(case: BenchCase) -> int:
 
 def _floors(rows: list[Row], title: str) -> Figure | None:
     """A line for each case, ours filled, peers hollow; the cases that have a goal, or all where none has."""
-    cases = {name: found for name, found in by_case(rows).items() if "sweep" not in _CASES[name].tags}
-    with_goal = {name: found for name, found in cases.items() if _goal(_CASES[name])}
+    cases = {name: found for name, found in by_case(rows).items() if "sweep" not in BY_NAME[name].tags}
+    with_goal = {name: found for name, found in cases.items() if _goal(BY_NAME[name])}
     cases = with_goal or cases
     if not cases:
         return None
     figure = _figure(0.27 * len(cases) + 1.5, title, rows)
     ax = figure.axes[0]
-    styles = _styles(row["provider"] for found in cases.values() for row in found if not _is_baseline(row))
+    styles = _styles(row["provider"] for found in cases.values() for row in found if not is_baseline(row["provider"]))
     for y, found in enumerate(cases.values()):
-        points = [row for row in found if not _is_baseline(row)]
+        points = [row for row in found if not is_baseline(row["provider"])]
         spread = [row["x_floor"] for row in points]
         if spread:
             ax.plot([min(1.0, *spread), max(spread)], [y, y], color=FAINT, linewidth=1, zorder=0)
@@ -74,7 +73,7 @@ def _floors(rows: list[Row], title: str) -> Figure | None:
     ax.set_yticks(range(len(cases)), list(cases), size=8)
     ax.invert_yaxis()
     ax.axvline(1, color=MUTED, linewidth=1)
-    _log_ticks(ax, [row["x_floor"] for found in cases.values() for row in found if not _is_baseline(row)])
+    _log_ticks(ax, [row["x_floor"] for found in cases.values() for row in found if not is_baseline(row["provider"])])
     ax.set_xlabel("time / floor (1 is what the machine allows, left is better)", color=INK, size=9)
     _legend(ax, styles)
     return figure
@@ -82,10 +81,6 @@ def _floors(rows: list[Row], title: str) -> Figure | None:
 
 def _goal(case: BenchCase) -> bool:
     return case.goal_peer is not None or case.goal_x_floor is not None
-
-
-def _is_baseline(row: Row) -> bool:
-    return not is_ours(row["provider"]) and not is_peer(row["provider"])
 
 
 def _log_ticks(ax: Axes, values: list[float]) -> None:
@@ -104,8 +99,8 @@ def _sweep(rows: list[Row], tag: str, along: Callable[[BenchCase], int], kind: s
     lines: dict[tuple[str, bool], list[tuple[int, float]]] = {}
     floors: dict[bool, list[tuple[int, float]]] = {}
     for row in rows:
-        case = _CASES[row["case"]]
-        if tag in case.tags and not _is_baseline(row):
+        case = BY_NAME[row["case"]]
+        if tag in case.tags and not is_baseline(row["provider"]):
             full = case.window is None
             lines.setdefault((row["provider"], full), []).append((along(case), row["us"]))
             floors.setdefault(full, []).append((along(case), row["floor_us"]))
@@ -121,7 +116,7 @@ def _sweep(rows: list[Row], tag: str, along: Callable[[BenchCase], int], kind: s
         x, y = zip(*sorted(dict(points).items()), strict=True)
         ax.plot(x, y, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     _powers(ax, sorted({x for points in lines.values() for x, _ in points}))
-    fixed = _CASES[next(row["case"] for row in rows if tag in _CASES[row["case"]].tags)]
+    fixed = BY_NAME[next(row["case"] for row in rows if tag in BY_NAME[row["case"]].tags)]
     windowed = f"keys in the window, of {_context(fixed)}" if tag == "window" else "keys of a sequence"
     ax.set_xlabel(windowed, color=INK, size=9)
     ax.set_ylabel("us (less is better)", color=INK, size=9)

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from swath.bench.goals import outcomes
-from swath.bench.judge import best, by_case, is_ours, is_peer, verdict
-from swath.bench.results import Row, conditions
+from swath.bench.judge import by_case, sides, verdict
+from swath.bench.results import Row, conditions, machine_of
 from swath.errors import bad_value
 
 BEGIN, END = "<!-- bench plot: begin -->", "<!-- bench plot: end -->"
@@ -50,9 +50,8 @@ def age(rows: list[Row]) -> tuple[str, int]:
 
 
 def _section(name: str, rows: list[Row]) -> str:
-    machine = next((row["gpu"] or row.get("cpu") for row in rows), "")
     text = [
-        f"## {machine}, {max(row['date'] for row in rows)}\n",
+        f"## {machine_of(rows[0])}, {max(row['date'] for row in rows)}\n",
         f"[{name}](../benchmarks/results/{name}): {conditions(rows)}.\n",
     ]
     if any(row["status"] == "ok" and "budget_used" not in row for row in rows):
@@ -60,7 +59,7 @@ def _section(name: str, rows: list[Row]) -> str:
     for op, title in TITLES.items():
         mine = [row for row in rows if row["op"] == op]
         if mine:
-            text += [f"### {title}\n", *_table(mine), "", _commands(mine)]
+            text += [f"### {title}\n", *_table(mine), "", "```text", *_commands(mine), "```", ""]
     found = outcomes(rows)
     if found:
         text += ["### Ratios\n", "| case against case | ratio | wanted at most |", "| --- | --- | --- |"]
@@ -72,7 +71,7 @@ def _section(name: str, rows: list[Row]) -> str:
 def _table(rows: list[Row]) -> list[str]:
     lines = ["| case | floor | swath | best peer | ratio and goals | others |", "| --- | --- | --- | --- | --- | --- |"]
     for name, found in by_case(rows).items():
-        ours, peer = best(r for r in found if is_ours(r["provider"])), best(r for r in found if is_peer(r["provider"]))
+        ours, peer = sides(found)
         shown = [row for row in (ours, peer) if row is not None]
         floor = f"{shown[0]['floor_us']:.4g}, {shown[0]['bound']}" if shown else ""
         rest = [_cell(row) for row in found if row["status"] == "ok" and row not in shown]
@@ -86,9 +85,9 @@ def _cell(row: Row | None) -> str:
     return "" if row is None else f"{row['provider'].removeprefix('swath-')} {row['us']:.4g} x{row['x_floor']:.2f}"
 
 
-def _commands(rows: list[Row]) -> str:
-    said = dict.fromkeys(row["command"] for row in rows)
-    return "\n".join(["```text", *said, "```", ""])
+def _commands(rows: list[Row]) -> list[str]:
+    """The commands that gave these rows."""
+    return list(dict.fromkeys(row["command"] for row in rows))
 
 
 def with_plot(readme: str, rows: list[Row], images: Iterable[str]) -> str:
@@ -102,7 +101,7 @@ def with_plot(readme: str, rows: list[Row], images: Iterable[str]) -> str:
     drawn = set(images)
     shown = [name for name in ("floor-decode", "floor-prefill") if f"bench-{name}.png" in drawn]
     pictures = [f'<img src="docs/img/bench-{name}.png" width="640" alt="{PLOTS[name]}.">\n' for name in shown]
-    commands = list(dict.fromkeys(row["command"] for row in rows))
+    commands = _commands(rows)
     by = f"Drawn from `{commands[0]}`. [All figures](docs/benchmarks.md)"
     if len(commands) > 1:
         by = "[All figures, and the commands that give them](docs/benchmarks.md)"

@@ -31,7 +31,7 @@ def describe(device: torch.device, commit: str | None) -> Row:
         "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
         "cpu": None if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version_of("triton"),
         "cuda": torch.version.cuda,
         "swath": swath.__version__,
         "commit": _commit() or commit,
@@ -90,6 +90,11 @@ def measured(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
     return {(row["case"], row["provider"]): row for row in rows if row["status"] == "ok"}
 
 
+def machine_of(row: Row) -> str:
+    """The GPU, or the CPU where there was none."""
+    return str(row["gpu"] or row.get("cpu"))
+
+
 def conditions(rows: Iterable[Row]) -> str:
     """The machines, versions and dates of rows in a sentence."""
 
@@ -98,7 +103,7 @@ def conditions(rows: Iterable[Row]) -> str:
             f"torch {row['torch']}, Triton {row['triton']}, swath {row['swath']} at {row['commit'] or 'no commit'}"
         )
         driver = f", driver {row['driver']}" if row.get("driver") else ""
-        return f"{row['gpu'] or row.get('cpu')}{driver}, {versions}, {row['date']}"
+        return f"{machine_of(row)}{driver}, {versions}, {row['date']}"
 
     return "; ".join(dict.fromkeys(said(row) for row in rows))
 
@@ -120,7 +125,8 @@ def _first_line(*command: str) -> str | None:
     return next(iter(ran.stdout.splitlines()), None) if ran.returncode == 0 else None
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package, if it is installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -67,7 +67,7 @@ def measure_case(
         if contender is not None:
             contenders.append(contender)
     ceilings, read_times = [], []
-    plain = clock.plain_read(work.nbytes) if contenders and case.op in ("decode", "steps") else None
+    plain = clock.plain_read(work.nbytes) if contenders and case.is_decode else None
     for i in range(rounds if contenders else 0):
         tell(f"{case.name}: round {i + 1} of {rounds}")
         clock.pause()
@@ -96,7 +96,7 @@ def _admit(
         runs: list[Run] = [provider.prepare(inputs) for inputs in sets]
         refusal = _judge(gate, runs[0](), row)
         eager = None
-        if refusal is None and clock.device.type == "cuda" and case.op in ("decode", "steps"):
+        if refusal is None and clock.device.type == "cuda" and case.is_decode:
             row["host_us"] = host_us(runs[0])
             row["extra_bytes"] = clock.extra_bytes(runs[0])
             graphs = _captured(provider, runs, row)

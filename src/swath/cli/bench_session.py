@@ -36,6 +36,7 @@ class Session:
     ) -> None:
         """Measure until the cases, the time or the patience end."""
         from swath.bench.clock import CpuClock, GpuClock
+        from swath.bench.judge import is_ours
         from swath.bench.run import BrokenDeviceError, measure_case, release
 
         clock = GpuClock() if device.type == "cuda" else CpuClock()
@@ -56,9 +57,7 @@ class Session:
             raise fail(f"{error}: --without leaves a provider out; {self._said()}") from error
         self._print_goals()
         typer.echo(self._said())
-        bad = [
-            row for row in self.rows if row["status"] in ("refused", "failed") and row["provider"].startswith("swath-")
-        ]
+        bad = [row for row in self.rows if row["status"] in ("refused", "failed") and is_ours(row["provider"])]
         if bad:
             said = "; ".join(f"{row['provider']} on {row['case']!r}, {row['reason']}" for row in bad)
             raise fail(f"swath itself was refused or failed: {said}")

@@ -12,7 +12,6 @@ from swath.cache import PagedKV, page_count
 from swath.quant import KVQuant, calibrate
 from swath.window import Window
 
-OPS = ("attention", "paged_attention", "append_kv", "merge_states")
 MAX_POOL_BYTES = 64 << 20
 """Nothing runs, so sequences may share pages: however large the case, its pool stays small."""
 MAX_STEPS = 8
@@ -44,7 +43,7 @@ class Case:
         return "decode" if self.q_len == 1 else "n-step decode" if self.q_len <= MAX_STEPS else "chunked prefill"
 
     def arguments(self, op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments for the public function ``op``, one of ``OPS``."""
+        """Positional and keyword arguments for the public function ``op``, one of ``tooling.OPS``."""
         build = {
             "attention": self._attention,
             "paged_attention": self._paged_attention,

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -16,10 +15,12 @@ import typer
 from rich.console import Console
 
 import swath
-from swath.cli.case import OPS, Case
+from swath.bench.results import version_of
+from swath.cli.case import Case
 from swath.cli.output import NAME_WIDTH, console, print_rows
 from swath.dispatch import BACKENDS
 from swath.target import interpreting, target_of
+from swath.tooling import OPS
 from swath.window import Window
 
 PACKAGES = ("torch", "triton", "transformers")
@@ -138,12 +139,7 @@ def _gpu(device: torch.device) -> Gpu:
 
 def _versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"swath": swath.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    return found | {package: version_of(package) for package in PACKAGES}
 
 
 def _print(out: Console, report: Report) -> None:

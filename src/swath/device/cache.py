@@ -63,13 +63,19 @@ def is_live(keys, page, F: tl.constexpr):
 
 
 @triton.jit
+def slot_offset(pos, page, page_stride, token_stride, F: tl.constexpr):
+    """Element offset (int64) of the slot of position ``pos`` in its page."""
+    slot = (pos.to(tl.uint32) % F.page_size).to(tl.int32)
+    return widen(page) * widen(page_stride) + widen(slot) * widen(token_stride)
+
+
+@triton.jit
 def locate(keys, pos, page, F: tl.constexpr):
     """Element offsets of the K and V rows (int64)."""
     if F.page_size == 0:
         k_row, v_row = pos.to(tl.int64) * keys.k_token, pos.to(tl.int64) * keys.v_token
     else:
-        slot = (pos.to(tl.uint32) % F.page_size).to(tl.int32)
-        k_row = widen(page) * widen(keys.k_page) + widen(slot) * widen(keys.k_token)
+        k_row = slot_offset(pos, page, keys.k_page, keys.k_token, F)
         v_row = k_row  # the same strides, as PagedKV demands: one offset tensor serves both
     return k_row, v_row
 

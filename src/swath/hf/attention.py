@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +25,8 @@ UNSUPPORTED = (
 )
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """How a layer makes its scores, in swath's words."""
+class Scoring(TypedDict):
+    """How a layer makes its scores: options of the attention operators."""
 
     scale: float | None
     softcap: float
@@ -49,7 +47,7 @@ def scoring_of(
     for name in UNSUPPORTED:
         if others.get(name) is not None and others[name] is not False:
             raise bad_value(name, "nothing: swath does not support it", type(others[name]).__name__)
-    return Scoring(scaling, softcap or 0.0, _local_sink(s_aux, query))
+    return Scoring(scale=scaling, softcap=softcap or 0.0, sink=_local_sink(s_aux, query))
 
 
 def attention_forward(
@@ -93,7 +91,7 @@ def _dense(
     cu_seqlens_q, cu_seqlens_k, q_start = band.varlen_on(query.device)
     out: Any = attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_q_len=band.q_len, max_kv_len=band.kv_len, window=window,
-        scale=scoring.scale, softcap=scoring.softcap, sink=scoring.sink, q_start=q_start, impl=impl,
+        q_start=q_start, impl=impl, **scoring,
     )  # fmt: skip
     return cast(Tensor, out.unflatten(0, (band.batch, band.q_len)))
 

@@ -109,7 +109,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             append_kv(store, k[:, part].flatten(0, 1), v[:, part].flatten(0, 1), p.slot_mapping)
             paged_attention(
                 q[:, part], store, p.block_table, p.seq_lens, max_kv_len=p.max_kv_len, window=window,
-                scale=scoring.scale, softcap=scoring.softcap, sink=scoring.sink, out=out[:, part], impl=impl,
+                out=out[:, part], impl=impl, **scoring,
             )  # fmt: skip
         return out
 

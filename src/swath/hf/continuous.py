@@ -50,9 +50,8 @@ def continuous_forward(
     q = query[0].transpose(0, 1)
     cu_q, cu_k = cu_seq_lens_q.int(), _of_layer(cu_seq_lens_k, ring).int()
     options: dict[str, Any] = dict(
-        max_q_len=max_seqlen_q, max_kv_len=_of_layer(max_seqlen_k, ring), window=window, scale=scoring.scale,
-        softcap=scoring.softcap, sink=scoring.sink, impl=settings.impl,
-        out=torch.zeros_like(q, memory_format=torch.contiguous_format),
+        max_q_len=max_seqlen_q, max_kv_len=_of_layer(max_seqlen_k, ring), window=window, impl=settings.impl,
+        out=torch.zeros_like(q, memory_format=torch.contiguous_format), **scoring,
     )  # fmt: skip
     group, index_in_group = cache.layer_index_to_group_indices[layer_idx]
     slots = read_index[group]

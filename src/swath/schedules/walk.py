@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import num_warps
 
-from swath.device.cache import is_live, load_rows, locate, page_ids
+from swath.device.cache import is_live, load_rows, locate, page_ids, slot_offset
 from swath.device.quant import decode, half_of_pair, relative, round_half_even
 from swath.device.softmax import FLOOR, soft_cap, step
 from swath.device.window import Reach, interior_of, visible
@@ -162,6 +162,12 @@ def new_partial_sums(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constex
 
 
 @triton.jit
+def tile_at(i, skip, skipped):
+    """Where tile ``i`` of a run stands in the list: those from ``skip`` on ``skipped`` later."""
+    return i + tl.where(i >= skip, skipped, 0)
+
+
+@triton.jit
 def tile_pages(keys, band, walk, i, F: tl.constexpr, BLOCK_N: tl.constexpr):
     """The table entries of tile ``i`` of the list."""
     pos = key_at(i * BLOCK_N + tl.arange(0, BLOCK_N), walk, F)
@@ -184,19 +190,20 @@ def attend(
     n = tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)
     for i in tl.range(first_tile, end_tile, num_stages=STAGES):
-        x = (i + tl.where(i >= skip, skipped, 0)) * BLOCK_N + n
+        x = tile_at(i, skip, skipped) * BLOCK_N + n
         pos = key_at(x, walk, F)
         k_row, v_row = locate(keys, pos, page, F)
+        live = is_live(keys, page, F)
+        x = tl.where(live, x, BEYOND)
+        k_scale, v_scale = load_token_scales(scales, page, pos, live, F)
         # Rows ask their pages themselves: a layout then converts page numbers once, and no predicates.
-        live = is_live(keys, page[:, None], F)
-        x = tl.where(is_live(keys, page, F), x, BEYOND)
-        k_scale, v_scale = load_token_scales(scales, page, pos, is_live(keys, page, F), F)
+        live_rows = is_live(keys, page[:, None], F)
         # The next tile's entries are asked for before this tile's rows: the pipeliner would spend a stage on them.
-        ahead = key_at((i + 1 + tl.where(i + 1 >= skip, skipped, 0)) * BLOCK_N + n, walk, F)
+        ahead = key_at(tile_at(i + 1, skip, skipped) * BLOCK_N + n, walk, F)
         # Not one scalar for all: the interpreter would spread it as int32, which is no mask in Triton 3.9.
         more = tl.full((BLOCK_N,), i + 1, tl.int32) < end_tile
         page = page_ids(keys, ahead, seen_by_any(ahead, band) & more, F)
-        k = load_rows(keys.k, k_row, column, live, ALL_LIVE, F)
+        k = load_rows(keys.k, k_row, column, live_rows, ALL_LIVE, F)
         s, scale = scores(rows, k, k_scale, cap_log2, F)
         factor = 1.0
         if F.v_fold == "token":
@@ -208,7 +215,7 @@ def attend(
         elif not ALL_LIVE:
             s = tl.where(x[None, :] < BEYOND, s, float("-inf"))
         p, m, l, alpha = step(s, scale, m, l, F.unit_q and not F.softcap)
-        v = load_rows(keys.v, v_row, column, live, ALL_LIVE, F)
+        v = load_rows(keys.v, v_row, column, live_rows, ALL_LIVE, F)
         if F.v_fold == "token":
             p *= v_scale[None, :]
         acc *= alpha[:, None]
@@ -223,9 +230,9 @@ def load_token_scales(scales, page, pos, live, F: tl.constexpr):
     """Token scales [N] of K and V at ``pos``, 0 where not live; a placeholder for other granularities."""
     k_scale, v_scale = 1.0, 1.0
     if F.k_fold == "token":
-        at = page.to(tl.int64) * scales.k_page + (pos % F.page_size) * scales.k_token
+        at = slot_offset(pos, page, scales.k_page, scales.k_token, F)
         k_scale = tl.load(scales.k + at, mask=live, other=0.0).to(tl.float32)
     if F.v_fold == "token":
-        at = page.to(tl.int64) * scales.v_page + (pos % F.page_size) * scales.v_token
+        at = slot_offset(pos, page, scales.v_page, scales.v_token, F)
         v_scale = tl.load(scales.v + at, mask=live, other=0.0).to(tl.float32)
     return k_scale, v_scale

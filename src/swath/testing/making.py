@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from swath.cache import PagedKV
+from swath.cache import PagedKV, page_count
 from swath.quant import LARGEST, quantise, spread, token_scale
 from swath.testing.cases import Case
 from swath.testing.inputs import Inputs
@@ -163,7 +163,7 @@ class _Maker:
         cache = self.pool(num_pages)
         rows = []
         for b, ids in enumerate(pool.split(counts)):
-            row = self.hostile(-(-max(case.kv_lens[b], 0) // size), num_pages)
+            row = self.hostile(page_count(max(case.kv_lens[b], 0), size), num_pages)
             row[used[b]] = ids.int()
             positions = live[b][torch.isin(live[b] // size, used[b])]
             self.write(cache, row[positions // size].long(), positions % size, *self.keys(b, positions))

@@ -32,7 +32,7 @@ def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
         return lambda: _out(flash_attn_varlen_func(inputs.q, *inputs.dense, *lengths, **options))
     k, v = inputs.nhd
     options |= {"cache_seqlens": inputs.seq_lens, "page_table": inputs.pages}
-    if inputs.case.op in ("decode", "steps"):
+    if inputs.case.is_decode:
         return lambda: _out(flash_attn_with_kvcache(inputs.q_steps, k, v, **options))
     options |= {"cu_seqlens_q": inputs.cu_q, "max_seqlen_q": inputs.max_q}
     return lambda: _out(flash_attn_with_kvcache(inputs.q, k, v, **options))

@@ -31,7 +31,7 @@ def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
         "cu_seqlens_q": inputs.cu_q,
         "max_seqlen_q": inputs.max_q,
         "max_seqlen_k": inputs.max_kv,
-        "num_splits": 0 if inputs.case.op in ("decode", "steps") else 1,  # 0: its own choice
+        "num_splits": 0 if inputs.case.is_decode else 1,  # 0: its own choice
     }
     if inputs.case.page_size == 0:
         keys, options["cu_seqlens_k"] = inputs.dense, inputs.cu_k

@@ -34,7 +34,7 @@ def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
         return _ragged(inputs)
     if inputs.sink is not None:
         return _with_sinks(inputs, inputs.sink)
-    return _decode(inputs) if inputs.case.op in ("decode", "steps") else _paged(inputs)
+    return _decode(inputs) if inputs.case.is_decode else _paged(inputs)
 
 
 def _ragged(inputs: Inputs) -> Callable[[], Tensor]:
@@ -74,7 +74,7 @@ def _with_sinks(inputs: Inputs, sink: Tensor) -> Callable[[], Tensor]:
 
     case, window_left = inputs.case, _window_left(inputs)
     wrapper = BatchAttentionWithAttentionSinkWrapper(
-        _workspace(inputs), "HND", backend="fa2" if case.op in ("decode", "steps") else "fa3",
+        _workspace(inputs), "HND", backend="fa2" if case.is_decode else "fa3",
         q_data_type=inputs.q.dtype, kv_data_type=inputs.q.dtype, head_dim_qk=case.head_dim,
         head_dim_vo=case.head_dim, window_left=window_left,
     )  # fmt: skip

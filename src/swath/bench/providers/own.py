@@ -30,7 +30,7 @@ def call_of(inputs: Inputs) -> tuple[Callable[..., Any], tuple[Any, ...], dict[s
         return attention, (inputs.q, *inputs.dense, inputs.cu_q, inputs.cu_k), options
     options["compute"] = case.compute
     q = inputs.q_steps if case.op == "steps" else inputs.q
-    if case.op in ("prefill", "mixed"):
+    if not case.is_decode:
         options["cu_seqlens_q"] = inputs.cu_q
     return paged_attention, (q, inputs.cache, inputs.pages, inputs.seq_lens), options
 
@@ -41,9 +41,8 @@ def _launch(impl: str, inputs: Inputs) -> str:
 
 
 def _why_not(impl: str, case: BenchCase) -> str | None:
-    ops = [op for op in ("attention", "paged") if impl in backends(op)]
     op = "attention" if case.page_size == 0 else "paged"
-    return None if op in ops else f"has no {op}"
+    return None if impl in backends(op) else f"has no {op}"
 
 
 def _prepare(impl: str, inputs: Inputs) -> Callable[[], Tensor]:
@@ -60,7 +59,6 @@ def _devices(name: str) -> tuple[str, ...]:
     return ("cuda", "cpu") if interpreting() else ("cuda",)
 
 
-_NAMES = [name for name in backends("paged") if name != "reference"]
 PROVIDERS = tuple(
     Provider(
         f"swath-{name}",
@@ -70,5 +68,6 @@ PROVIDERS = tuple(
         devices=_devices(name),
         launch=partial(_launch, name),
     )
-    for name in _NAMES
+    for name in backends("paged")
+    if name != "reference"
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from swath.bench.case import BenchCase
 from swath.bench.inputs import Inputs
+from swath.bench.results import version_of
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,7 @@ class Provider:
     @cached_property
     def version(self) -> str | None:
         """Of its package."""
-        if self.package is None:
-            return None
-        try:
-            return version(self.package)
-        except PackageNotFoundError:
-            return None
+        return None if self.package is None else version_of(self.package)
 
 
 def _has(module: str) -> bool:

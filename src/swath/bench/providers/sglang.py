@@ -8,13 +8,12 @@ first new query sees.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from swath.bench.case import BenchCase
-from swath.bench.inputs import Inputs
+from swath.bench.inputs import Inputs, bounds_of
 from swath.bench.providers.provider import Provider, features, first_of
 
 MAX_SPLITS = 8
@@ -87,8 +86,7 @@ def _indices(inputs: Inputs, first: list[int], end: list[int] | tuple[int, ...])
         pos = torch.arange(start, stop, device=inputs.q.device)
         rows.append(inputs.pages[b, pos // size].long() * size + pos % size if size else inputs.cu_k[b] + pos)
     counts = [stop - start for start, stop in zip(first, end, strict=True)]
-    indptr = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=inputs.q.device)
-    return indptr, torch.cat(rows)
+    return bounds_of(counts, inputs.q.device), torch.cat(rows)
 
 
 PROVIDERS = (Provider("sglang", _why_not, _prepare, module="sglang", package="sglang"),)

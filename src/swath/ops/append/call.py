@@ -36,10 +36,7 @@ def prepare(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> Appen
         if tuple(x.shape[1:]) != (cache.num_kv_heads, cache.head_dim):
             raise bad_value(name, f"shape [tokens, {cache.num_kv_heads}, {cache.head_dim}]", tuple(x.shape))
         checks.check_rows(name, x)
-    if v.shape != k.shape:
-        raise bad_value("v", f"k's shape {tuple(k.shape)}", tuple(v.shape))
-    if v.dtype != k.dtype:
-        raise bad_type("v", f"k's dtype {k.dtype}", v.dtype)
+    checks.check_alike("v", v, "k", k)
     checks.check_tensor("slot_mapping", slot_mapping, 1, device)
     if slot_mapping.dtype != torch.int64:
         raise bad_type("slot_mapping", "int64", slot_mapping.dtype)

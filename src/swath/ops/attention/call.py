@@ -73,8 +73,7 @@ def _accept(
         if x.dtype != q.dtype:
             raise bad_type(name, f"q's dtype {q.dtype}", x.dtype)
         checks.check_rows(name, x)
-    if v.shape != k.shape:
-        raise bad_value("v", f"k's shape {tuple(k.shape)}", tuple(v.shape))
+    checks.check_alike("v", v, "k", k)
     checks.check_heads(q, k.shape[1], k.shape[2])
     checks.check_int32("cu_seqlens_q", cu_seqlens_q, None, q.device)
     if cu_seqlens_q.shape[0] < 1:

@@ -32,10 +32,7 @@ def prepare(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Merge
     if out_a.dtype not in checks.Q_DTYPES:
         raise bad_type("out_a", "bfloat16, float16 or float32", out_a.dtype)
     checks.check_tensor("out_b", out_b, out_a.dim(), out_a.device)
-    if out_b.shape != out_a.shape:
-        raise bad_value("out_b", f"out_a's shape {tuple(out_a.shape)}", tuple(out_b.shape))
-    if out_b.dtype != out_a.dtype:
-        raise bad_type("out_b", f"out_a's dtype {out_a.dtype}", out_b.dtype)
+    checks.check_alike("out_b", out_b, "out_a", out_a)
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
         checks.check_tensor(name, lse, out_a.dim() - 1, out_a.device)
         if lse.shape != out_a.shape[:-1]:

@@ -147,7 +147,6 @@ def _check_compute(compute: str, cache: PagedKV) -> None:
 def _check_split_size(split_size: int | None) -> None:
     if split_size is None:
         return
-    if isinstance(split_size, bool) or not isinstance(split_size, int):
-        raise bad_type("split_size", "an int or None", type(split_size).__name__)
+    checks.check_int("split_size", split_size, "an int or None")
     if split_size < SPLIT_STEP or split_size % SPLIT_STEP:
         raise bad_value("split_size", f"a multiple of {SPLIT_STEP}", split_size)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from swath import checks, library
 from swath.cache import check_page_size, locate_slots
-from swath.errors import bad_type, bad_value
+from swath.errors import bad_value
 
 
 def slots(
@@ -45,8 +45,7 @@ def slots(
     checks.check_tensor("seq_lens", seq_lens, 1)
     checks.check_int32("seq_lens", seq_lens, None, seq_lens.device)
     num_seqs = seq_lens.shape[0]
-    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
-        raise bad_type("num_tokens", "an int", type(num_tokens).__name__)
+    checks.check_int("num_tokens", num_tokens, "an int")
     if num_tokens < 0 or (cu_seqlens_q is None and num_tokens % max(num_seqs, 1)):
         raise bad_value("num_tokens", f"a multiple of the {num_seqs} sequences, at least 0", num_tokens)
     if cu_seqlens_q is not None:
