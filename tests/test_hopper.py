@@ -17,6 +17,10 @@ pytestmark = pytest.mark.gpu
 LONG = Case((700, 1300, 261, 40), (700, 513, 130, 40), num_kv_heads=2, group=4, head_dim=128, dense=True, spiked=True)
 PAGED = replace(LONG, dense=False)
 
+ONCE = replace(LONG, head_dim=64, group=8, size=128)
+"""Rows of which 128 see 144 keys at most: two consumers attend them in one pass."""
+ONCE_PAGED = replace(ONCE, dense=False, page_size=8, size=122)
+
 CASES = {
     "full": LONG,
     "full, few keys": replace(LONG, kv_lens=(300, 500, 61, 40), q_lens=(300, 130, 61, 17)),
@@ -33,7 +37,30 @@ CASES = {
     "positions given": replace(LONG, q_start=(0, 200, -60, 10), size=300),
     "fp16 of 64": replace(LONG, dtype=torch.float16, head_dim=64),
     "bf16 of 256": replace(LONG, head_dim=256, size=300),
-    "packed heads": replace(LONG, head_dim=64, group=8, size=128, sink="q"),
+    "packed heads": replace(ONCE, sink="q"),
+    "one pass, few keys": replace(ONCE, kv_lens=(3, 15, 130, 40, 0), q_lens=(3, 15, 130, 17, 9)),
+    "one pass, window of 5": replace(ONCE, size=5),
+    "one pass, window of 1": replace(ONCE, size=1),
+    "one pass, last key": replace(ONCE, size=129),
+    "one pass, last key of one consumer": replace(ONCE, size=137, sink="q"),
+    "one pass, one key too many": replace(ONCE, size=138),
+    "one pass to both sides": replace(ONCE, size=65, causal=False),
+    "one pass to both sides, one consumer": replace(ONCE, size=69, causal=False),
+    "one pass, heads apart": replace(ONCE, group=3, size=17),
+    "one pass, heads apart, one consumer": replace(ONCE, group=3, size=81),
+    "one pass, soft cap, sink and LSE": replace(ONCE, softcap=5.0, sink="fp32", dtype=torch.float16),
+    "one pass, positions given": replace(ONCE, q_start=(0, 200, -60, 10)),
+    "one pass, rows of nobody": replace(ONCE, q_lens=(700, 0, 130, 1), tail=150),
+    "one pass, a uniform batch": replace(ONCE, kv_lens=(300, 300, 150), q_lens=150, dense=False),
+    "one pass, pages of 8": ONCE_PAGED,
+    "one pass, pages of 8, one consumer": replace(ONCE_PAGED, size=130),
+    "one pass, pages of 16": replace(ONCE_PAGED, page_size=16, size=114),
+    "one pass, pages of 16, one consumer": replace(ONCE_PAGED, page_size=16, size=122),
+    "one pass, pages of 48": replace(ONCE_PAGED, page_size=48, size=114, sink="fp32"),
+    "one pass, pages to both sides": replace(ONCE_PAGED, size=60, causal=False),
+    "one pass, holes": replace(ONCE_PAGED, holes=True),
+    "one pass, int8 pages": replace(ONCE_PAGED, quant=KVQuant(torch.int8, "channel"), bounds="tight"),
+    "few leading keys": replace(ONCE, size=100, global_tokens=4),
     "interleaved heads": replace(LONG, gqa="interleaved", size=128),
     "a group of three": replace(LONG, group=3),
     "pages of 16": PAGED,
@@ -68,7 +95,18 @@ def test_against_the_truth(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["full", "full, few keys", "packed heads", "pages of 16, window", "holes", "rows of nobody"]
+    "name",
+    [
+        "full",
+        "full, few keys",
+        "packed heads",
+        "one pass, few keys",
+        "one pass, last key of one consumer",
+        "one pass, pages of 8",
+        "pages of 16, window",
+        "holes",
+        "rows of nobody",
+    ],
 )
 def test_no_tile_is_lost_or_done_otherwise(name: str) -> None:
     """Programs draw tiles from a counter: over 100 launches each row is written, and always with the same bits."""

@@ -16,6 +16,7 @@ from swath.launch import (
     TileLaunch,
     dequantises,
     fitting,
+    hopper_launch,
     least_tiles_for,
     num_splits_for,
     pack_heads,
@@ -133,6 +134,38 @@ def test_pairs_need_even_rows_and_a_target_that_converts() -> None:
     assert not features_of(e4m3, Target("sm_80")).pairs, "fp8 conversion came with sm_89"
     assert features_of(e4m3, Target("sm_89")).pairs
     assert not features_of(e4m3, Target("gfx942")).pairs
+
+
+@pytest.mark.parametrize(
+    ("row", "window", "consumers"),
+    [
+        ({"queries": "dense"}, Window(129), 2),  # 16 queries see 144 keys
+        ({"queries": "dense"}, Window(130), 1),
+        ({"queries": "dense"}, Window(137), 1),  # 8 queries see 144
+        ({"queries": "dense"}, Window(138), 0),
+        ({"queries": "dense", "scoring": "interleaved"}, Window(128), 0),  # 64 queries see 191
+        ({"queries": "dense", "head_dim": "128"}, Window(128), 0),
+        ({"queries": "dense"}, Window(65, causal=False), 2),
+        ({"queries": "dense"}, Window(69, causal=False), 1),
+        ({"queries": "dense"}, Window(70, causal=False), 0),
+        ({"queries": "dense"}, Window(64, global_tokens=4), 0),
+        ({"queries": "dense"}, Window(), 0),
+        ({"queries": "dense"}, Window(0), 2),
+        ({"queries": "ragged", "paging": "16"}, Window(114), 2),
+        ({"queries": "ragged", "paging": "16"}, Window(122), 1),
+        ({"queries": "ragged", "paging": "16"}, Window(123), 0),
+    ],
+)
+def test_hopper_takes_one_pass_where_two_tiles_hold_all_keys(
+    row: dict[str, str], window: Window, consumers: int
+) -> None:
+    one = replace(problem(**{"head_dim": "64"} | row), window=window)
+    F = features_of(one, Target("sm_90", 132))
+    launch = hopper_launch(F, one)
+    assert (launch.consumers if launch.first_n else 0) == consumers
+    assert launch.box_rows <= (launch.first_n if launch.first_n and F.page_size else launch.block_n)
+    unbounded = hopper_launch(F, replace(one, max_kv_len=1 << 20))
+    assert (unbounded.consumers if unbounded.first_n else 0) == consumers, "no bound of lengths decides"
 
 
 def test_the_window_size_is_no_feature() -> None:

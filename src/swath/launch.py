@@ -249,7 +249,7 @@ class HopperLaunch:
 
     block_n: int
     stages: int  # of keys and of values
-    q_stages: int
+    q_stages: int  # of query rows
     consumers: int = 2  # warpgroups of 64 rows in a program
     programs: int = 1  # that run at once on a multiprocessor
     consumer_registers: int = 240  # a thread's
@@ -258,6 +258,7 @@ class HopperLaunch:
     pack: int = 1
     box_rows: int = 0
     uniform: bool = False
+    first_n: int = 0  # keys of a narrow tile: it and one of ``block_n`` hold all that a row tile sees
 
 
 FEW_KEYS, FEW_PAGED_KEYS = 1024, 1280
@@ -271,30 +272,56 @@ positions of all its heads. 32 ragged sequences took, packed and not: 227 and 27
 3,118 (up to 2,047), 8,340 and 8,900 (up to 4,095); one of 8,192 tokens 788 and 781."""
 VERY_FEW_KEYS = 256
 """Of rows of 64: a window of 128 took 340 us in four programs with tiles of 32 keys, 406 in three with tiles of 64."""
+ONE_PASS = (
+    HopperLaunch(128, 2, 1, consumers=2, programs=2, consumer_registers=104, registers=80, first_n=16),
+    HopperLaunch(128, 1, 2, consumers=1, programs=3, consumer_registers=136, registers=80, first_n=16),
+)
+"""For heads of 64 whose row tiles see 144 keys at most, as under a window of 128 with 8 heads packed. Two consumers
+load keys once for both, one sees fewer. One took 289 us where five tiles of 32 keys took 329; two are unmeasured."""
+
+
+def one_pass(F: Features, problem: Problem, pack: int) -> HopperLaunch | None:
+    """The first of ``ONE_PASS`` that holds all keys that the rows of a tile see, by the window alone.
+
+    Bounds of lengths and of leading keys are promises of the caller, on which no result may hang. Pages widen the list
+    of keys to whole boxes: 143 keys may touch ten boxes of 16, so those stay with the loop over tiles.
+    """
+    if F.head_dim != 64 or F.leading != "":
+        return None
+    for launch in ONE_PASS:
+        keys = problem.window.visible_bound(64 * launch.consumers // pack, LARGEST_BOUND)
+        if F.page_size > 0:
+            box = box_rows(F, launch)
+            keys = (ceil_div(max(keys - 1, 0), box) + 1) * box
+        if keys <= launch.block_n + launch.first_n:
+            return launch
+    return None
 
 
 def hopper_launch(F: Features, problem: Problem) -> HopperLaunch:
     """Prefill on sm_90: as many stages and registers as a multiprocessor has, in one program or several."""
-    keys = keys_in_sight(problem, 128)
-    few = keys <= (FEW_PAGED_KEYS if F.page_size else FEW_KEYS)
-    if F.head_dim > 128:
-        launch = HopperLaunch(64, 2, 1)
-    elif few and F.head_dim > 64:
-        launch = HopperLaunch(
-            64, 2, 2, consumers=1, programs=2, consumer_registers=216, producer_registers=40, registers=128
-        )
-    elif keys <= VERY_FEW_KEYS:
-        launch = HopperLaunch(32, 3, 2, consumers=1, programs=4, consumer_registers=104, registers=64)
-    elif few:
-        launch = HopperLaunch(64, 2, 2, consumers=1, programs=3, consumer_registers=136, registers=80)
-    elif F.head_dim > 64:
-        launch = HopperLaunch(128, 2, 2)
-    else:
-        launch = HopperLaunch(128, 4, 2)
     # Few leading keys fit into the last tile of a window, if that is not full: packed rows see fewer keys.
     packed = is_short(problem.window) or F.leading != "" or few_tokens(problem)
     pack = 1 if F.interleaved else pack_heads(F, packed, 64)
-    return replace(launch, pack=pack, box_rows=box_rows(F, launch.block_n), uniform=problem.cu_seqlens_q is None)
+    launch = one_pass(F, problem, pack) or looped_launch(F, problem)
+    return replace(launch, pack=pack, box_rows=box_rows(F, launch), uniform=problem.cu_seqlens_q is None)
+
+
+def looped_launch(F: Features, problem: Problem) -> HopperLaunch:
+    """For row tiles that may see any number of key tiles."""
+    keys = keys_in_sight(problem, 128)
+    few = keys <= (FEW_PAGED_KEYS if F.page_size else FEW_KEYS)
+    if F.head_dim > 128:
+        return HopperLaunch(64, 2, 1)
+    if few and F.head_dim > 64:
+        return HopperLaunch(
+            64, 2, 2, consumers=1, programs=2, consumer_registers=216, producer_registers=40, registers=128
+        )
+    if keys <= VERY_FEW_KEYS:
+        return HopperLaunch(32, 3, 2, consumers=1, programs=4, consumer_registers=104, registers=64)
+    if few:
+        return HopperLaunch(64, 2, 2, consumers=1, programs=3, consumer_registers=136, registers=80)
+    return HopperLaunch(128, 2 if F.head_dim > 64 else 4, 2)
 
 
 def few_tokens(problem: Problem) -> bool:
@@ -308,9 +335,11 @@ BOX_ROWS = 64
 """Keys that are fetched at once at most: fewer than a tile, so that what nobody sees of a tile is not fetched."""
 
 
-def box_rows(F: Features, block_n: int) -> int:
-    """Keys that are fetched at once: of a page, the largest power of two that divides it."""
-    return min(block_n, BOX_ROWS, F.page_size & -F.page_size or BOX_ROWS)
+def box_rows(F: Features, launch: HopperLaunch) -> int:
+    """Keys that are fetched at once: of a page, the largest power of two that divides it, and no more than a tile."""
+    if F.page_size == 0:
+        return min(launch.block_n, BOX_ROWS)
+    return min(launch.first_n or launch.block_n, BOX_ROWS, F.page_size & -F.page_size)
 
 
 @dataclass(frozen=True)

@@ -140,12 +140,13 @@ def _around_tile(now: Present) -> Iterator[Candidate]:
 def _around_hopper(now: Present) -> Iterator[Candidate]:
     row: HopperLaunch = now.call.args["C"]
     axes = {
-        "block_n": _doubled(row.block_n, 32, 256),
+        "block_n": (row.block_n,) if row.first_n else _doubled(row.block_n, 32, 256),  # one pass holds all keys
         "stages": _beside(row.stages, 2),  # one stage would overlap nothing
         "q_stages": _beside(row.q_stages, 1),
     }
     for name, values in _rows(axes):
-        launch = replace(row, **values, box_rows=box_rows(now.features, values["block_n"]))
+        launch = replace(row, **values)
+        launch = replace(launch, box_rows=box_rows(now.features, launch))
         yield Candidate(name, Tuning(hopper=launch), f"launch = {_spelled_hopper(launch)}  # {now.source}")
 
 

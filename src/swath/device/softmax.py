@@ -22,14 +22,26 @@ def step(s, scale, m, l, BY_ROW: tl.constexpr = False):
     Returns p [M, N], the new m and l, and the factor for what came before. Scaling inside the exponent is one fused
     multiply-add an element.
     """
-    m_new = tl.maximum(m, tl.max(s, 1) * scale)
-    p = tl.exp2(s * (scale[:, None] if BY_ROW else scale) - m_new[:, None])
+    m_new = highest(s, scale, m)
+    p = powers(s, scale, m_new, BY_ROW)
     alpha = tl.exp2(m - m_new)
     if len(l.shape) == 2:
         columns = tl.reshape(p, (p.shape[0], p.shape[1] // l.shape[1], l.shape[1]))
         return p, m_new, l * alpha[:, None] + tl.sum(columns, 1), alpha
     else:
         return p, m_new, l * alpha + tl.sum(p, 1), alpha
+
+
+@triton.jit
+def highest(s, scale, m):
+    """The maximum m after a tile of scores."""
+    return tl.maximum(m, tl.max(s, 1) * scale)
+
+
+@triton.jit
+def powers(s, scale, m, BY_ROW: tl.constexpr = False):
+    """p of a tile of scores against the maximum m."""
+    return tl.exp2(s * (scale[:, None] if BY_ROW else scale) - m[:, None])
 
 
 @triton.jit
@@ -61,6 +73,13 @@ def add_sink(m, l, sink):
     """The state with a sink logit (natural units) in the denominator, and the factor of its accumulator."""
     m, l, weight, _ = merge(m, l, sink / LN_2, 1.0)
     return m, l, weight
+
+
+@triton.jit
+def sink_alone(sink):
+    """The state (m, l) of a row that has seen nothing but its sink logit."""
+    m = tl.maximum(sink / LN_2, FLOOR)
+    return m, tl.exp2(sink / LN_2 - m)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from swath.features import Features
 from swath.launch import Tuning, hopper_launch, tile_slots
 from swath.problem import Problem
-from swath.schedules.hopper_feed import BOX_COLUMNS, CONSUMER_ROWS
+from swath.schedules.hopper_rings import BOX_COLUMNS, CONSUMER_ROWS
 from swath.schedules.hopper_tiles import hopper_tile_kernel
 from swath.schedules.launcher import KernelCall, Operands, Plan
 from swath.target import Target
@@ -30,7 +30,7 @@ class BoxedCall(KernelCall):
     def boxed(self, parameter: str) -> str | None:
         """The operand that a parameter takes as boxes, if it does."""
         name = parameter.removesuffix("_desc")
-        return self.sources.get(name, name) if parameter != name else None
+        return self.sources.get(name, name) if name != parameter and name in self.boxes else None
 
     def arguments(self, operands: Operands) -> dict[str, Any]:
         """All arguments of the kernel by name."""
@@ -69,7 +69,11 @@ def add_hopper_tiles(
     steps, slots = tile_slots(problem, launch.consumers * rows // launch.pack)
     num_tiles = slots * (F.kv_heads * F.group // launch.pack)
     plan.scratch.add("counter", torch.int32, 1, zeroed=True)  # programs draw their tiles from it
-    key_box = (1, 1, launch.box_rows)
+    boxes: dict[str, tuple[int, ...]] = {"q": (1, rows // launch.pack, launch.pack)}
+    boxes |= dict.fromkeys("kv", (1, 1, launch.box_rows))
+    if launch.first_n:
+        boxes |= dict.fromkeys(("first_k", "first_v"), (1, 1, min(launch.first_n, launch.box_rows)))
+        sources = {"first_k": sources.get("k", "k"), "first_v": sources.get("v", "v")} | sources
     plan.calls.append(
         BoxedCall(
             hopper_tile_kernel,
@@ -77,6 +81,6 @@ def add_hopper_tiles(
             args | {"steps": steps, "num_tiles": num_tiles, "C": launch},
             {"num_warps": 4} | ({"maxnreg": launch.registers} if launch.registers else {}),
             sources,
-            boxes={"q": (1, rows // launch.pack, launch.pack), "k": key_box, "v": key_box},
+            boxes=boxes,
         )
     )

@@ -16,29 +16,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from swath.device.cache import table_row
 from swath.device.window import band_of
 from swath.schedules.gluon_names import load_box, reinterpret
+from swath.schedules.hopper_rings import BOX_COLUMNS, CONSUMER_ROWS, Place, Ring, keys_of, nth, pass_on, stage_of
 from swath.schedules.query import leading_of, q_head_of, sequence_of
 from swath.schedules.tiles import sequence_at
-from swath.schedules.walk import interior_tiles, key_at, plan_walk, seen_by_any
-
-CONSUMER_ROWS = gl.constexpr(64)
-BOX_COLUMNS = gl.constexpr(64)  # of 16 bits: the widest box with a 128-byte swizzle
-
-
-class Ring(NamedTuple):
-    """Stages in shared memory with the barriers that say "full" and "empty"."""
-
-    stages: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
-
-
-class Rings(NamedTuple):
-    """What the producer fills and the consumers empty."""
-
-    q: Ring
-    k: Ring
-    v: Ring
-    places: Ring
+from swath.schedules.walk import Walk, interior_tiles, key_at, plan_walk, seen_by_any
 
 
 class Batch(NamedTuple):
@@ -58,20 +39,6 @@ class Batch(NamedTuple):
     num_pages: gl.tensor
     table_stride: gl.tensor
     num_tiles: gl.tensor
-
-
-class Place(NamedTuple):
-    """Which rows a tile number stands for, as the producer reads it and passes it on."""
-
-    t: gl.tensor
-    b: gl.tensor
-    begin: gl.tensor  # the first query token, of q_len
-    q_len: gl.tensor
-    token: gl.tensor  # the row of the sequence's first query token
-    start: gl.tensor  # its position
-    kv_len: gl.tensor
-    key_row: gl.tensor
-    leading: gl.tensor
 
 
 class Tile(NamedTuple):
@@ -114,8 +81,11 @@ def tile_of(place, batch, F: gl.constexpr, C: gl.constexpr):
     first = place.start + place.begin
     last = place.start + gl.minimum(place.begin + POSITIONS, place.q_len) - 1
     band = band_of(first, last, place.kv_len, batch.size, place.leading, F)
-    walk = plan_walk(band, C.box_rows, key_align(F, C), C.block_n)
-    interior, interior_end = interior_tiles(band, walk, first, last, batch.size, F, C.block_n)
+    KEYS: gl.constexpr = C.block_n + C.first_n
+    walk = plan_walk(band, C.box_rows, key_align(F, C), KEYS)
+    if C.first_n > 0:  # a row tile without keys gets zeros to see, and no branch of its own
+        walk = Walk(walk.lead, walk.gap, 1)
+    interior, interior_end = interior_tiles(band, walk, first, last, batch.size, F, KEYS)
     return Tile(place, head, kv_head, band, walk, interior, interior_end)
 
 
@@ -140,18 +110,33 @@ def key_tile(j, tile, F: gl.constexpr, C: gl.constexpr):
     count there.
     """
     walk = tile.walk
-    top = walk.total - tile.interior_end
-    i = gl.where(j < top, walk.total - 1 - j, tile.interior - 1 - (j - top))
+    above = walk.total - tile.interior_end
+    i = gl.where(j < above, walk.total - 1 - j, tile.interior - 1 - (j - above))
     i = gl.where(j < masked_tiles(tile), i, tile.interior_end - 1 - (j - masked_tiles(tile)))
     x = i * C.block_n
-    ALIGN: gl.constexpr = key_align(F, C)
-    end = (tile.band.right + ALIGN - 1) // ALIGN * ALIGN - walk.gap
-    moved = gl.maximum(gl.minimum(x, end - C.block_n), walk.lead)
+    moved = gl.maximum(gl.minimum(x, list_end(tile, F, C) - C.block_n), walk.lead)
     return gl.where(x < walk.lead, x, moved), x
 
 
 @gluon.jit
-def produce(q_desc, k_desc, v_desc, counter, cut_loaded, rings, batch, F: gl.constexpr, C: gl.constexpr):
+def list_end(tile, F: gl.constexpr, C: gl.constexpr):
+    """Where the list of keys ends: with the band, or with a box of a page."""
+    ALIGN: gl.constexpr = key_align(F, C)
+    return (tile.band.right + ALIGN - 1) // ALIGN * ALIGN - tile.walk.gap
+
+
+@gluon.jit
+def first_tile(tile, F: gl.constexpr, C: gl.constexpr):
+    """Where the narrow tile of a row tile in one pass begins: it ends with the list of keys.
+
+    The other tile is the places before ``C.block_n``. Those from there on are new in the narrow one, which begins as
+    early as it does so that no row of it is one that nobody may see.
+    """
+    return gl.maximum(list_end(tile, F, C) - C.first_n, 0)
+
+
+@gluon.jit
+def produce(sources, counter, cut_loaded, rings, batch, F: gl.constexpr, C: gl.constexpr):
     """The producer: draws tiles and passes those with rows on, with their query rows and key tiles as room allows."""
     passed = 0
     rows = 0
@@ -166,35 +151,67 @@ def produce(q_desc, k_desc, v_desc, counter, cut_loaded, rings, batch, F: gl.con
             passed += 1
             tile = tile_of(place, batch, F, C)
             if tile.walk.total > 0:
-                load_queries(rows, tile, q_desc, rings.q, F, C)
+                load_queries(rows, tile, sources.q, rings.q, F, C)
+                cuts = load_keys(n, cuts, tile, sources, cut_loaded, rings, batch, F, C)
                 rows += 1
-                cuts = load_keys(n, cuts, tile, k_desc, v_desc, cut_loaded, rings, batch, F, C)
                 n += tile.walk.total
         t = gl.max(drawn, 0) + gl.num_programs(0)
     pass_on(passed, rings.places, Place(t, t, t, t, t, t, t, t, t))
 
 
+class Part(NamedTuple):
+    """A tile to load: where in the list it begins, the page of each box, its source, and the rings that take it."""
+
+    start: gl.tensor
+    page: gl.tensor
+    k_desc: gl.tensor
+    v_desc: gl.tensor
+    k: Ring
+    v: Ring
+
+
 @gluon.jit
-def load_keys(n, cuts, tile, k_desc, v_desc, cut_loaded, rings, batch, F: gl.constexpr, C: gl.constexpr):
-    """Ask for all key tiles of a row tile, of which ``n`` were before; counts those that an edge cuts."""
-    start, _ = key_tile(0, tile, F, C)
-    page = box_pages(start, tile, 1, batch, F, C)
-    for j in range(tile.walk.total):
-        next_start, _ = key_tile(gl.minimum(j + 1, tile.walk.total - 1), tile, F, C)
-        ahead = box_pages(next_start, tile, 1, batch, F, C)
-        k_full = rings.k.full.index((n + j) % C.stages)
-        v_full = rings.v.full.index((n + j) % C.stages)
-        load_tile(n + j, start, page, tile, k_desc, rings.k, k_full, F, C)
-        if cuts_a_box(start, tile, F, C):
-            load_tile(n + j, start, page, tile, v_desc, rings.v, cut_loaded, F, C)
-            mbarrier.wait(cut_loaded, cuts & 1)
-            cuts += 1
-            clear_hidden(n + j, start, tile, rings.v, F, C)
-            mbarrier.arrive(v_full, count=1)
-        else:
-            load_tile(n + j, start, page, tile, v_desc, rings.v, v_full, F, C)
-        start = next_start
-        page = ahead
+def load_keys(n, cuts, tile, sources, cut_loaded, rings, batch, F: gl.constexpr, C: gl.constexpr):
+    """Ask for all key tiles of a row tile; ``n`` key tiles, ``cuts`` of them cut, were before."""
+    if C.first_n > 0:
+        start = first_tile(tile, F, C)
+        page = box_pages(start, tile, C.first_n, 1, batch, F, C)
+        first = Part(start, page, sources.first_k, sources.first_v, rings.first_k, rings.first_v)
+        page = box_pages(0, tile, C.block_n, 1, batch, F, C)
+        wide = Part(0, page, sources.k, sources.v, rings.k, rings.v)
+        cuts = load_pair(n, cuts, (first, wide), tile, cut_loaded, F, C)
+    else:
+        start, _ = key_tile(0, tile, F, C)
+        page = box_pages(start, tile, C.block_n, 1, batch, F, C)
+        for j in range(tile.walk.total):
+            next_start, _ = key_tile(gl.minimum(j + 1, tile.walk.total - 1), tile, F, C)
+            ahead = box_pages(next_start, tile, C.block_n, 1, batch, F, C)
+            parts = (Part(start, page, sources.k, sources.v, rings.k, rings.v),)
+            cuts = load_pair(n + j, cuts, parts, tile, cut_loaded, F, C)
+            start = next_start
+            page = ahead
+    return cuts
+
+
+@gluon.jit
+def load_pair(n, cuts, parts, tile, cut_loaded, F: gl.constexpr, C: gl.constexpr):
+    """Ask for the K and the V of key tiles that share the ``n``-th stage; counts the times that an edge cuts them."""
+    k, v = stage_of(parts[0].k, n), stage_of(parts[0].v, n)
+    mbarrier.wait(k.empty, k.phase ^ 1)
+    load_tiles(n, parts, False, tile, k.full, F, C)
+    cut = tile.head < 0
+    for i in gl.static_range(len(parts)):
+        cut |= cuts_a_box(parts[i].start, tile, parts[i].v, F)
+    mbarrier.wait(v.empty, v.phase ^ 1)
+    if cut:
+        load_tiles(n, parts, True, tile, cut_loaded, F, C)
+        mbarrier.wait(cut_loaded, cuts & 1)
+        cuts += 1
+        for i in gl.static_range(len(parts)):
+            clear_hidden(n, parts[i].start, tile, parts[i].v, F)
+        mbarrier.arrive(v.full, count=1)
+    else:
+        load_tiles(n, parts, True, tile, v.full, F, C)
     return cuts
 
 
@@ -221,37 +238,50 @@ def load_queries(n, tile, q_desc, ring, F: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def box_pages(start, tile, WARPS: gl.constexpr, batch, F: gl.constexpr, C: gl.constexpr):
-    """The page of each box of a key tile, one a lane (the same in each warp); -1, which reads as zeros, where no row
-    sees the box. Dense keys are page 0.
+def box_pages(start, tile, KEYS: gl.constexpr, WARPS: gl.constexpr, batch, F: gl.constexpr, C: gl.constexpr):
+    """The page of each box of a tile of ``KEYS`` keys, one a lane (the same in each warp). Dense keys are page 0.
+
+    It is -1, which reads as zeros, where no row sees the box.
     """
     if F.page_size == 0:
         return 0
     else:
         lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
         pos = key_at(start + lane * C.box_rows, tile.walk, F)
-        wanted = some_seen(pos, pos + C.box_rows, tile.band) & (lane < C.block_n // C.box_rows)
+        wanted = some_seen(pos, pos + C.box_rows, tile.band) & (lane < KEYS // C.box_rows)
         entries, _ = table_row(batch.table, batch.indptr, tile.place.b, batch.table_stride, batch.max_pages)
         return gl.load(entries + pos // F.page_size, mask=wanted, other=-1)
 
 
 @gluon.jit
-def load_tile(n, start, page, tile, desc, ring, full, F: gl.constexpr, C: gl.constexpr):
-    """Ask for one key tile of K or V, box by box, once its stage is empty; ``full`` then counts its bytes."""
-    slot = n % C.stages
-    mbarrier.wait(ring.empty.index(slot), ((n // C.stages) & 1) ^ 1)
-    mbarrier.expect(full, C.block_n * F.head_dim * 2)
+def load_tiles(n, parts, VALUES: gl.constexpr, tile, full, F: gl.constexpr, C: gl.constexpr):
+    """Ask for the key tiles of an empty stage, of K or of V, box by box; ``full`` then counts their bytes."""
+    mbarrier.expect(full, (C.block_n + C.first_n) * F.head_dim * 2)
+    for i in gl.static_range(len(parts)):
+        part = parts[i]
+        if VALUES:
+            load_boxes(n, part.start, part.page, tile, part.v_desc, part.v, full, F)
+        else:
+            load_boxes(n, part.start, part.page, tile, part.k_desc, part.k, full, F)
+
+
+@gluon.jit
+def load_boxes(n, start, page, tile, desc, ring, full, F: gl.constexpr):
+    """Ask for the boxes of one key tile."""
+    STAGES: gl.constexpr = ring.full.shape[0]
+    slot = n % STAGES
     HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
-    BOXES: gl.constexpr = C.block_n // C.box_rows
+    ROWS: gl.constexpr = ring.stages.shape[1]
+    BOXES: gl.constexpr = keys_of(ring.stages.shape, ring.full.shape, F) // ROWS
     # Not static: what does not depend on i is then found once before it is unrolled, a fifth fewer instructions.
     for i in range(BOXES):
-        pos = key_at(start + i * C.box_rows, tile.walk, F)
+        pos = key_at(start + i * ROWS, tile.walk, F)
         if F.page_size > 0:
             row = (pos.to(gl.uint32) % F.page_size).to(gl.int32)
         else:
             row = tile.place.key_row + pos
         if F.page_size == 0:
-            entry = gl.where(some_seen(pos, pos + C.box_rows, tile.band), page, -1)
+            entry = gl.where(some_seen(pos, pos + ROWS, tile.band), page, -1)
         else:
             entry = nth(page, i)
         for half in gl.static_range(HALVES):
@@ -261,44 +291,44 @@ def load_tile(n, start, page, tile, desc, ring, full, F: gl.constexpr, C: gl.con
 
 
 @gluon.jit
-def clear_hidden(n, start, tile, ring, F: gl.constexpr, C: gl.constexpr):
+def clear_hidden(n, start, tile, ring, F: gl.constexpr):
     """Zero the rows of a loaded V tile that no row sees: what stands there, NaN too, must not meet a p of 0."""
     HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
     ROWS: gl.constexpr = 8
-    CHUNKS: gl.constexpr = C.block_n // ROWS
+    CHUNKS: gl.constexpr = keys_of(ring.stages.shape, ring.full.shape, F) // ROWS
+    STAGES: gl.constexpr = ring.full.shape[0]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     chunks = reinterpret(
-        ring.stages, ring.stages.dtype, [C.stages * HALVES * CHUNKS, ROWS, BOX_COLUMNS], ring.stages.layout
+        ring.stages, ring.stages.dtype, [STAGES * HALVES * CHUNKS, ROWS, BOX_COLUMNS], ring.stages.layout
     )
     for i in range(CHUNKS):
         pos = key_at(start + i * ROWS, tile.walk, F)
         if not all_seen(pos, pos + ROWS, tile.band):
             seen = seen_by_any(pos + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), tile.band)
             for half in gl.static_range(HALVES):
-                chunk = chunks.index(((n % C.stages) * HALVES + half) * CHUNKS + i)
+                chunk = chunks.index(((n % STAGES) * HALVES + half) * CHUNKS + i)
                 chunk.store(gl.where(seen[:, None], chunk.load(LAYOUT), 0.0))
     fence_async_shared()
 
 
 @gluon.jit
-def cuts_a_box(start, tile, F: gl.constexpr, C: gl.constexpr):
-    """Whether an edge of the visible keys runs through a box of a key tile, and not only between its boxes."""
-    BOXES: gl.constexpr = C.block_n // C.box_rows
+def cuts_a_box(start, tile, ring, F: gl.constexpr):
+    """Whether an edge of the visible keys runs through a box of a tile, not only between its boxes."""
+    ROWS: gl.constexpr = ring.stages.shape[1]
+    BOXES: gl.constexpr = keys_of(ring.stages.shape, ring.full.shape, F) // ROWS
     if BOXES <= 2:
-        cut = box_is_cut(start, tile, F, C)
-        return cut | box_is_cut(start + C.block_n - C.box_rows, tile, F, C)
+        return box_is_cut(start, tile, ROWS, F) | box_is_cut(start + (BOXES - 1) * ROWS, tile, ROWS, F)
     else:  # a box a lane
         lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
-        cut = box_is_cut(start + lane * C.box_rows, tile, F, C) & (lane < BOXES)
+        cut = box_is_cut(start + lane * ROWS, tile, ROWS, F) & (lane < BOXES)
         return gl.max(cut.to(gl.int32), 0) != 0
 
 
 @gluon.jit
-def box_is_cut(start, tile, F: gl.constexpr, C: gl.constexpr):
+def box_is_cut(start, tile, ROWS: gl.constexpr, F: gl.constexpr):
     """Whether of the box at place ``start`` of the list of keys some rows are seen, and some not."""
     pos = key_at(start, tile.walk, F)
-    end = pos + C.box_rows
-    return some_seen(pos, end, tile.band) & (all_seen(pos, end, tile.band) == 0)
+    return some_seen(pos, pos + ROWS, tile.band) & (all_seen(pos, pos + ROWS, tile.band) == 0)
 
 
 @gluon.jit
@@ -327,74 +357,3 @@ def draw(counter):
     """
     address = gl.full((32,), 0, gl.int64, layout=gl.BlockedLayout([1], [32], [1], [0])) + counter.to(gl.int64)
     return gl.inline_asm_elementwise(DRAW, "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def pass_on(n, places, place):
-    """Producer: tell the consumers their ``n``-th place."""
-    slot = n % 2
-    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    value = lane * 0
-    for i in gl.static_range(len(place)):
-        value = gl.where(lane == i, place[i], value)
-    mbarrier.wait(places.empty.index(slot), ((n // 2) & 1) ^ 1)
-    places.stages.index(slot).store(value)
-    mbarrier.arrive(places.full.index(slot), count=1)
-
-
-@gluon.jit
-def receive(n, places):
-    """Consumer: the ``n``-th place."""
-    slot = n % 2
-    mbarrier.wait(places.full.index(slot), (n // 2) & 1)
-    value = places.stages.index(slot).load(gl.BlockedLayout([1], [32], [4], [0]))
-    mbarrier.arrive(places.empty.index(slot), count=1)
-    return Place(
-        nth(value, 0), nth(value, 1), nth(value, 2), nth(value, 3), nth(value, 4), nth(value, 5), nth(value, 6),
-        nth(value, 7), nth(value, 8),
-    )  # fmt: skip
-
-
-@gluon.jit
-def nth(x, i):
-    """Element ``i`` of a vector of 32."""
-    return gl.max(gl.where(gl.arange(0, 32, layout=x.type.layout) == i, x, -2147483648), 0)
-
-
-@gluon.jit
-def as_tiles(ring, tiles: gl.constexpr, rows: gl.constexpr, F: gl.constexpr):
-    """The ring as tensor cores read it: boxes of 64 columns, one block of columns after the other, make a tile."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, F.head_dim], ring.stages.dtype)
-    stages = reinterpret(ring.stages, ring.stages.dtype, [tiles, rows, F.head_dim], LAYOUT)
-    return Ring(stages, ring.full, ring.empty)
-
-
-@gluon.jit
-def new_ring(
-    stages: gl.constexpr, boxes: gl.constexpr, rows: gl.constexpr, consumers: gl.constexpr, DTYPE: gl.constexpr
-):
-    """Shared memory for ``stages`` of ``boxes`` boxes of ``rows`` rows, filled by one producer."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, BOX_COLUMNS], DTYPE)
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    ring = Ring(
-        gl.allocate_shared_memory(DTYPE, [stages * boxes, rows, BOX_COLUMNS], LAYOUT),
-        gl.allocate_shared_memory(gl.int64, [stages, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int64, [stages, 1], BARRIER),
-    )
-    for i in gl.static_range(stages):
-        mbarrier.init(ring.full.index(i), count=1)
-        mbarrier.init(ring.empty.index(i), count=consumers)
-    return ring
-
-
-@gluon.jit
-def new_places(consumers: gl.constexpr):
-    """Shared memory for the places that the producer passes on."""
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    slots = gl.allocate_shared_memory(gl.int32, [2, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    for i in gl.static_range(2):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=consumers)
-    return Ring(slots, full, empty)

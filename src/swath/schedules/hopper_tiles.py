@@ -1,9 +1,10 @@
 """Tiles on Hopper: a producer warp streams K and V through shared memory, one or two warpgroups attend 64 rows each.
 
 The tiles are those of tiles.py; what differs is how the time is filled. The producer (hopper_feed.py) keeps rings of
-query and key tiles full. A consumer asks for the scores of one key tile and, while the tensor cores still multiply the
-last tile's p with its V, runs the softmax of this one: the pipeline of FlashAttention-3. As many programs as fit run
-from the start to the end of the launch and draw row tiles, longest first, so that none waits for another.
+query and key tiles full. A consumer asks for the scores of one key tile and, while the tensor cores still multiply
+the last tile's p with its V, runs the softmax of this one: the pipeline of FlashAttention-3. Where two tiles hold all
+keys that rows see, it takes both at once, and programs fill one another's gaps (``attend_once``). As many programs as
+fit run from the start to the end of the launch and draw row tiles, longest first, so that none waits for another.
 """
 
 from __future__ import annotations
@@ -20,28 +21,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from swath.device.cache import table_row
-from swath.device.softmax import FLOOR, add_sink, finish, soft_cap, step
-from swath.device.window import reach_of
-from swath.schedules.hopper_feed import (
+from swath.device.softmax import FLOOR, finish, highest, powers, sink_alone, step
+from swath.device.window import interior_of, reach_of
+from swath.schedules.hopper_feed import Batch, first_tile, key_tile, masked_tiles, produce, tile_of
+from swath.schedules.hopper_masks import cut_scores, masked_scores
+from swath.schedules.hopper_rings import (
     BOX_COLUMNS,
     CONSUMER_ROWS,
-    Batch,
     Rings,
+    Sources,
     as_tiles,
-    box_pages,
-    key_tile,
-    masked_tiles,
+    beside,
     new_places,
     new_ring,
-    produce,
     receive,
-    tile_of,
+    stage_of,
 )
 from swath.schedules.query import q_head_of, row_offsets
 from swath.schedules.walk import listed
-
-NOWHERE = gl.constexpr(1 << 30)
-"""A place in the list of keys that no row sees."""
 
 
 class Output(NamedTuple):
@@ -56,10 +53,15 @@ class Output(NamedTuple):
 
 
 class Query(NamedTuple):
-    """The query rows of a consumer, whom they see, how their scores are made, and whether every page in sight lives."""
+    """The query rows of a consumer, whom they see, how their scores are made, and whether every page in sight lives.
+
+    All rows see the keys at places ``from_all .. to_all - 1`` of the list.
+    """
 
     q: gl.shared_memory_descriptor
     reach: gl.tensor
+    from_all: gl.tensor
+    to_all: gl.tensor
     scale_log2: gl.tensor
     cap_log2: gl.tensor
     clean: gl.tensor
@@ -69,12 +71,17 @@ class Query(NamedTuple):
 def consume(c: gl.constexpr, output, scale_log2, cap_log2, rings, batch, F: gl.constexpr, C: gl.constexpr):
     """A consumer: 64 rows of every tile of this program over all its key tiles."""
     POSITIONS: gl.constexpr = CONSUMER_ROWS // C.pack
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_n, 16])
+    SCORES: gl.constexpr = score_layout(C.block_n, C)
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.head_dim, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     q_ring = as_tiles(rings.q, C.q_stages * C.consumers, CONSUMER_ROWS, F)
     k_ring = as_tiles(rings.k, C.stages, C.block_n, F)
     v_ring = as_tiles(rings.v, C.stages, C.block_n, F)
+    first_k, first_v = None, None
+    if C.first_n > 0:
+        first_k = as_tiles(rings.first_k, C.stages, C.first_n, F)
+        first_v = as_tiles(rings.first_v, C.stages, C.first_n, F)
+    tiles = Rings(q_ring, k_ring, v_ring, first_k, first_v, rings.places)
     i = gl.arange(0, CONSUMER_ROWS, layout=ROW)
     passed = 0
     rows = 0
@@ -83,18 +90,23 @@ def consume(c: gl.constexpr, output, scale_log2, cap_log2, rings, batch, F: gl.c
     while place.t < batch.num_tiles:
         tile = tile_of(place, batch, F, C)
         begin = place.begin + c * POSITIONS
-        m = gl.full((CONSUMER_ROWS,), FLOOR, gl.float32, layout=ROW)
-        l = gl.full((CONSUMER_ROWS,), 0.0, gl.float32, layout=ROW)
+        m, l = nothing_seen(i, tile, output.sink, F, C)
         acc = gl.full((CONSUMER_ROWS, F.head_dim), 0.0, gl.float32, layout=VALUES)
         if tile.walk.total > 0:
             slot = rows % C.q_stages
-            reach = reach_of(place.start + begin + i // C.pack, tile.band, batch.size, place.leading, F)
+            first = place.start + begin
+            reach = reach_of(first + i // C.pack, tile.band, batch.size, place.leading, F)
             reach = listed(reach, tile.walk)
+            from_all, to_all = interior_of(tile.band, first, first + POSITIONS - 1, batch.size, F)
             query = Query(
-                q_ring.stages.index(slot * C.consumers + c), reach, scale_log2, cap_log2, all_live(tile, batch, F)
-            )
+                q_ring.stages.index(slot * C.consumers + c), reach, from_all - tile.walk.gap, to_all - tile.walk.gap,
+                scale_log2, cap_log2, all_live(tile, batch, F),
+            )  # fmt: skip
             mbarrier.wait(q_ring.full.index(slot), (rows // C.q_stages) & 1)
-            m, l, acc = attend(n, (m, l, acc), query, q_ring.empty.index(slot), k_ring, v_ring, tile, batch, F, C)
+            if C.first_n > 0:
+                m, l, acc = attend_once(rows, (m, l, acc), query, tiles, tile, batch, F, C)
+            else:
+                m, l, acc = attend(n, rows, (m, l, acc), query, tiles, tile, batch, F, C)
             n += tile.walk.total
             rows += 1
         finish_rows((m, l, acc), tile, begin, output, batch, F, C)
@@ -103,32 +115,71 @@ def consume(c: gl.constexpr, output, scale_log2, cap_log2, rings, batch, F: gl.c
 
 
 @gluon.jit
-def attend(n, state, query, q_empty, k_ring, v_ring, tile, batch, F: gl.constexpr, C: gl.constexpr):
-    """The state (m, l, acc) of rows after all key tiles of a row tile; ``n`` key tiles were in the ring before."""
+def attend(n, rows, state, query, rings, tile, batch, F: gl.constexpr, C: gl.constexpr):
+    """The state (m, l, acc) of rows after all key tiles; ``n`` key tiles of ``rows`` row tiles were before."""
     m, l, acc = state
-    slot = n % C.stages
-    mbarrier.wait(k_ring.full.index(slot), (n // C.stages) & 1)
-    s = warpgroup_mma_wait(0, deps=[score(query.q, k_ring.stages.index(slot), C)])
-    mbarrier.arrive(k_ring.empty.index(slot), count=1)
-    s, scale = masked_scores(s, 0, query, tile, batch, True, F, C)
+    k = stage_of(rings.k, n)
+    start, fresh = key_tile(0, tile, F, C)
+    mbarrier.wait(k.full, k.phase)
+    s = warpgroup_mma_wait(0, deps=[score(query.q, k.tile, C)])
+    mbarrier.arrive(k.empty, count=1)
+    s, scale = masked_scores(s, start, fresh, query, tile, batch, True, F, C)
     p, m, l, _ = step(s, scale, m, l)
     masked = gl.maximum(gl.where(query.clean, masked_tiles(tile), tile.walk.total), 1)
-    p, m, l, acc = overlap(1, masked, n, p, (m, l, acc), query, k_ring, v_ring, tile, batch, True, F, C)
-    p, m, l, acc = overlap(masked, tile.walk.total, n, p, (m, l, acc), query, k_ring, v_ring, tile, batch, False, F, C)
-    mbarrier.arrive(q_empty, count=1)
-    last = n + tile.walk.total - 1
-    slot = last % C.stages
-    mbarrier.wait(v_ring.full.index(slot), (last // C.stages) & 1)
-    values = warpgroup_mma(operand(p, acc, v_ring.stages.dtype), v_ring.stages.index(slot), acc, is_async=True)
+    p, m, l, acc = overlap(1, masked, n, p, (m, l, acc), query, rings, tile, batch, True, F, C)
+    p, m, l, acc = overlap(masked, tile.walk.total, n, p, (m, l, acc), query, rings, tile, batch, False, F, C)
+    mbarrier.arrive(rings.q.empty.index(rows % C.q_stages), count=1)
+    v = stage_of(rings.v, n + tile.walk.total - 1)
+    mbarrier.wait(v.full, v.phase)
+    values = warpgroup_mma(operand(p, acc, v.tile.dtype), v.tile, acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[values])
-    mbarrier.arrive(v_ring.empty.index(slot), count=1)
+    mbarrier.arrive(v.empty, count=1)
     return m, l, acc
 
 
 @gluon.jit
-def overlap(
-    first, end, n, p, state, query, k_ring, v_ring, tile, batch, MASKED: gl.constexpr, F: gl.constexpr, C: gl.constexpr
-):
+def attend_once(rows, state, query, rings, tile, batch, F: gl.constexpr, C: gl.constexpr):
+    """The same where a narrow tile and the two halves of a wide one hold all keys in sight: all scores, then all p.
+
+    Nothing is scaled again, and the accumulator does not exist yet while the scores do, so small programs have
+    registers enough. ``rows`` counts the tiles of every ring.
+    """
+    m, l, acc = state
+    HALF: gl.constexpr = C.block_n // 2
+    k_first, k = stage_of(rings.first_k, rows), stage_of(rings.k, rows)
+    v_first, v = stage_of(rings.first_v, rows), stage_of(rings.v, rows)
+    mbarrier.wait(k.full, k.phase)
+    first = score(query.q, k_first.tile, C)
+    near = score(query.q, k.tile.slice(HALF, HALF), C)
+    far = score(query.q, k.tile.slice(0, HALF), C)
+    first, near, far = warpgroup_mma_wait(0, deps=[first, near, far])
+    mbarrier.arrive(k.empty, count=1)
+    mbarrier.arrive(rings.q.empty.index(rows % C.q_stages), count=1)
+    first, scale = cut_scores(first, first_tile(tile, F, C), C.block_n, query, tile, batch, F, C)
+    near, _ = cut_scores(near, HALF, 0, query, tile, batch, F, C)
+    far, _ = cut_scores(far, 0, 0, query, tile, batch, F, C)
+    NARROW: gl.constexpr = gl.SliceLayout(1, first.type.layout)
+    m_new = gl.convert_layout(highest(first, scale, gl.convert_layout(m, NARROW)), m.type.layout)
+    m_new = highest(gl.maximum(near, far), scale, m_new)
+    first = powers(first, scale, gl.convert_layout(m_new, NARROW))
+    near, far = powers(near, scale, m_new), powers(far, scale, m_new)
+    l = l * gl.exp2(m - m_new) + gl.convert_layout(gl.sum(first, 1), m.type.layout) + gl.sum(near + far, 1)
+    first, near, far = (
+        operand(first, acc, v.tile.dtype),
+        operand(near, acc, v.tile.dtype),
+        operand(far, acc, v.tile.dtype),
+    )
+    mbarrier.wait(v.full, v.phase)
+    values = warpgroup_mma(first, v_first.tile, acc, use_acc=False, is_async=True)
+    values = warpgroup_mma(near, v.tile.slice(HALF, HALF), values, is_async=True)
+    values = warpgroup_mma(far, v.tile.slice(0, HALF), values, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[values])
+    mbarrier.arrive(v.empty, count=1)
+    return m_new, l, acc
+
+
+@gluon.jit
+def overlap(first, end, n, p, state, query, rings, tile, batch, MASKED: gl.constexpr, F: gl.constexpr, C: gl.constexpr):
     """Key tiles ``first .. end - 1``. p comes in, and goes out, waiting for the V of the tile before.
 
     So the product of p with that V runs beside the softmax of the next scores.
@@ -136,33 +187,43 @@ def overlap(
     m, l, acc = state
     OUT: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     for j in range(first, end):
-        slot = (n + j) % C.stages
-        before = (n + j - 1) % C.stages
-        phase = ((n + j - 1) // C.stages) & 1
-        p16 = operand(p, acc, v_ring.stages.dtype)
-        mbarrier.wait(k_ring.full.index(slot), ((n + j) // C.stages) & 1)
-        scores = score(query.q, k_ring.stages.index(slot), C)
-        mbarrier.wait(v_ring.full.index(before), phase)
-        values = warpgroup_mma(p16, v_ring.stages.index(before), acc, is_async=True)
+        start, fresh = key_tile(j, tile, F, C)
+        k, v = stage_of(rings.k, n + j), stage_of(rings.v, n + j - 1)
+        p16 = operand(p, acc, v.tile.dtype)
+        mbarrier.wait(k.full, k.phase)
+        scores = score(query.q, k.tile, C)
+        mbarrier.wait(v.full, v.phase)
+        values = warpgroup_mma(p16, v.tile, acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[scores])
-        s, scale = masked_scores(s, j, query, tile, batch, MASKED, F, C)
+        s, scale = masked_scores(s, start, fresh, query, tile, batch, MASKED, F, C)
         p, m, l, alpha = step(s, scale, m, l)
         # A barrier known to have passed makes a block boundary here, and the move keeps p above it: otherwise ptxas
         # hoists the wait for the product with V over the softmax, and nothing overlaps.
         p = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [p], dtype=gl.float32, is_pure=False, pack=1)
-        mbarrier.wait(v_ring.full.index(before), phase)
+        mbarrier.wait(v.full, v.phase)
         acc, p, alpha = warpgroup_mma_wait(0, deps=[values, p, alpha])
-        mbarrier.arrive(k_ring.empty.index(slot), count=1)
-        mbarrier.arrive(v_ring.empty.index(before), count=1)
+        mbarrier.arrive(k.empty, count=1)
+        mbarrier.arrive(v.empty, count=1)
         acc *= gl.convert_layout(alpha, OUT)[:, None]
     return p, m, l, acc
+
+
+@gluon.constexpr_function
+def score_layout(keys, C):
+    """The scores of 64 rows with a tile of keys. In programs for one pass an instruction makes 64 columns of them:
+
+    ptxas allows it the registers that a thread has at the start, not those that consumers are given.
+    """
+    columns = min(keys, 64) if C.first_n else keys
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 @gluon.jit
 def score(q, k, C: gl.constexpr):
     """Start the product of query rows with a key tile."""
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.block_n, 16])
-    zero = gl.full((CONSUMER_ROWS, C.block_n), 0.0, gl.float32, layout=SCORES)
+    KEYS: gl.constexpr = k.shape[0]
+    SCORES: gl.constexpr = score_layout(KEYS, C)
+    zero = gl.full((CONSUMER_ROWS, KEYS), 0.0, gl.float32, layout=SCORES)
     return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
@@ -174,61 +235,20 @@ def operand(p, acc, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def masked_scores(s, j, query, tile, batch, MASKED: gl.constexpr, F: gl.constexpr, C: gl.constexpr):
-    """Scores of the ``j``-th key tile, capped and masked, and the scale that makes them base-2."""
-    scale = query.scale_log2
-    if F.softcap:
-        s = soft_cap(s * scale, query.cap_log2)
-        scale = 1.0
-    if MASKED:
-        reach = query.reach
-        start, fresh = key_tile(j, tile, F, C)
-        column = gl.arange(0, C.block_n, layout=gl.SliceLayout(0, s.type.layout))
-        x, low = start + column, reach.low
-        if F.leading == "":
-            low = gl.maximum(low, fresh)
-        else:  # leading keys are seen below ``low``
-            x |= ((x - fresh) >> 31) & NOWHERE  # where x < fresh; as a choice it would take predicates from ``hide``
-        s = hide(s, x, low, reach.end, reach.lead, F)
-        if F.page_size > 0:
-            if not query.clean:
-                live = (live_boxes(start, tile, batch, F, C) >> (column // C.box_rows)) & 1
-                s = gl.where((live != 0)[None, :], s, float("-inf"))
-    return s, scale
-
-
-WITHIN = "{ .reg .pred seen; setp.lt.s32 seen, $2, $4; setp.ge.and.s32 seen, $2, $3, seen; "
-HIDE = gl.constexpr(WITHIN + "selp.f32 $0, $1, 0fFF800000, seen; }")
-HIDE_BUT_LEADING = gl.constexpr(WITHIN + "setp.lt.or.s32 seen, $2, $5, seen; selp.f32 $0, $1, 0fFF800000, seen; }")
-
-
-@gluon.jit
-def hide(s, x, low, end, lead, F: gl.constexpr):
-    """Scores with -inf where a row does not see a key: ``visible`` as comparisons that pass one predicate on.
-
-    The compiler keeps the results of all comparisons in registers, and spills.
-    """
-    zero = gl.zeros_like(s).to(gl.int32)
-    x, low, end, lead = zero + x[None, :], zero + low[:, None], zero + end[:, None], zero + lead[:, None]
-    CODE: gl.constexpr = HIDE_BUT_LEADING if F.leading != "" else HIDE
-    return gl.inline_asm_elementwise(
-        CODE, "=f,f,r,r,r,r", [s, x, low, end, lead], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def live_boxes(start, tile, batch, F: gl.constexpr, C: gl.constexpr):
-    """Which boxes of a key tile are in a page of the pool, one bit each."""
-    page = box_pages(start, tile, 4, batch, F, C)
-    lane = gl.arange(0, 32, layout=page.type.layout)
-    return gl.sum(gl.where((page >= 0) & (page < batch.num_pages), 1 << lane, 0), 0)
-
-
-@gluon.jit
 def q_heads(i, tile, F: gl.constexpr, C: gl.constexpr):
     """The query heads of the rows ``i`` of a consumer."""
     member = i % C.pack if C.pack > 1 else i * 0 + tile.head % F.group
     return q_head_of(tile.kv_head, member, F)
+
+
+@gluon.jit
+def nothing_seen(i, tile, sink, F: gl.constexpr, C: gl.constexpr):
+    """The state (m, l) of the rows ``i`` before any key: their sink logits, if there are any, joined it."""
+    m = gl.full((CONSUMER_ROWS,), FLOOR, gl.float32, layout=i.type.layout)
+    l = gl.full((CONSUMER_ROWS,), 0.0, gl.float32, layout=i.type.layout)
+    if sink is not None:
+        m, l = sink_alone(gl.load(sink + q_heads(i, tile, F, C)).to(gl.float32))
+    return m, l
 
 
 @gluon.jit
@@ -238,23 +258,21 @@ def finish_rows(state, tile, begin, output, batch, F: gl.constexpr, C: gl.conste
     VALUES: gl.constexpr = acc.type.layout
     WIDE: gl.constexpr = row_layout(F.head_dim)
     place, out = tile.place, output.out
-    i = gl.arange(0, CONSUMER_ROWS, layout=m.type.layout)
-    valid = begin + i // C.pack < place.q_len
-    q_head = q_heads(i, tile, F, C)
-    if output.sink is not None:
-        sink = gl.load(output.sink + q_head, mask=valid, other=0.0).to(gl.float32)
-        m, l, weight = add_sink(m, l, sink)
-        acc *= gl.convert_layout(weight, gl.SliceLayout(1, VALUES))[:, None]
     inverse, log_sum = finish(m, l)
     if output.lse is not None:
-        token = place.token + begin + i // C.pack
-        gl.store(output.lse + token * (F.kv_heads * F.group) + q_head, log_sum, mask=valid)
+        i = gl.arange(0, CONSUMER_ROWS, layout=m.type.layout)
+        row = begin + i // C.pack
+        at = (place.token + row) * (F.kv_heads * F.group) + q_heads(i, tile, F, C)
+        gl.store(output.lse + at, log_sum, mask=row < place.q_len)
     acc *= gl.convert_layout(inverse, gl.SliceLayout(1, VALUES))[:, None]
     i = gl.arange(0, CONSUMER_ROWS, layout=gl.SliceLayout(1, WIDE))
     column = gl.arange(0, F.head_dim, layout=gl.SliceLayout(0, WIDE))
-    row = begin + i // C.pack
-    heads = q_heads(i, tile, F, C)
+    # A thread's rows are 16 apart: whole positions, whatever ``pack`` is, so one address serves them all.
+    above = i % 16
+    row, heads = begin + above // C.pack, q_heads(above, tile, F, C)
     at = row_offsets(place.b, row, place.token + row, heads, output.seq, output.token, output.head, batch.cu_q)
+    at += ((i - above) // C.pack).to(gl.int64) * output.token
+    row = begin + i // C.pack
     value = gl.convert_layout(acc.to(out.dtype.element_ty), WIDE)
     gl.store(out + at[:, None] + column[None, :], value, mask=(row < place.q_len)[:, None])
 
@@ -290,8 +308,9 @@ RUN_TIME = ("leading", "size", "steps", "claimed", "num_seqs", "max_pages", "num
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def hopper_tile_kernel(
-    q_desc, k_desc, v_desc, counter, out, lse, sink, table, indptr, lens, cu_q, q_start, leading,
-    scale_log2, cap_log2, size, steps, claimed, num_seqs, max_pages, num_pages, table_stride, num_tiles,
+    q_desc, k_desc, v_desc, first_k_desc, first_v_desc, counter, out, lse, sink,
+    table, indptr, lens, cu_q, q_start, leading, scale_log2, cap_log2, size,
+    steps, claimed, num_seqs, max_pages, num_pages, table_stride, num_tiles,
     out_seq, out_token, out_head, F: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """As many programs as multiprocessors share the flat list of tiles."""
@@ -300,7 +319,12 @@ def hopper_tile_kernel(
     BOXES: gl.constexpr = C.block_n // C.box_rows
     k_ring = new_ring(C.stages, HALVES * BOXES, C.box_rows, C.consumers, q_desc.dtype)
     v_ring = new_ring(C.stages, HALVES * BOXES, C.box_rows, C.consumers, q_desc.dtype)
-    rings = Rings(q_ring, k_ring, v_ring, new_places(C.consumers))
+    first_k, first_v = None, None
+    if C.first_n > 0:
+        first_k = beside(k_ring, C.stages, HALVES, C.first_n, min(C.first_n, C.box_rows))
+        first_v = beside(v_ring, C.stages, HALVES, C.first_n, min(C.first_n, C.box_rows))
+    rings = Rings(q_ring, k_ring, v_ring, first_k, first_v, new_places(C.consumers))
+    sources = Sources(q_desc, k_desc, v_desc, first_k_desc, first_v_desc)
     cut_loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(cut_loaded, count=1)
     fence_async_shared()
@@ -316,7 +340,7 @@ def hopper_tile_kernel(
             [
                 (consume, (gl.constexpr(0), output, scale_log2, cap_log2, rings, batch, F, C)),
                 (consume, (gl.constexpr(1), output, scale_log2, cap_log2, rings, batch, F, C)),
-                (produce, (q_desc, k_desc, v_desc, counter, cut_loaded, rings, batch, F, C)),
+                (produce, (sources, counter, cut_loaded, rings, batch, F, C)),
             ],
             [4, 1],
             [consumer, producer],
@@ -325,7 +349,7 @@ def hopper_tile_kernel(
         gl.warp_specialize(
             [
                 (consume, (gl.constexpr(0), output, scale_log2, cap_log2, rings, batch, F, C)),
-                (produce, (q_desc, k_desc, v_desc, counter, cut_loaded, rings, batch, F, C)),
+                (produce, (sources, counter, cut_loaded, rings, batch, F, C)),
             ],
             [1],
             [producer],
