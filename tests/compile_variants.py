@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from swath import KVQuant, PagedKV, Window
+from swath.launch import SCRATCH_BYTES
 from swath.ops.attention import call as attention_call
 from swath.ops.paged import call as paged_call
 from swath.problem import Problem
@@ -22,7 +23,7 @@ from swath.testing import pairwise
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 
 OPTIONS: dict[str, list[str]] = {
-    "queries": ["decode", "steps", "ragged", "dense", "many steps"],
+    "queries": ["decode", "steps", "ragged", "dense", "many steps", "long ragged"],
     "storage": ["bf16", "fp16", "fp32", "int8 channel", "int8 token", "e4m3 head", "e5m2 tensor", "int8 compute"],
     "head_dim": ["128", "64", "80", "256"],
     "window": ["none", "size", "size+count", "size+tensor", "both sides"],
@@ -58,7 +59,7 @@ WINDOWS = {
 
 def problem_of(row: dict[str, str]) -> Problem:
     """A call that needs the variant; its tensors are never read."""
-    head_dim, num_seqs, group, kv_heads = int(row["head_dim"]), 2, 8, 2
+    head_dim, num_seqs, group, kv_heads, capacity = int(row["head_dim"]), 2, 8, 2, 8192
     storage, _, granularity = row["storage"].partition(" ")
     dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(storage, torch.bfloat16)
     lse = row["scoring"] == "sink+lse"
@@ -74,7 +75,9 @@ def problem_of(row: dict[str, str]) -> Problem:
         q, k, v = (torch.empty(tokens, h, head_dim, dtype=dtype) for h in (group * kv_heads, kv_heads, kv_heads))
         return attention_call.prepare(q, k, v, cu, cu, **options)
     page_size = int(row["paging"].split()[-1]) if row["paging"] != "split 256" else 16
-    table: Any = torch.zeros(num_seqs, 8192 // page_size, dtype=torch.int32)
+    if row["queries"] == "long ragged":  # so many 8-bit keys that only one sequence has room when dequantised
+        capacity = options["max_kv_len"] = (3 * SCRATCH_BYTES // 4) // (kv_heads * head_dim * 4)
+    table: Any = torch.zeros(num_seqs, -(-capacity // page_size), dtype=torch.int32)
     if row["paging"].startswith("flat"):
         table = (table.reshape(-1), cu)
     if row["paging"] == "split 256":
@@ -82,11 +85,9 @@ def problem_of(row: dict[str, str]) -> Problem:
     if granularity == "compute":
         granularity, options["compute"] = "channel", "int8"
     cache = _cache(storage, granularity, kv_heads, page_size, head_dim, dtype)
-    shape = {"decode": (num_seqs,), "steps": (num_seqs, 4), "many steps": (num_seqs, 20), "ragged": (tokens,)}[
-        row["queries"]
-    ]
-    q = torch.empty(*shape, group * kv_heads, head_dim, dtype=dtype)
-    if row["queries"] == "ragged":
+    uniform = {"decode": (num_seqs,), "steps": (num_seqs, 4), "many steps": (num_seqs, 20)}
+    q = torch.empty(*uniform.get(row["queries"], (tokens,)), group * kv_heads, head_dim, dtype=dtype)
+    if row["queries"] not in uniform:
         options["cu_seqlens_q"] = cu
     return paged_call.prepare(q, cache, table, torch.zeros(num_seqs, dtype=torch.int32), **options)
 
@@ -116,7 +117,8 @@ def main() -> None:
             plan = plan_of(problem, Target(arch, num_sms=132), tiles)
             operands = operands_of(problem) | plan.scratch.tensors("meta")
             for call in plan.calls:
-                key = (call.kernel.fn.__name__, *(call.args[p] for p in call.kernel.arg_names if p.isupper()))
+                constants = (call.args[p] for p in call.kernel.arg_names if p.isupper())
+                key = (call.kernel.fn.__name__, "claimed" in call.sources, *constants)
                 if key not in seen:
                     seen.add(key)
                     result = {"row": row, "kernel": call.kernel.fn.__name__} | _compiled(call, operands, arch)

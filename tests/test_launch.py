@@ -10,6 +10,7 @@ import torch
 
 from compile_variants import OPTIONS, TARGETS, problem_of
 from swath import Window
+from swath.cache import PagedKeys, PageTable
 from swath.features import Features, features_of
 from swath.launch import (
     SCRATCH_BYTES,
@@ -18,8 +19,10 @@ from swath.launch import (
     fitting,
     hopper_launch,
     least_tiles_for,
+    most_unclaimed,
     num_splits_for,
     pack_heads,
+    scratch_rows,
     split_launch,
     tile_launch,
 )
@@ -99,18 +102,59 @@ def test_heads_are_packed_for_short_windows(group: int, short: bool, packed: int
         ({"queries": "ragged", "storage": "bf16"}, False),
         ({"queries": "ragged", "storage": "int8 compute"}, False),
         ({"queries": "dense", "storage": "bf16"}, False),
+        ({"queries": "ragged", "storage": "int8 token", "paging": "split 256"}, False),  # bits depend on no batch
     ],
 )
 def test_long_prefills_over_8_bit_caches_dequantise_once(row: dict[str, str], expected: bool) -> None:
     assert dequantises(problem(**row)) is expected
 
 
-def test_scratch_is_bounded() -> None:
-    long = problem(queries="ragged", storage="int8 token")
-    table = torch.zeros(2, SCRATCH_BYTES // (2 * 16 * 2 * 128 * 4), dtype=torch.int32)
-    keys = replace(long.keys, table=replace(long.keys.table, entries=table))  # type: ignore[arg-type]
-    assert not dequantises(replace(long, keys=keys, max_kv_len=keys.capacity))
-    assert dequantises(replace(long, keys=keys, max_kv_len=1024)), "max_kv_len bounds the scratch"
+def long_batch(seqs: int, tokens: int, pages: int) -> Problem:
+    """A ragged call over int8 keys in tables of ``pages`` pages of 16 x 2 heads of 128."""
+    call = problem(queries="ragged", storage="int8 token")
+    assert isinstance(call.keys, PagedKeys)
+    table = PageTable(torch.zeros(seqs, pages, dtype=torch.int32))
+    keys = replace(call.keys, table=table, seq_lens=torch.zeros(seqs, dtype=torch.int32))
+    q = torch.empty(tokens, 16, 128, dtype=torch.bfloat16)
+    return replace(call, q=q, keys=keys, max_kv_len=keys.capacity)
+
+
+MOST_PAGES = SCRATCH_BYTES // (2 * 16 * 2 * 128 * 2)
+"""That the bound has room for, as K and V in bf16."""
+
+
+@pytest.mark.parametrize(
+    ("seqs", "tokens", "pages", "rows"),
+    [
+        (2, 512, 64, 2),
+        (64, 17 * 64, 64, 64),
+        (64, 17 * 5 + 16, 64, 5),  # five sequences of 17 tokens; one of 16 is for splits
+        (64, 16, 64, 0),
+        (64, 4096, MOST_PAGES // 3, 2),  # the table takes room as well
+        (64, 4096, MOST_PAGES // 3 - 64, 3),
+        (1, 4096, MOST_PAGES, 0),
+        (1, 4096, MOST_PAGES - 16, 1),
+        (64, 4096, 0, 0),
+    ],
+)
+def test_scratch_has_rows_for_who_may_need_one_as_far_as_they_fit(
+    seqs: int, tokens: int, pages: int, rows: int
+) -> None:
+    call = long_batch(seqs, tokens, pages)
+    assert isinstance(call.keys, PagedKeys)
+    assert scratch_rows(call, call.keys) == rows
+    assert dequantises(call) == (rows > 0)
+
+
+def test_max_kv_len_bounds_the_scratch() -> None:
+    call = long_batch(64, 4096, MOST_PAGES)
+    assert not dequantises(call)
+    assert dequantises(replace(call, max_kv_len=1024))
+
+
+def test_where_all_have_as_many_tokens_each_may_need_a_row() -> None:
+    call = replace(long_batch(40, 1, 64), q=torch.empty(40, 20, 16, 128), cu_seqlens_q=None)
+    assert most_unclaimed(call) == 40
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from swath.schedules import hopper
 from swath.target import Target, has_triton
 from swath.testing import Case, Inputs, make
 from test_append import SLOTS, empty_cache, tokens
+from test_dequantise import MIXED, leave_room
 
 ROOT = Path(__file__).parents[1]
 Prepare = Callable[[Case], Inputs]
@@ -56,6 +57,14 @@ CALLS = [("triton", case) for case in TRITON] + [("hopper", case) for case in HO
 def test_gpu_attention(case: Case, prepare: Prepare, impl: str) -> None:
     inputs = prepare(case)
     inputs.check(*inputs.run(impl, out=inputs.canary().out if case.strided else None))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["triton", "hopper"], indirect=True)
+def test_gpu_beyond_the_scratch(prepare: Prepare, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = prepare(MIXED)
+    leave_room(inputs, 2, monkeypatch)
+    inputs.check(*inputs.run(impl))
 
 
 @pytest.mark.gpu

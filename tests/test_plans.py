@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compile_variants import OPTIONS, problem_of, tiles_of
 from swath import KVQuant, PagedKV, Window, attention, paged_attention, signature, target
-from swath.launch import dequantises
+from swath.launch import SCRATCH_BYTES, dequantises
 from swath.ops.attention import call as attention_call
 from swath.ops.paged import call as paged_call
 from swath.problem import Problem
@@ -25,6 +25,7 @@ Prepare = Callable[..., Inputs]
 
 has_triton = pytest.mark.skipif(not target.has_triton(), reason="Triton is not installed")
 INT8 = KVQuant(torch.int8, "token")
+SCALE = torch.ones(8, 128)
 FAMILIES = [
     Case((170, 33, 129), size=30),
     Case((170, 33, 129), 3, split_size=64),
@@ -238,7 +239,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     from swath.schedules import launcher
 
     recorder = Recorder()
-    block = torch.empty(64 << 20, dtype=torch.uint8)
+    block = torch.empty(1 << 30, dtype=torch.uint8)
     monkeypatch.setattr(launcher.KernelCall, "launch", lambda self, operands: recorder)
     monkeypatch.setattr(
         launcher.Scratch, "allocate", lambda self, device: block[: self.nbytes] if self.nbytes else None
@@ -289,18 +290,45 @@ def test_a_remembered_launch_passes_what_a_new_one_would(row: dict[str, str], re
 
 
 @has_triton
+@pytest.mark.parametrize("queries", ["ragged", "long ragged"])
 @pytest.mark.parametrize("storage", OPTIONS["storage"])
-def test_a_mixed_batch_takes_three_kernels_or_four_over_8_bits(storage: str) -> None:
+def test_a_mixed_batch_takes_three_kernels_and_one_or_two_more_over_8_bits(storage: str, queries: str) -> None:
+    """One that dequantises, and one for sequences without room in the scratch, unless the host knows that all have."""
     from swath.schedules.kernels import plan_of
 
     row = {name: values[0] for name, values in OPTIONS.items()}
-    mixed = problem_of(row | {"queries": "ragged", "storage": storage})
-    copies = ["dequantise_kernel"] if dequantises(mixed) else []
-    assert bool(copies) == (storage not in ("bf16", "fp16", "fp32", "int8 compute"))
+    mixed = problem_of(row | {"queries": queries, "storage": storage})
+    copies = storage not in ("bf16", "fp16", "fp32", "int8 compute")
+    assert dequantises(mixed) == copies
+    first = ["split_kernel", "reduce_kernel", *["dequantise_kernel"] * copies]
+    others = ["tile_kernel"] * (copies and queries == "long ragged")
     for tiles in tiles_of(mixed, "sm_90"):
-        names = [call.kernel.fn.__name__ for call in plan_of(mixed, Target("sm_90", 132), tiles).calls]
-        last = "tile_kernel" if tiles == "triton" else "hopper_tile_kernel"
-        assert names == ["split_kernel", "reduce_kernel", *copies, last]
+        plan = plan_of(mixed, Target("sm_90", 132), tiles)
+        tile = "tile_kernel" if tiles == "triton" else "hopper_tile_kernel"
+        assert [call.kernel.fn.__name__ for call in plan.calls] == [*first, tile, *others]
+        assert [call.sources.get("claimed") for call in plan.calls[len(first) :]] == (
+            ["copied", "others"] if others else [None]
+        )
+
+
+@has_triton
+def test_chunks_among_decodes_have_room() -> None:
+    """Two chunks of 2,048 tokens beside 62 decodes, all at 16,384 keys: as many rows of scratch as it may have."""
+    from swath.schedules.kernels import plan_of
+
+    cache = PagedKV.empty(KVQuant(torch.int8, "channel"), 2, 8, 16, 128, k_scale=SCALE, v_scale=SCALE)
+    cu, table = torch.zeros(65, dtype=torch.int32), torch.zeros(64, 1024, dtype=torch.int32)
+    q = torch.empty(2 * 2048 + 62, 32, 128, dtype=torch.bfloat16)
+    mixed = paged_call.prepare(q, cache, table, cu[1:], cu_seqlens_q=cu, max_q_len=2048)
+    plan = plan_of(mixed, Target("sm_90", 132), "hopper")
+    kernels = [call.kernel.fn.__name__ for call in plan.calls]
+    assert kernels == ["split_kernel", "reduce_kernel", "dequantise_kernel", "hopper_tile_kernel", "tile_kernel"]
+    assert plan.calls[2].grid == 7 * 1024 * 8, "rows x pages x kv heads"
+    made = plan.scratch.tensors("meta")
+    assert made["new_k"].shape == made["new_v"].shape == (7 * 1024, 8, 16, 128)
+    assert made["new_table"].shape == (64, 1024)
+    assert sum(made[name].nbytes for name in ("new_k", "new_v", "new_table")) <= SCRATCH_BYTES
+    assert str(plan).endswith(str(plan.calls[-1])), "explain says what there is"
 
 
 def test_a_launch_hook_gets_every_launch(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,13 @@ def tile_slots(problem: Problem, positions: int) -> tuple[int, int]:
     return problem.steps, problem.num_seqs * ceil_div(problem.steps, positions)
 
 
+def most_unclaimed(problem: Problem) -> int:
+    """How many sequences splits may leave to tiles: in a ragged batch these have more than MAX_STEPS query tokens."""
+    if problem.cu_seqlens_q is None:
+        return problem.num_seqs
+    return min(problem.num_seqs, problem.q.shape[0] // (MAX_STEPS + 1))
+
+
 SCRATCH_BYTES = 512 << 20
 """Most that a call may take to hold dequantised pages."""
 DEQUANTISE_ROWS = 512
@@ -165,15 +172,29 @@ where 16-bit tiles took 6.1."""
 
 
 def dequantises(problem: Problem) -> bool:
-    """Whether a prefill over an 8-bit cache copies its visible pages into 16-bit scratch first."""
+    """Whether a prefill over an 8-bit cache copies visible pages into 16-bit scratch first."""
     keys = problem.keys
     if not isinstance(keys, PagedKeys) or keys.cache.k.dtype not in STORED or problem.compute != "float":
         return False
     if problem.q.dtype not in (torch.bfloat16, torch.float16) or problem.split_size is not None:
         return False  # with split_size no bit may depend on how large the batch is
-    slots = problem.num_seqs * (min(problem.max_kv_len, keys.capacity) + keys.cache.page_size)
-    scratch = slots * keys.num_kv_heads * problem.head_dim * 2 * problem.q.element_size()
-    return problem.max_q_len * problem.group >= DEQUANTISE_ROWS and scratch <= SCRATCH_BYTES
+    return problem.max_q_len * problem.group >= DEQUANTISE_ROWS and scratch_rows(problem, keys) > 0
+
+
+def scratch_pages(problem: Problem, keys: PagedKeys) -> int:
+    """Pages of scratch for a sequence: as many as its own may be."""
+    return ceil_div(min(problem.max_kv_len, keys.capacity), keys.cache.page_size)
+
+
+def scratch_rows(problem: Problem, keys: PagedKeys) -> int:
+    """How many sequences have room in the scratch, table included: all that may need it, or as many as fit.
+
+    In a mixed batch each sequence may be a chunk, as far as the host knows; the device gives rows to those that are.
+    """
+    pages = scratch_pages(problem, keys)
+    row = pages * keys.cache.page_size * keys.num_kv_heads * problem.head_dim * 2 * problem.q.element_size()
+    table = problem.num_seqs * pages * torch.int32.itemsize
+    return min(most_unclaimed(problem), max(SCRATCH_BYTES - table, 0) // row) if row else 0
 
 
 SHORT_WINDOW = 512

@@ -1,7 +1,8 @@
 """Dequantise the pages that a prefill sees into 16-bit scratch pages, once, so that its tiles run the 16-bit kernel.
 
-The scratch is a paged cache of its own: page j of sequence b goes to page ``b * pages + j``, and a new table names
-those that were copied. What is dead or out of every window stays -1 there, so nothing else changes for the tiles.
+The scratch is a paged cache of its own, for sequences that splits do not claim: page j of the r-th of them goes to page
+``r * pages + j``, and a new table names those that were copied. What is dead or out of every window is -1 there, so
+nothing else changes for the tiles. Sequences without room in the scratch are for a launch of tiles over the cache.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton.language as tl
 from swath.device.cache import table_row
 from swath.device.quant import channel_scale, decode, head_scale
 from swath.device.window import band_of
-from swath.schedules.query import leading_of, sequence_of
+from swath.schedules.query import leading_of, ranked_sequence, sequence_of, store_claim
 
 
 @triton.jit
@@ -39,30 +40,43 @@ def copy_page(source, target, scale, scale_at, scale_token, kv_head, token_strid
         tl.store(place, x.to(target.dtype.element_ty), mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=("leading", "size", "steps", "claimed", "pages", "max_pages", "num_pages", "table_stride")
-)
+RUN_TIME = ("leading", "size", "steps", "claimed", "num_seqs", "pages", "max_pages", "num_pages", "table_stride")
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
 def dequantise_kernel(
-    k, v, k_scale, v_scale, table, indptr, lens, cu_q, q_start, leading, new_k, new_v, new_table,
-    size, steps, claimed, pages, max_pages, num_pages, kv_page, kv_head_stride, kv_token, table_stride,
+    k, v, k_scale, v_scale, table, indptr, lens, cu_q, q_start, leading, new_k, new_v, new_table, copied, others,
+    size, steps, claimed, num_seqs, pages, max_pages, num_pages, kv_page, kv_head_stride, kv_token, table_stride,
     ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """One program per (sequence, page of its table, kv head), heads fastest; ``pages`` of scratch a sequence."""
+    """One program per (sequence not claimed, page of its table, kv head), heads fastest; ``pages`` of scratch each.
+
+    Where there may be more such sequences than the grid has, the first program writes which ones the launch over the
+    scratch takes (``copied``) and which the one over the cache (``others``).
+    """
     kv_head = tl.program_id(0) % F.kv_heads
     j = tl.program_id(0) // F.kv_heads % pages
-    b = tl.program_id(0) // F.kv_heads // pages
+    rank = tl.program_id(0) // F.kv_heads // pages
+    if copied is not None:
+        if tl.program_id(0) == 0:
+            end = ranked_sequence(tl.num_programs(0) // F.kv_heads // pages, cu_q, num_seqs, claimed)
+            store_claim(copied, claimed, 0, end)
+            store_claim(others, claimed, end, num_seqs)
+    b = ranked_sequence(rank, cu_q, num_seqs, claimed)
+    if b >= num_seqs:
+        return
     seq = sequence_of(b, cu_q, steps, lens, q_start, F)
     entries, own_pages = table_row(table, indptr, b, table_stride, max_pages)
     kv_len = tl.minimum(seq.kv_len, own_pages * F.page_size)
     band = band_of(seq.start, seq.start + seq.q_len - 1, kv_len, size, leading_of(b, leading, F), F)
     start, stop = j * F.page_size, (j + 1) * F.page_size
     seen = (start < band.lead) | ((stop > band.left) & (start < band.right))
-    entry = tl.load(entries + j, mask=seen & (j < own_pages) & (seq.q_len > claimed), other=-1)
+    entry = tl.load(entries + j, mask=seen & (j < own_pages), other=-1)
     live = (entry >= 0) & (entry < num_pages)
-    place = b * pages + j
+    place = rank * pages + j
     if kv_head == 0:
-        tl.store(new_table + place, tl.where(live, place, -1))
+        tl.store(new_table + b * pages + j, tl.where(live, place, -1))
     if not live:
         return
     page, head = entry.to(tl.int64), kv_head.to(tl.int64)

@@ -17,7 +17,7 @@ from swath.device.cache import table_row
 from swath.device.window import band_of
 from swath.schedules.gluon_names import load_box, reinterpret
 from swath.schedules.hopper_rings import BOX_COLUMNS, CONSUMER_ROWS, Place, Ring, keys_of, nth, pass_on, stage_of
-from swath.schedules.query import leading_of, q_head_of, sequence_of
+from swath.schedules.query import leading_of, q_head_of, sequence_of, takes
 from swath.schedules.tiles import sequence_at
 from swath.schedules.walk import Walk, interior_tiles, key_at, plan_walk, seen_by_any
 
@@ -61,7 +61,7 @@ def place_of(t, batch, F: gl.constexpr, C: gl.constexpr):
     b, first_slot = sequence_at(slot, batch.cu_q, batch.num_seqs, batch.steps, POSITIONS)
     seq = sequence_of(b, batch.cu_q, batch.steps, batch.lens, batch.q_start, F)
     begin = (slot - first_slot) * POSITIONS
-    used = (begin < seq.q_len) & (seq.q_len > batch.claimed)
+    used = (begin < seq.q_len) & takes(b, seq.q_len, batch.claimed)
     kv_len = seq.kv_len
     if F.page_size > 0:
         _, pages = table_row(batch.table, batch.indptr, b, batch.table_stride, batch.max_pages)

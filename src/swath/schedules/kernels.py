@@ -21,8 +21,11 @@ from swath.launch import (
     is_short,
     is_short_run,
     least_tiles_for,
+    most_unclaimed,
     num_splits_for,
     pack_heads,
+    scratch_pages,
+    scratch_rows,
     split_launch,
     split_rows,
     tile_launch,
@@ -40,9 +43,12 @@ from swath.target import Target
 REDUCE_CHUNK = 16
 LARGEST_SIZE = 1 << 30
 
+Part = tuple[Problem, dict[str, str]]
+"""A call as a launch of tiles sees it, and the operands of the kernel that go by other names."""
+
 
 def plan_of(problem: Problem, target: Target, tiles: str, tuning: Tuning = UNTUNED) -> Plan:
-    """The launches of a call, in order: splits and their reduce, or tiles, or all three in a mixed batch.
+    """The launches of a call, in order: splits and their reduce, or prefill, or all of them in a mixed batch.
 
     ``tiles``: whose tiles, "triton" or "hopper"; ``tuning``: rows to try in place of the tables' own.
     """
@@ -56,16 +62,7 @@ def plan_of(problem: Problem, target: Target, tiles: str, tuning: Tuning = UNTUN
     if splits:
         add_splits(plan, problem, target, steps, tuning)
     if not splits or is_mixed(problem):
-        claimed = MAX_STEPS if splits else 0
-        sources: dict[str, str] = {}
-        if dequantises(problem):
-            problem, sources = add_dequantise(plan, problem, target, claimed)
-        F = features_of(problem, target)
-        args = shared_args(problem, F) | {"claimed": claimed, "num_seqs": problem.num_seqs}
-        if tiles == "hopper":
-            add_hopper_tiles(plan, problem, F, target, args, sources, tuning)
-        else:
-            add_tiles(plan, problem, F, target, args, sources, tuning)
+        add_prefill(plan, problem, target, tiles, MAX_STEPS if splits else 0, tuning)
     return plan
 
 
@@ -204,6 +201,23 @@ def add_splits(plan: Plan, problem: Problem, target: Target, steps: int, tuning:
         plan.calls.append(KernelCall(reduce_kernel, owners * tile_rows, args, options))
 
 
+def add_prefill(plan: Plan, problem: Problem, target: Target, tiles: str, claimed: int, tuning: Tuning) -> None:
+    """Tiles for the sequences of more than ``claimed`` query tokens, over 8-bit keys dequantised where that pays."""
+    parts: list[Part] = [(problem, {})]
+    if dequantises(problem):
+        parts = add_dequantise(plan, problem, target, claimed)
+    for part, sources in parts:
+        F = features_of(part, target)
+        args = shared_args(part, F) | {"num_seqs": problem.num_seqs}
+        if "claimed" not in sources:
+            args["claimed"] = claimed
+        if tiles == "hopper" and F.stored == "wide":
+            add_hopper_tiles(plan, part, F, target, args, sources, tuning)
+        else:
+            add_tiles(plan, part, F, target, args, sources, tuning)
+            tuning = UNTUNED  # a row is for one launch
+
+
 def add_tiles(
     plan: Plan,
     problem: Problem,
@@ -213,7 +227,7 @@ def add_tiles(
     sources: dict[str, str],
     tuning: Tuning,
 ) -> None:
-    """Tiles for the sequences that the splits do not claim; ``sources``: where their keys are."""
+    """Triton's tiles for the sequences of a part; ``sources``: where their keys are."""
     short = is_short(problem.window)
     block_m, launch = tuning.tile or tile_launch(F, target, short)
     pack = pack_heads(F, short, block_m)
@@ -223,23 +237,31 @@ def add_tiles(
     plan.calls.append(KernelCall(tile_kernel, grid, args, launch.options, sources, shared_views(problem, F)))
 
 
-def add_dequantise(plan: Plan, problem: Problem, target: Target, claimed: int) -> tuple[Problem, dict[str, str]]:
-    """The launch that copies visible pages into 16-bit scratch; the problem over the scratch, and its operands."""
+def add_dequantise(plan: Plan, problem: Problem, target: Target, claimed: int) -> list[Part]:
+    """The launch that copies visible pages into 16-bit scratch, and what tiles then see: the scratch as a cache.
+
+    Where more sequences may need it than have room there, a second part is for the others, over the cache itself.
+    """
     keys = cast(PagedKeys, problem.keys)
     F, cache = replace(features_of(problem, target), pairs=False), keys.cache
-    pages = ceil_div(min(problem.max_kv_len, keys.capacity), cache.page_size)
-    shape = (problem.num_seqs * pages, cache.num_kv_heads, cache.page_size, cache.head_dim)
+    pages, rows = scratch_pages(problem, keys), scratch_rows(problem, keys)
+    shape = (rows * pages, cache.num_kv_heads, cache.page_size, cache.head_dim)
     plan.scratch.add("new_k", problem.q.dtype, *shape)
     plan.scratch.add("new_v", problem.q.dtype, *shape)
     plan.scratch.add("new_table", torch.int32, problem.num_seqs, pages)
     steps = 0 if problem.cu_seqlens_q is not None else problem.steps
-    own = {"pages": pages, "claimed": claimed, "steps": steps, "BLOCK_T": 16}
-    grid, args = problem.num_seqs * pages * cache.num_kv_heads, shared_args(problem, F) | own
+    own = {"pages": pages, "claimed": claimed, "num_seqs": problem.num_seqs, "steps": steps, "BLOCK_T": 16}
+    grid, args = rows * pages * cache.num_kv_heads, shared_args(problem, F) | own
     plan.calls.append(KernelCall(dequantise_kernel, grid, args, {"num_warps": 4}, views=shared_views(problem, F)))
     made = plan.scratch.tensors("meta")
     scratch = PagedKeys(PagedKV(made["new_k"], made["new_v"]), PageTable(made["new_table"]), keys.seq_lens)
     names = {"k": "new_k", "v": "new_v", "table": "new_table"} | dict.fromkeys(("k_scale", "v_scale", "indptr"), "")
-    return replace(problem, keys=scratch), names
+    copied = replace(problem, keys=scratch)
+    if rows == most_unclaimed(problem):
+        return [(copied, names)]
+    plan.scratch.add("copied", torch.int32, 3)
+    plan.scratch.add("others", torch.int32, 3)
+    return [(copied, names | {"claimed": "copied"}), (problem, {"claimed": "others"})]
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

@@ -35,6 +35,51 @@ def tokens_of(b, cu_q, steps):
         return token, tl.maximum(tl.load(cu_q + b + 1) - token, 0)
 
 
+RANKED = tl.constexpr(256)
+"""Sequences whose lengths are looked at together."""
+
+
+@triton.jit
+def ranked_sequence(rank, cu_q, num_seqs, claimed):
+    """The ``rank``-th sequence, from 0 on, of more than ``claimed`` query tokens; ``num_seqs`` where there is none.
+
+    Without ``cu_q`` all sequences have more.
+    """
+    if cu_q is None:
+        return rank
+    else:
+        found, before = rank * 0, rank * 0
+        for first in range(0, num_seqs, RANKED):
+            b = first + tl.arange(0, RANKED)
+            inside = b < num_seqs
+            q_len = tl.load(cu_q + b + 1, mask=inside, other=0) - tl.load(cu_q + b, mask=inside, other=0)
+            longer = (q_len > claimed).to(tl.int32)
+            found += tl.sum((inside & (before + tl.cumsum(longer, 0) <= rank)).to(tl.int32), 0)
+            before += tl.sum(longer, 0)
+        return found
+
+
+@triton.jit
+def store_claim(claim, claimed, first, end):
+    """Write a tensor of three that ``takes`` reads as its ``claimed``."""
+    tl.store(claim, claimed)
+    tl.store(claim + 1, first)
+    tl.store(claim + 2, end)
+
+
+@triton.jit
+def takes(b, q_len, claimed):
+    """Whether a launch of tiles takes sequence ``b``: those of at most ``claimed`` query tokens belong to the splits.
+
+    Where two launches share the others, ``claimed`` is a tensor: that number, the launch's first sequence, and the end.
+    """
+    if claimed.dtype.is_ptr():
+        inside = (b >= tl.load(claimed + 1)) & (b < tl.load(claimed + 2))
+        return inside & (q_len > tl.load(claimed))
+    else:
+        return q_len > claimed
+
+
 @triton.jit
 def sequence_of(b, cu_q, steps, lens, q_start, F: tl.constexpr):
     """Read the lengths of sequence ``b``; negative ones count as 0."""

@@ -21,6 +21,7 @@ from swath.schedules.query import (
     row_offsets,
     sequence_of,
     store_rows,
+    takes,
     token_scales,
 )
 from swath.schedules.walk import attend, interior_tiles, listed, new_state, plan_walk, tile_pages
@@ -61,7 +62,7 @@ def tile_kernel(
 ):  # fmt: skip
     """One program per (slot, head of the row tile), heads fastest, the last slots (most keys) first.
 
-    Sequences of at most ``claimed`` query tokens belong to the splits and return.
+    Those of sequences that the launch does not take (``claimed``) return.
     """
     POSITIONS: tl.constexpr = BLOCK_M // PACK
     HEADS: tl.constexpr = F.kv_heads * F.group // PACK
@@ -70,7 +71,7 @@ def tile_kernel(
     b, first_slot = sequence_at(slot, cu_q, num_seqs, steps, POSITIONS)
     seq = sequence_of(b, cu_q, steps, lens, q_start, F)
     begin = (slot - first_slot) * POSITIONS
-    if (begin >= seq.q_len) | (seq.q_len <= claimed):
+    if (begin >= seq.q_len) | (takes(b, seq.q_len, claimed) == 0):
         return
     i = tl.arange(0, BLOCK_M)
     step = begin + i // PACK
