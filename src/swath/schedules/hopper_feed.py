@@ -1,8 +1,9 @@
-"""The producer of hopper_tiles.py: one warp that finds tiles and keeps rings in shared memory full of what they need.
+"""The producers of hopper_tiles.py: warps that find tiles and keep rings in shared memory full of what they need.
 
-Boxes of the tensor memory accelerator bring whole rows, and zeros for what is out of a tensor's bounds: a dead page,
-or a box that no row sees. Where the edge of the visible keys cuts a box, the producer clears the hidden rows of V: what
-stands there, NaN too, must not meet a p of 0.
+One loads queries and K, the other V: the warp that asks for the boxes of small pages is a bound, and two are run by two
+schedulers. Boxes of the tensor memory accelerator bring whole rows, and zeros for what is out of a tensor's bounds: a
+dead page, or a box that no row sees. Where the edge of the visible keys cuts a box, the hidden rows of V are cleared:
+what stands there, NaN too, must not meet a p of 0.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from swath.device.cache import table_row
 from swath.device.window import band_of
 from swath.schedules.gluon_names import load_box, reinterpret
-from swath.schedules.hopper_rings import BOX_COLUMNS, CONSUMER_ROWS, Place, Ring, keys_of, nth, pass_on, stage_of
+from swath.schedules.hopper_rings import (
+    BOX_COLUMNS,
+    CONSUMER_ROWS,
+    Place,
+    Ring,
+    keys_of,
+    nth,
+    pass_on,
+    receive,
+    stage_of,
+)
 from swath.schedules.query import leading_of, q_head_of, sequence_of, takes
 from swath.schedules.tiles import sequence_at
 from swath.schedules.walk import Walk, interior_tiles, key_at, plan_walk, seen_by_any
@@ -136,8 +147,8 @@ def first_tile(tile, F: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def produce(sources, counter, cut_loaded, rings, batch, F: gl.constexpr, C: gl.constexpr):
-    """The producer: draws tiles and passes those with rows on, with their query rows and key tiles as room allows."""
+def produce_keys(sources, counter, rings, batch, F: gl.constexpr, C: gl.constexpr):
+    """The first producer: draws tiles and passes those with rows on, with their query rows and K as room allows."""
     passed = 0
     rows = 0
     n = 0
@@ -152,66 +163,84 @@ def produce(sources, counter, cut_loaded, rings, batch, F: gl.constexpr, C: gl.c
             tile = tile_of(place, batch, F, C)
             if tile.walk.total > 0:
                 load_queries(rows, tile, sources.q, rings.q, F, C)
-                cuts = load_keys(n, cuts, tile, sources, cut_loaded, rings, batch, F, C)
+                cuts = load_keys(n, cuts, tile, sources, None, rings, batch, F, C)
                 rows += 1
                 n += tile.walk.total
         t = gl.max(drawn, 0) + gl.num_programs(0)
     pass_on(passed, rings.places, Place(t, t, t, t, t, t, t, t, t))
 
 
+@gluon.jit
+def produce_values(sources, cut_loaded, rings, batch, F: gl.constexpr, C: gl.constexpr):
+    """The second producer: V of the tiles that the first one passes on."""
+    passed = 0
+    n = 0
+    cuts = 0
+    place = receive(passed, rings.places, 1)
+    while place.t < batch.num_tiles:
+        tile = tile_of(place, batch, F, C)
+        if tile.walk.total > 0:
+            cuts = load_keys(n, cuts, tile, sources, cut_loaded, rings, batch, F, C)
+            n += tile.walk.total
+        passed += 1
+        place = receive(passed, rings.places, 1)
+
+
 class Part(NamedTuple):
-    """A tile to load: where in the list it begins, the page of each box, its source, and the rings that take it."""
+    """A tile to load: where in the list it begins, the page of each box, its source, and the ring that takes it."""
 
     start: gl.tensor
     page: gl.tensor
-    k_desc: gl.tensor
-    v_desc: gl.tensor
-    k: Ring
-    v: Ring
+    desc: gl.tensor
+    ring: Ring
 
 
 @gluon.jit
 def load_keys(n, cuts, tile, sources, cut_loaded, rings, batch, F: gl.constexpr, C: gl.constexpr):
-    """Ask for all key tiles of a row tile; ``n`` key tiles, ``cuts`` of them cut, were before."""
+    """Ask for K, or with ``cut_loaded`` for V, of all key tiles of a row tile.
+
+    ``n`` key tiles were before; counts those of V that an edge cuts.
+    """
+    desc, ring, first_desc, first_ring = sources.k, rings.k, sources.first_k, rings.first_k
+    if cut_loaded is not None:
+        desc, ring, first_desc, first_ring = sources.v, rings.v, sources.first_v, rings.first_v
     if C.first_n > 0:
         start = first_tile(tile, F, C)
-        page = box_pages(start, tile, C.first_n, 1, batch, F, C)
-        first = Part(start, page, sources.first_k, sources.first_v, rings.first_k, rings.first_v)
-        page = box_pages(0, tile, C.block_n, 1, batch, F, C)
-        wide = Part(0, page, sources.k, sources.v, rings.k, rings.v)
-        cuts = load_pair(n, cuts, (first, wide), tile, cut_loaded, F, C)
+        first = Part(start, box_pages(start, tile, C.first_n, 1, batch, F, C), first_desc, first_ring)
+        wide = Part(0, box_pages(0, tile, C.block_n, 1, batch, F, C), desc, ring)
+        cuts = load_stage(n, cuts, (first, wide), tile, cut_loaded, F, C)
     else:
         start, _ = key_tile(0, tile, F, C)
         page = box_pages(start, tile, C.block_n, 1, batch, F, C)
         for j in range(tile.walk.total):
             next_start, _ = key_tile(gl.minimum(j + 1, tile.walk.total - 1), tile, F, C)
             ahead = box_pages(next_start, tile, C.block_n, 1, batch, F, C)
-            parts = (Part(start, page, sources.k, sources.v, rings.k, rings.v),)
-            cuts = load_pair(n + j, cuts, parts, tile, cut_loaded, F, C)
+            cuts = load_stage(n + j, cuts, (Part(start, page, desc, ring),), tile, cut_loaded, F, C)
             start = next_start
             page = ahead
     return cuts
 
 
 @gluon.jit
-def load_pair(n, cuts, parts, tile, cut_loaded, F: gl.constexpr, C: gl.constexpr):
-    """Ask for the K and the V of key tiles that share the ``n``-th stage; counts the times that an edge cuts them."""
-    k, v = stage_of(parts[0].k, n), stage_of(parts[0].v, n)
-    mbarrier.wait(k.empty, k.phase ^ 1)
-    load_tiles(n, parts, False, tile, k.full, F, C)
-    cut = tile.head < 0
-    for i in gl.static_range(len(parts)):
-        cut |= cuts_a_box(parts[i].start, tile, parts[i].v, F)
-    mbarrier.wait(v.empty, v.phase ^ 1)
-    if cut:
-        load_tiles(n, parts, True, tile, cut_loaded, F, C)
-        mbarrier.wait(cut_loaded, cuts & 1)
-        cuts += 1
-        for i in gl.static_range(len(parts)):
-            clear_hidden(n, parts[i].start, tile, parts[i].v, F)
-        mbarrier.arrive(v.full, count=1)
+def load_stage(n, cuts, parts, tile, cut_loaded, F: gl.constexpr, C: gl.constexpr):
+    """Ask for the key tiles that share the ``n``-th stage; counts the times that an edge cuts those of V."""
+    stage = stage_of(parts[0].ring, n)
+    mbarrier.wait(stage.empty, stage.phase ^ 1)
+    if cut_loaded is None:
+        load_tiles(n, parts, tile, stage.full, F, C)
     else:
-        load_tiles(n, parts, True, tile, v.full, F, C)
+        cut = tile.head < 0
+        for i in gl.static_range(len(parts)):
+            cut |= cuts_a_box(parts[i].start, tile, parts[i].ring, F)
+        if cut:
+            load_tiles(n, parts, tile, cut_loaded, F, C)
+            mbarrier.wait(cut_loaded, cuts & 1)
+            cuts += 1
+            for i in gl.static_range(len(parts)):
+                clear_hidden(n, parts[i].start, tile, parts[i].ring, F)
+            mbarrier.arrive(stage.full, count=1)
+        else:
+            load_tiles(n, parts, tile, stage.full, F, C)
     return cuts
 
 
@@ -254,20 +283,17 @@ def box_pages(start, tile, KEYS: gl.constexpr, WARPS: gl.constexpr, batch, F: gl
 
 
 @gluon.jit
-def load_tiles(n, parts, VALUES: gl.constexpr, tile, full, F: gl.constexpr, C: gl.constexpr):
-    """Ask for the key tiles of an empty stage, of K or of V, box by box; ``full`` then counts their bytes."""
+def load_tiles(n, parts, tile, full, F: gl.constexpr, C: gl.constexpr):
+    """Ask for the key tiles of an empty stage, box by box; ``full`` then counts their bytes."""
     mbarrier.expect(full, (C.block_n + C.first_n) * F.head_dim * 2)
     for i in gl.static_range(len(parts)):
-        part = parts[i]
-        if VALUES:
-            load_boxes(n, part.start, part.page, tile, part.v_desc, part.v, full, F)
-        else:
-            load_boxes(n, part.start, part.page, tile, part.k_desc, part.k, full, F)
+        load_boxes(n, parts[i], tile, full, F)
 
 
 @gluon.jit
-def load_boxes(n, start, page, tile, desc, ring, full, F: gl.constexpr):
+def load_boxes(n, part, tile, full, F: gl.constexpr):
     """Ask for the boxes of one key tile."""
+    start, page, desc, ring = part
     STAGES: gl.constexpr = ring.full.shape[0]
     slot = n % STAGES
     HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS

@@ -39,7 +39,7 @@ def cut_scores(s, start, fresh: gl.constexpr, query, tile, batch, F: gl.constexp
     low, from_all = query.reach.low, query.from_all
     if fresh > 0:
         low, from_all = gl.maximum(low, fresh), gl.maximum(from_all, fresh)
-    low, end = low - start, query.reach.end - start
+    low, end = low - start, query.reach.end - start  # there are no leading keys: ``hide`` reads no ``lead``
     if from_all > start:
         s = hide(s, column - own, low, end, low, HIDE_BELOW, own)
     if query.to_all < start + s.shape[1]:

@@ -1,4 +1,4 @@
-"""Rings in shared memory between the producer of hopper_tiles.py and its consumers, and how they pass places on."""
+"""Rings in shared memory between the producers of hopper_tiles.py and its consumers, and how they pass places on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Ring(NamedTuple):
 
 
 class Rings(NamedTuple):
-    """What the producer fills and the consumers empty."""
+    """What the producers fill and the consumers empty."""
 
     q: Ring
     k: Ring
@@ -34,7 +34,7 @@ class Rings(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """What the producer fills rings from: global memory in boxes of their rows."""
+    """What the producers fill rings from: global memory in boxes of their rows."""
 
     q: gl.tensor
     k: gl.tensor
@@ -53,7 +53,7 @@ class Stage(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Which rows a tile number stands for, as the producer reads it and passes it on."""
+    """Which rows a tile number stands for, as the first producer reads it and passes it on."""
 
     t: gl.tensor
     b: gl.tensor
@@ -117,20 +117,20 @@ def beside(ring, stages: gl.constexpr, halves: gl.constexpr, keys: gl.constexpr,
 
 @gluon.jit
 def new_places(consumers: gl.constexpr):
-    """Shared memory for the places that the producer passes on."""
+    """Shared memory for the places that the first producer passes on."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     slots = gl.allocate_shared_memory(gl.int32, [2, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for i in gl.static_range(2):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=consumers)
+        mbarrier.init(empty.index(i), count=consumers + 1)  # and the producer of V
     return Ring(slots, full, empty)
 
 
 @gluon.jit
 def pass_on(n, places, place):
-    """Producer: tell the consumers their ``n``-th place."""
+    """First producer: tell the others their ``n``-th place."""
     slot = n % 2
     lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     value = lane * 0
@@ -142,11 +142,11 @@ def pass_on(n, places, place):
 
 
 @gluon.jit
-def receive(n, places):
-    """Consumer: the ``n``-th place."""
+def receive(n, places, WARPS: gl.constexpr):
+    """The ``n``-th place, for a partition of so many warps."""
     slot = n % 2
     mbarrier.wait(places.full.index(slot), (n // 2) & 1)
-    value = places.stages.index(slot).load(gl.BlockedLayout([1], [32], [4], [0]))
+    value = places.stages.index(slot).load(gl.BlockedLayout([1], [32], [WARPS], [0]))
     mbarrier.arrive(places.empty.index(slot), count=1)
     return Place(
         nth(value, 0), nth(value, 1), nth(value, 2), nth(value, 3), nth(value, 4), nth(value, 5), nth(value, 6),

@@ -1,6 +1,6 @@
-"""Tiles on Hopper: a producer warp streams K and V through shared memory, one or two warpgroups attend 64 rows each.
+"""Tiles on Hopper: two warps stream K and V through shared memory, one or two warpgroups attend 64 rows each.
 
-The tiles are those of tiles.py; what differs is how the time is filled. The producer (hopper_feed.py) keeps rings of
+The tiles are those of tiles.py; what differs is how the time is filled. Producers (hopper_feed.py) keep rings of
 query and key tiles full. A consumer asks for the scores of one key tile and, while the tensor cores still multiply
 the last tile's p with its V, runs the softmax of this one: the pipeline of FlashAttention-3. Where two tiles hold all
 keys that rows see, it takes both at once, and programs fill one another's gaps (``attend_once``). As many programs as
@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from swath.device.cache import table_row
 from swath.device.softmax import FLOOR, finish, highest, powers, sink_alone, step
 from swath.device.window import interior_of, reach_of
-from swath.schedules.hopper_feed import Batch, first_tile, key_tile, masked_tiles, produce, tile_of
+from swath.schedules.hopper_feed import Batch, first_tile, key_tile, masked_tiles, produce_keys, produce_values, tile_of
 from swath.schedules.hopper_masks import cut_scores, masked_scores
 from swath.schedules.hopper_rings import (
     BOX_COLUMNS,
@@ -86,7 +86,7 @@ def consume(c: gl.constexpr, output, scale_log2, cap_log2, rings, batch, F: gl.c
     passed = 0
     rows = 0
     n = 0
-    place = receive(passed, rings.places)
+    place = receive(passed, rings.places, 4)
     while place.t < batch.num_tiles:
         tile = tile_of(place, batch, F, C)
         begin = place.begin + c * POSITIONS
@@ -111,7 +111,7 @@ def consume(c: gl.constexpr, output, scale_log2, cap_log2, rings, batch, F: gl.c
             rows += 1
         finish_rows((m, l, acc), tile, begin, output, batch, F, C)
         passed += 1
-        place = receive(passed, rings.places)
+        place = receive(passed, rings.places, 4)
 
 
 @gluon.jit
@@ -340,17 +340,19 @@ def hopper_tile_kernel(
             [
                 (consume, (gl.constexpr(0), output, scale_log2, cap_log2, rings, batch, F, C)),
                 (consume, (gl.constexpr(1), output, scale_log2, cap_log2, rings, batch, F, C)),
-                (produce, (sources, counter, cut_loaded, rings, batch, F, C)),
+                (produce_keys, (sources, counter, rings, batch, F, C)),
+                (produce_values, (sources, cut_loaded, rings, batch, F, C)),
             ],
-            [4, 1],
-            [consumer, producer],
+            [4, 1, 1],
+            [consumer, producer, producer],
         )
     else:
         gl.warp_specialize(
             [
                 (consume, (gl.constexpr(0), output, scale_log2, cap_log2, rings, batch, F, C)),
-                (produce, (sources, counter, cut_loaded, rings, batch, F, C)),
+                (produce_keys, (sources, counter, rings, batch, F, C)),
+                (produce_values, (sources, cut_loaded, rings, batch, F, C)),
             ],
-            [1],
-            [producer],
+            [1, 1],
+            [producer, producer],
         )
