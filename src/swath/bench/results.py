@@ -96,16 +96,16 @@ def machine_of(row: Row) -> str:
 
 
 def conditions(rows: Iterable[Row]) -> str:
-    """The machines, versions and dates of rows in a sentence."""
-
-    def said(row: Row) -> str:
-        versions = (
-            f"torch {row['torch']}, Triton {row['triton']}, swath {row['swath']} at {row['commit'] or 'no commit'}"
-        )
+    """The machines, versions, commits and dates of rows in a sentence."""
+    commits: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
         driver = f", driver {row['driver']}" if row.get("driver") else ""
-        return f"{machine_of(row)}{driver}, {versions}, {row['date']}"
-
-    return "; ".join(dict.fromkeys(said(row) for row in rows))
+        where = f"{machine_of(row)}{driver}, torch {row['torch']}, Triton {row['triton']}, swath {row['swath']}"
+        found = commits.setdefault((where, row["date"]), [])
+        commit = row["commit"] or "no commit"
+        if commit not in found:
+            found.append(commit)
+    return "; ".join(f"{where} at {' and '.join(found)}, {date}" for (where, date), found in commits.items())
 
 
 def _commit() -> str | None:

@@ -197,7 +197,7 @@ def add_splits(plan: Plan, problem: Problem, target: Target, steps: int, tuning:
         plan.scratch.add("partial_state", torch.float32, rows * 2)
         plan.scratch.add("counts", torch.int32, owners)
         args = args | {"BLOCK_D": 1 << (F.head_dim - 1).bit_length(), "CHUNK": REDUCE_CHUNK}
-        options = {"num_warps": 4} | ({"launch_pdl": True} if F.pdl else {})
+        options = {"num_warps": 1} | ({"launch_pdl": True} if F.pdl else {})
         plan.calls.append(KernelCall(reduce_kernel, owners * tile_rows, args, options))
 
 
