@@ -46,7 +46,8 @@ def leave_room(inputs: Inputs, rows: int, monkeypatch: pytest.MonkeyPatch) -> Pr
     assert isinstance(keys, PagedKeys)
     pages = launch.scratch_pages(problem, keys)
     row = 2 * pages * keys.cache.page_size * keys.num_kv_heads * problem.head_dim * problem.q.element_size()
-    monkeypatch.setattr(launch, "SCRATCH_BYTES", rows * row + 4 * problem.num_seqs * pages)
+    table = 4 * problem.num_seqs * launch.table_pages(problem, keys)
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", rows * row + table)
     monkeypatch.setattr(paged_call, "_memory", Memory())
     return tooling.prepare(inputs.op, *inputs.args, **inputs.options)
 
@@ -102,9 +103,8 @@ def test_sequences_are_ranked_among_hundreds(prepare: Prepare, impl: str, monkey
     call.launch(operands)
     assert operands["copied"].tolist() == [MAX_STEPS, 0, 299]
     assert operands["others"].tolist() == [MAX_STEPS, 299, 300]
-    pages = operands["new_table"].shape[1]
-    expected = torch.full((300, pages), -7, dtype=torch.int32)
+    pages = launch.scratch_pages(problem, problem.keys)
+    expected = torch.full((300, operands["new_table"].shape[1]), -7, dtype=torch.int32)
     for rank, b in enumerate(long[:3]):
-        place = torch.arange(pages, dtype=torch.int32)
-        expected[b] = torch.where(place < 5, rank * pages + place, -1)
+        expected[b, :5] = rank * pages + torch.arange(5, dtype=torch.int32)
     assert torch.equal(operands["new_table"].cpu(), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from compile_variants import OPTIONS, TARGETS, problem_of
 from swath import Window
-from swath.cache import PagedKeys, PageTable
+from swath.cache import PagedKeys, PagedKV, PageTable
 from swath.features import Features, features_of
 from swath.launch import (
     SCRATCH_BYTES,
@@ -22,6 +23,7 @@ from swath.launch import (
     most_unclaimed,
     num_splits_for,
     pack_heads,
+    scratch_pages,
     scratch_rows,
     split_launch,
     tile_launch,
@@ -150,6 +152,35 @@ def test_max_kv_len_bounds_the_scratch() -> None:
     call = long_batch(64, 4096, MOST_PAGES)
     assert not dequantises(call)
     assert dequantises(replace(call, max_kv_len=1024))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("page_size", [1, 8, 16, 48])
+def test_scratch_holds_the_pages_that_neighbouring_queries_see(page_size: int, causal: bool) -> None:
+    draw = random.Random(page_size)
+    call = long_batch(1, 4096, 2048 // page_size)
+    assert isinstance(call.keys, PagedKeys)
+    shape = (1, 2, page_size, 128)
+    keys = replace(call.keys, cache=PagedKV(torch.empty(shape), torch.empty(shape)))
+    room, most = [], []
+    for _ in range(300):
+        window = Window(draw.randint(0, 60), global_tokens=draw.randint(0, 60), causal=causal)
+        queries, first = draw.randint(1, 60), draw.randint(-70, 2000)
+        room.append(scratch_pages(replace(call, keys=keys, window=window, max_q_len=queries, max_kv_len=2000), keys))
+        lead, left, right = window.key_ranges(first, first + queries - 1, 2000)
+        seen = {page for span in (range(lead), range(left, right)) for page in (k // page_size for k in span)}
+        most.append(len(seen))
+    assert all(pages >= seen for pages, seen in zip(room, most, strict=True))
+    assert any(pages == seen for pages, seen in zip(room, most, strict=True)) or page_size == 1
+
+
+def test_a_window_leaves_room_for_more_sequences() -> None:
+    call = replace(long_batch(64, 4096, MOST_PAGES // 3), max_q_len=100)
+    assert isinstance(call.keys, PagedKeys)
+    windowed = replace(call, window=Window(1000, global_tokens=4))
+    assert scratch_pages(windowed, call.keys) == (999 + 100 + 4 + 15) // 16 + 2
+    assert scratch_rows(call, call.keys) == 2
+    assert scratch_rows(windowed, call.keys) == 64
 
 
 def test_where_all_have_as_many_tokens_each_may_need_a_row() -> None:

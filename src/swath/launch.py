@@ -181,9 +181,16 @@ def dequantises(problem: Problem) -> bool:
     return problem.max_q_len * problem.group >= DEQUANTISE_ROWS and scratch_rows(problem, keys) > 0
 
 
-def scratch_pages(problem: Problem, keys: PagedKeys) -> int:
-    """Pages of scratch for a sequence: as many as its own may be."""
+def table_pages(problem: Problem, keys: PagedKeys) -> int:
+    """Pages that a sequence may have."""
     return ceil_div(min(problem.max_kv_len, keys.capacity), keys.cache.page_size)
+
+
+def scratch_pages(problem: Problem, keys: PagedKeys) -> int:
+    """Pages of scratch for a sequence: as many as its queries may see together."""
+    visible = problem.window.visible_bound(problem.max_q_len, problem.max_kv_len)
+    # Up to three pages are seen in part: the last of the leading keys, the first and the last of the others.
+    return min(ceil_div(visible, keys.cache.page_size) + 2, table_pages(problem, keys))
 
 
 def scratch_rows(problem: Problem, keys: PagedKeys) -> int:
@@ -193,7 +200,7 @@ def scratch_rows(problem: Problem, keys: PagedKeys) -> int:
     """
     pages = scratch_pages(problem, keys)
     row = pages * keys.cache.page_size * keys.num_kv_heads * problem.head_dim * 2 * problem.q.element_size()
-    table = problem.num_seqs * pages * torch.int32.itemsize
+    table = problem.num_seqs * table_pages(problem, keys) * torch.int32.itemsize
     return min(most_unclaimed(problem), max(SCRATCH_BYTES - table, 0) // row) if row else 0
 
 

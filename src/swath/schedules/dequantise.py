@@ -1,8 +1,9 @@
 """Dequantise the pages that a prefill sees into 16-bit scratch pages, once, so that its tiles run the 16-bit kernel.
 
-The scratch is a paged cache of its own, for sequences that splits do not claim: page j of the r-th of them goes to page
-``r * pages + j``, and a new table names those that were copied. What is dead or out of every window is -1 there, so
-nothing else changes for the tiles. Sequences without room in the scratch are for a launch of tiles over the cache.
+The scratch is a paged cache of its own, for sequences that splits do not claim: the j-th page in sight of the r-th of
+them goes to page ``r * pages + j``, and a new table says so, or -1 of a dead page. What it says of pages out of sight
+is undefined, and not read, so nothing else changes for the tiles. Sequences without room in the scratch are for a
+launch of tiles over the cache.
 """
 
 from __future__ import annotations
@@ -40,17 +41,37 @@ def copy_page(source, target, scale, scale_at, scale_token, kv_head, token_strid
         tl.store(place, x.to(target.dtype.element_ty), mask=mask)
 
 
-RUN_TIME = ("leading", "size", "steps", "claimed", "num_seqs", "pages", "max_pages", "num_pages", "table_stride")
+@triton.jit
+def page_in_sight(j, band, page_size):
+    """The ``j``-th page with a key of the band, and whether there is one. Leading keys come first."""
+    num_lead = tl.cdiv(band.lead, page_size)
+    page = tl.where(j < num_lead, j, tl.maximum(band.left // page_size, num_lead) + j - num_lead)
+    return page, (j < num_lead) | (page * page_size < band.right)
+
+
+RUN_TIME = (
+    "leading",
+    "size",
+    "steps",
+    "claimed",
+    "num_seqs",
+    "pages",
+    "width",
+    "max_pages",
+    "num_pages",
+    "table_stride",
+)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def dequantise_kernel(
     k, v, k_scale, v_scale, table, indptr, lens, cu_q, q_start, leading, new_k, new_v, new_table, copied, others,
-    size, steps, claimed, num_seqs, pages, max_pages, num_pages, kv_page, kv_head_stride, kv_token, table_stride,
+    size, steps, claimed, num_seqs, pages, width, max_pages, num_pages, kv_page, kv_head_stride, kv_token, table_stride,
     ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """One program per (sequence not claimed, page of its table, kv head), heads fastest; ``pages`` of scratch each.
+    """One program per (sequence not claimed, page in sight, kv head), heads fastest; ``pages`` of scratch each, and
+    ``width`` entries of the new table.
 
     Where there may be more such sequences than the grid has, the first program writes which ones the launch over the
     scratch takes (``copied``) and which the one over the cache (``others``).
@@ -70,19 +91,19 @@ def dequantise_kernel(
     entries, own_pages = table_row(table, indptr, b, table_stride, max_pages)
     kv_len = tl.minimum(seq.kv_len, own_pages * F.page_size)
     band = band_of(seq.start, seq.start + seq.q_len - 1, kv_len, size, leading_of(b, leading, F), F)
-    start, stop = j * F.page_size, (j + 1) * F.page_size
-    seen = (start < band.lead) | ((stop > band.left) & (start < band.right))
-    entry = tl.load(entries + j, mask=seen & (j < own_pages), other=-1)
+    page, seen = page_in_sight(j, band, F.page_size)
+    seen &= page < tl.minimum(own_pages, width)
+    entry = tl.load(entries + page, mask=seen, other=-1)
     live = (entry >= 0) & (entry < num_pages)
     place = rank * pages + j
     if kv_head == 0:
-        tl.store(new_table + b * pages + j, tl.where(live, place, -1))
+        tl.store(new_table + b * width + page, tl.where(live, place, -1), mask=seen)
     if not live:
         return
-    page, head = entry.to(tl.int64), kv_head.to(tl.int64)
-    source = page * kv_page + head * kv_head_stride
+    entry, head = entry.to(tl.int64), kv_head.to(tl.int64)
+    source = entry * kv_page + head * kv_head_stride
     target = (place.to(tl.int64) * F.kv_heads + head) * F.page_size * F.head_dim
-    scale_at = page * ks_page + head * ks_head
+    scale_at = entry * ks_page + head * ks_head
     copy_page(k + source, new_k + target, k_scale, scale_at, ks_token, kv_head, kv_token, False, F, BLOCK_T)
-    scale_at = page * vs_page + head * vs_head
+    scale_at = entry * vs_page + head * vs_head
     copy_page(v + source, new_v + target, v_scale, scale_at, vs_token, kv_head, kv_token, True, F, BLOCK_T)

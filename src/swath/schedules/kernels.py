@@ -28,6 +28,7 @@ from swath.launch import (
     scratch_rows,
     split_launch,
     split_rows,
+    table_pages,
     tile_launch,
     tile_slots,
 )
@@ -244,13 +245,20 @@ def add_dequantise(plan: Plan, problem: Problem, target: Target, claimed: int) -
     """
     keys = cast(PagedKeys, problem.keys)
     F, cache = replace(features_of(problem, target), pairs=False), keys.cache
-    pages, rows = scratch_pages(problem, keys), scratch_rows(problem, keys)
+    pages, rows, width = scratch_pages(problem, keys), scratch_rows(problem, keys), table_pages(problem, keys)
     shape = (rows * pages, cache.num_kv_heads, cache.page_size, cache.head_dim)
     plan.scratch.add("new_k", problem.q.dtype, *shape)
     plan.scratch.add("new_v", problem.q.dtype, *shape)
-    plan.scratch.add("new_table", torch.int32, problem.num_seqs, pages)
+    plan.scratch.add("new_table", torch.int32, problem.num_seqs, width)
     steps = 0 if problem.cu_seqlens_q is not None else problem.steps
-    own = {"pages": pages, "claimed": claimed, "num_seqs": problem.num_seqs, "steps": steps, "BLOCK_T": 16}
+    own = {
+        "pages": pages,
+        "width": width,
+        "claimed": claimed,
+        "num_seqs": problem.num_seqs,
+        "steps": steps,
+        "BLOCK_T": 16,
+    }
     grid, args = rows * pages * cache.num_kv_heads, shared_args(problem, F) | own
     plan.calls.append(KernelCall(dequantise_kernel, grid, args, {"num_warps": 4}, views=shared_views(problem, F)))
     made = plan.scratch.tensors("meta")
