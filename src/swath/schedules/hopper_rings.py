@@ -89,21 +89,22 @@ def as_tiles(ring, tiles: gl.constexpr, rows: gl.constexpr, F: gl.constexpr):
 
 
 @gluon.jit
+def new_barriers(stages: gl.constexpr, arrivals: gl.constexpr):
+    """A barrier for each stage, which so many arrivals complete."""
+    barriers = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(stages):
+        mbarrier.init(barriers.index(i), count=arrivals)
+    return barriers
+
+
+@gluon.jit
 def new_ring(
     stages: gl.constexpr, boxes: gl.constexpr, rows: gl.constexpr, consumers: gl.constexpr, DTYPE: gl.constexpr
 ):
     """Shared memory for ``stages`` of ``boxes`` boxes of ``rows`` rows, filled by one producer."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, BOX_COLUMNS], DTYPE)
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    ring = Ring(
-        gl.allocate_shared_memory(DTYPE, [stages * boxes, rows, BOX_COLUMNS], LAYOUT),
-        gl.allocate_shared_memory(gl.int64, [stages, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int64, [stages, 1], BARRIER),
-    )
-    for i in gl.static_range(stages):
-        mbarrier.init(ring.full.index(i), count=1)
-        mbarrier.init(ring.empty.index(i), count=consumers)
-    return ring
+    memory = gl.allocate_shared_memory(DTYPE, [stages * boxes, rows, BOX_COLUMNS], LAYOUT)
+    return Ring(memory, new_barriers(stages, 1), new_barriers(stages, consumers))
 
 
 @gluon.jit
@@ -117,15 +118,9 @@ def beside(ring, stages: gl.constexpr, halves: gl.constexpr, keys: gl.constexpr,
 
 @gluon.jit
 def new_places(consumers: gl.constexpr):
-    """Shared memory for the places that the first producer passes on."""
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    """Shared memory for the places that the first producer passes on, to consumers and to the producer of V."""
     slots = gl.allocate_shared_memory(gl.int32, [2, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    for i in gl.static_range(2):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=consumers + 1)  # and the producer of V
-    return Ring(slots, full, empty)
+    return Ring(slots, new_barriers(2, 1), new_barriers(2, consumers + 1))
 
 
 @gluon.jit

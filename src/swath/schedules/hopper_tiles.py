@@ -32,6 +32,7 @@ from swath.schedules.hopper_rings import (
     Sources,
     as_tiles,
     beside,
+    new_barriers,
     new_places,
     new_ring,
     receive,
@@ -325,8 +326,7 @@ def hopper_tile_kernel(
         first_v = beside(v_ring, C.stages, HALVES, C.first_n, min(C.first_n, C.box_rows))
     rings = Rings(q_ring, k_ring, v_ring, first_k, first_v, new_places(C.consumers))
     sources = Sources(q_desc, k_desc, v_desc, first_k_desc, first_v_desc)
-    cut_loaded = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(cut_loaded, count=1)
+    cut_loaded = new_barriers(1, 1).index(0)
     fence_async_shared()
     batch = Batch(
         table, indptr, lens, cu_q, q_start, leading, size, steps, claimed, num_seqs, max_pages, num_pages, table_stride,
