@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from swath.cache import PagedKeys
+from swath.cache import PagedKeys, page_count
 from swath.features import STORED, Features
 from swath.problem import Problem
 from swath.target import Target
@@ -183,14 +183,14 @@ def dequantises(problem: Problem) -> bool:
 
 def table_pages(problem: Problem, keys: PagedKeys) -> int:
     """Pages that a sequence may have."""
-    return ceil_div(min(problem.max_kv_len, keys.capacity), keys.cache.page_size)
+    return page_count(min(problem.max_kv_len, keys.capacity), keys.cache.page_size)
 
 
 def scratch_pages(problem: Problem, keys: PagedKeys) -> int:
     """Pages of scratch for a sequence: as many as its queries may see together."""
     visible = problem.window.visible_bound(problem.max_q_len, problem.max_kv_len)
     # Up to three pages are seen in part: the last of the leading keys, the first and the last of the others.
-    return min(ceil_div(visible, keys.cache.page_size) + 2, table_pages(problem, keys))
+    return min(page_count(visible, keys.cache.page_size) + 2, table_pages(problem, keys))
 
 
 def scratch_rows(problem: Problem, keys: PagedKeys) -> int:
@@ -287,6 +287,11 @@ class HopperLaunch:
     box_rows: int = 0
     uniform: bool = False
     first_n: int = 0  # keys of a narrow tile: it and one of ``block_n`` hold all that a row tile sees
+
+    @property
+    def first_rows(self) -> int:
+        """Keys of the narrow tile that are fetched at once."""
+        return min(self.first_n, self.box_rows)
 
 
 FEW_KEYS, FEW_PAGED_KEYS = 1024, 1280

@@ -63,10 +63,15 @@ def is_live(keys, page, F: tl.constexpr):
 
 
 @triton.jit
+def slot_of(pos, F: tl.constexpr):
+    """Where position ``pos`` >= 0 is within its page."""
+    return (pos.to(tl.uint32) % F.page_size).to(tl.int32)
+
+
+@triton.jit
 def slot_offset(pos, page, page_stride, token_stride, F: tl.constexpr):
     """Element offset (int64) of the slot of position ``pos`` in its page."""
-    slot = (pos.to(tl.uint32) % F.page_size).to(tl.int32)
-    return widen(page) * widen(page_stride) + widen(slot) * widen(token_stride)
+    return widen(page) * widen(page_stride) + widen(slot_of(pos, F)) * widen(token_stride)
 
 
 @triton.jit

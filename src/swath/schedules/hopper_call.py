@@ -72,7 +72,7 @@ def add_hopper_tiles(
     boxes: dict[str, tuple[int, ...]] = {"q": (1, rows // launch.pack, launch.pack)}
     boxes |= dict.fromkeys("kv", (1, 1, launch.box_rows))
     if launch.first_n:
-        boxes |= dict.fromkeys(("first_k", "first_v"), (1, 1, min(launch.first_n, launch.box_rows)))
+        boxes |= dict.fromkeys(("first_k", "first_v"), (1, 1, launch.first_rows))
         sources = {"first_k": sources.get("k", "k"), "first_v": sources.get("v", "v")} | sources
     plan.calls.append(
         BoxedCall(

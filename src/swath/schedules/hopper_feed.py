@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from swath.device.cache import table_row
+from swath.device.cache import slot_of, table_row
 from swath.device.window import band_of
 from swath.schedules.gluon_names import load_box, reinterpret
 from swath.schedules.hopper_rings import (
@@ -227,20 +227,20 @@ def load_stage(n, cuts, parts, tile, cut_loaded, F: gl.constexpr, C: gl.constexp
     stage = stage_of(parts[0].ring, n)
     mbarrier.wait(stage.empty, stage.phase ^ 1)
     if cut_loaded is None:
-        load_tiles(n, parts, tile, stage.full, F, C)
+        load_tiles(stage.slot, parts, tile, stage.full, F, C)
     else:
         cut = tile.head < 0
         for i in gl.static_range(len(parts)):
             cut |= cuts_a_box(parts[i].start, tile, parts[i].ring, F)
         if cut:
-            load_tiles(n, parts, tile, cut_loaded, F, C)
+            load_tiles(stage.slot, parts, tile, cut_loaded, F, C)
             mbarrier.wait(cut_loaded, cuts & 1)
             cuts += 1
             for i in gl.static_range(len(parts)):
-                clear_hidden(n, parts[i].start, tile, parts[i].ring, F)
+                clear_hidden(stage.slot, parts[i].start, tile, parts[i].ring, F)
             mbarrier.arrive(stage.full, count=1)
         else:
-            load_tiles(n, parts, tile, stage.full, F, C)
+            load_tiles(stage.slot, parts, tile, stage.full, F, C)
     return cuts
 
 
@@ -249,10 +249,9 @@ def load_queries(n, tile, q_desc, ring, F: gl.constexpr, C: gl.constexpr):
     """Ask for the query rows of all consumers."""
     HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
     POSITIONS: gl.constexpr = CONSUMER_ROWS // C.pack
-    slot = n % C.q_stages
-    mbarrier.wait(ring.empty.index(slot), ((n // C.q_stages) & 1) ^ 1)
-    full = ring.full.index(slot)
-    mbarrier.expect(full, C.consumers * CONSUMER_ROWS * F.head_dim * 2)
+    stage = stage_of(ring, n)
+    mbarrier.wait(stage.empty, stage.phase ^ 1)
+    mbarrier.expect(stage.full, C.consumers * CONSUMER_ROWS * F.head_dim * 2)
     q_head = q_head_of(tile.kv_head, 0 if C.pack > 1 else tile.head % F.group, F)
     place = tile.place
     seq = place.b if C.uniform else 0
@@ -260,10 +259,10 @@ def load_queries(n, tile, q_desc, ring, F: gl.constexpr, C: gl.constexpr):
     CONSUMERS: gl.constexpr = C.consumers
     for c in gl.static_range(CONSUMERS):
         for half in gl.static_range(HALVES):
-            box = ring.stages.index((slot * C.consumers + c) * HALVES + half)
+            box = ring.stages.index((stage.slot * C.consumers + c) * HALVES + half)
             box = reinterpret(box, q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
             at = [seq, token + c * POSITIONS, q_head, half * BOX_COLUMNS]
-            load_box(q_desc, at, full, box)
+            load_box(q_desc, at, stage.full, box)
 
 
 @gluon.jit
@@ -283,19 +282,17 @@ def box_pages(start, tile, KEYS: gl.constexpr, WARPS: gl.constexpr, batch, F: gl
 
 
 @gluon.jit
-def load_tiles(n, parts, tile, full, F: gl.constexpr, C: gl.constexpr):
-    """Ask for the key tiles of an empty stage, box by box; ``full`` then counts their bytes."""
+def load_tiles(slot, parts, tile, full, F: gl.constexpr, C: gl.constexpr):
+    """Ask for the key tiles of the empty stage ``slot``, box by box; ``full`` then counts their bytes."""
     mbarrier.expect(full, (C.block_n + C.first_n) * F.head_dim * 2)
     for i in gl.static_range(len(parts)):
-        load_boxes(n, parts[i], tile, full, F)
+        load_boxes(slot, parts[i], tile, full, F)
 
 
 @gluon.jit
-def load_boxes(n, part, tile, full, F: gl.constexpr):
+def load_boxes(slot, part, tile, full, F: gl.constexpr):
     """Ask for the boxes of one key tile."""
     start, page, desc, ring = part
-    STAGES: gl.constexpr = ring.full.shape[0]
-    slot = n % STAGES
     HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
     ROWS: gl.constexpr = ring.stages.shape[1]
     BOXES: gl.constexpr = keys_of(ring.stages.shape, ring.full.shape, F) // ROWS
@@ -303,7 +300,7 @@ def load_boxes(n, part, tile, full, F: gl.constexpr):
     for i in range(BOXES):
         pos = key_at(start + i * ROWS, tile.walk, F)
         if F.page_size > 0:
-            row = (pos.to(gl.uint32) % F.page_size).to(gl.int32)
+            row = slot_of(pos, F)
         else:
             row = tile.place.key_row + pos
         if F.page_size == 0:
@@ -317,7 +314,7 @@ def load_boxes(n, part, tile, full, F: gl.constexpr):
 
 
 @gluon.jit
-def clear_hidden(n, start, tile, ring, F: gl.constexpr):
+def clear_hidden(slot, start, tile, ring, F: gl.constexpr):
     """Zero the rows of a loaded V tile that no row sees: what stands there, NaN too, must not meet a p of 0."""
     HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
     ROWS: gl.constexpr = 8
@@ -332,7 +329,7 @@ def clear_hidden(n, start, tile, ring, F: gl.constexpr):
         if not all_seen(pos, pos + ROWS, tile.band):
             seen = seen_by_any(pos + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), tile.band)
             for half in gl.static_range(HALVES):
-                chunk = chunks.index(((n % STAGES) * HALVES + half) * CHUNKS + i)
+                chunk = chunks.index((slot * HALVES + half) * CHUNKS + i)
                 chunk.store(gl.where(seen[:, None], chunk.load(LAYOUT), 0.0))
     fence_async_shared()
 

@@ -44,9 +44,10 @@ class Sources(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A stage for the tile that it holds next, and the phase of ``full`` that says so."""
+    """A stage of a ring for what it holds next, and the phase of ``full`` that says so."""
 
-    tile: gl.shared_memory_descriptor
+    slot: gl.tensor
+    tile: gl.shared_memory_descriptor  # of a ring with one tile a stage
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     phase: gl.tensor
@@ -74,10 +75,10 @@ def keys_of(boxes, barriers, F):
 
 @gluon.jit
 def stage_of(ring, n):
-    """The stage of a ring of tiles that the ``n``-th tile takes."""
+    """The stage of a ring whose turn is the ``n``-th."""
     STAGES: gl.constexpr = ring.full.shape[0]
     slot = n % STAGES
-    return Stage(ring.stages.index(slot), ring.full.index(slot), ring.empty.index(slot), (n // STAGES) & 1)
+    return Stage(slot, ring.stages.index(slot), ring.full.index(slot), ring.empty.index(slot), (n // STAGES) & 1)
 
 
 @gluon.jit
@@ -126,23 +127,23 @@ def new_places(consumers: gl.constexpr):
 @gluon.jit
 def pass_on(n, places, place):
     """First producer: tell the others their ``n``-th place."""
-    slot = n % 2
     lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     value = lane * 0
     for i in gl.static_range(len(place)):
         value = gl.where(lane == i, place[i], value)
-    mbarrier.wait(places.empty.index(slot), ((n // 2) & 1) ^ 1)
-    places.stages.index(slot).store(value)
-    mbarrier.arrive(places.full.index(slot), count=1)
+    stage = stage_of(places, n)
+    mbarrier.wait(stage.empty, stage.phase ^ 1)
+    stage.tile.store(value)
+    mbarrier.arrive(stage.full, count=1)
 
 
 @gluon.jit
 def receive(n, places, WARPS: gl.constexpr):
     """The ``n``-th place, for a partition of so many warps."""
-    slot = n % 2
-    mbarrier.wait(places.full.index(slot), (n // 2) & 1)
-    value = places.stages.index(slot).load(gl.BlockedLayout([1], [32], [WARPS], [0]))
-    mbarrier.arrive(places.empty.index(slot), count=1)
+    stage = stage_of(places, n)
+    mbarrier.wait(stage.full, stage.phase)
+    value = stage.tile.load(gl.BlockedLayout([1], [32], [WARPS], [0]))
+    mbarrier.arrive(stage.empty, count=1)
     return Place(
         nth(value, 0), nth(value, 1), nth(value, 2), nth(value, 3), nth(value, 4), nth(value, 5), nth(value, 6),
         nth(value, 7), nth(value, 8),

@@ -94,16 +94,16 @@ def consume(c: gl.constexpr, output, scale_log2, cap_log2, rings, batch, F: gl.c
         m, l = nothing_seen(i, tile, output.sink, F, C)
         acc = gl.full((CONSUMER_ROWS, F.head_dim), 0.0, gl.float32, layout=VALUES)
         if tile.walk.total > 0:
-            slot = rows % C.q_stages
+            q = stage_of(rings.q, rows)
             first = place.start + begin
             reach = reach_of(first + i // C.pack, tile.band, batch.size, place.leading, F)
             reach = listed(reach, tile.walk)
             from_all, to_all = interior_of(tile.band, first, first + POSITIONS - 1, batch.size, F)
             query = Query(
-                q_ring.stages.index(slot * C.consumers + c), reach, from_all - tile.walk.gap, to_all - tile.walk.gap,
+                q_ring.stages.index(q.slot * C.consumers + c), reach, from_all - tile.walk.gap, to_all - tile.walk.gap,
                 scale_log2, cap_log2, all_live(tile, batch, F),
             )  # fmt: skip
-            mbarrier.wait(q_ring.full.index(slot), (rows // C.q_stages) & 1)
+            mbarrier.wait(q.full, q.phase)
             if C.first_n > 0:
                 m, l, acc = attend_once(rows, (m, l, acc), query, tiles, tile, batch, F, C)
             else:
@@ -129,7 +129,7 @@ def attend(n, rows, state, query, rings, tile, batch, F: gl.constexpr, C: gl.con
     masked = gl.maximum(gl.where(query.clean, masked_tiles(tile), tile.walk.total), 1)
     p, m, l, acc = overlap(1, masked, n, p, (m, l, acc), query, rings, tile, batch, True, F, C)
     p, m, l, acc = overlap(masked, tile.walk.total, n, p, (m, l, acc), query, rings, tile, batch, False, F, C)
-    mbarrier.arrive(rings.q.empty.index(rows % C.q_stages), count=1)
+    mbarrier.arrive(stage_of(rings.q, rows).empty, count=1)
     v = stage_of(rings.v, n + tile.walk.total - 1)
     mbarrier.wait(v.full, v.phase)
     values = warpgroup_mma(operand(p, acc, v.tile.dtype), v.tile, acc, is_async=True)
@@ -155,7 +155,7 @@ def attend_once(rows, state, query, rings, tile, batch, F: gl.constexpr, C: gl.c
     far = score(query.q, k.tile.slice(0, HALF), C)
     first, near, far = warpgroup_mma_wait(0, deps=[first, near, far])
     mbarrier.arrive(k.empty, count=1)
-    mbarrier.arrive(rings.q.empty.index(rows % C.q_stages), count=1)
+    mbarrier.arrive(stage_of(rings.q, rows).empty, count=1)
     first, scale = cut_scores(first, first_tile(tile, F, C), C.block_n, query, tile, batch, F, C)
     near, _ = cut_scores(near, HALF, 0, query, tile, batch, F, C)
     far, _ = cut_scores(far, 0, 0, query, tile, batch, F, C)
@@ -322,8 +322,8 @@ def hopper_tile_kernel(
     v_ring = new_ring(C.stages, HALVES * BOXES, C.box_rows, C.consumers, q_desc.dtype)
     first_k, first_v = None, None
     if C.first_n > 0:
-        first_k = beside(k_ring, C.stages, HALVES, C.first_n, min(C.first_n, C.box_rows))
-        first_v = beside(v_ring, C.stages, HALVES, C.first_n, min(C.first_n, C.box_rows))
+        first_k = beside(k_ring, C.stages, HALVES, C.first_n, C.first_rows)
+        first_v = beside(v_ring, C.stages, HALVES, C.first_n, C.first_rows)
     rings = Rings(q_ring, k_ring, v_ring, first_k, first_v, new_places(C.consumers))
     sources = Sources(q_desc, k_desc, v_desc, first_k_desc, first_v_desc)
     cut_loaded = new_barriers(1, 1).index(0)
