@@ -39,6 +39,20 @@ def flat_row(table, indptr, b, max_pages):
 
 
 @triton.jit
+def page_in_sight(j, band, page_size):
+    """The ``j``-th page with a key of the band, and whether there is one. Leading keys come first."""
+    num_lead = tl.cdiv(band.lead, page_size)
+    page = tl.where(j < num_lead, j, tl.maximum(band.left // page_size, num_lead) + j - num_lead)
+    return page, (j < num_lead) | (page * page_size < band.right)
+
+
+@triton.jit
+def pages_in_sight(band, page_size):
+    """How many there are, or one more: a page may have the last of the leading keys and the first of the others."""
+    return tl.cdiv(band.lead, page_size) + tl.cdiv(band.right, page_size) - band.left // page_size
+
+
+@triton.jit
 def page_ids(keys, pos, wanted, F: tl.constexpr):
     """The table entries of positions ``pos``, -1 where not ``wanted``; a dense sequence has none."""
     if F.page_size == 0:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from swath.device.cache import table_row
+from swath.device.cache import page_in_sight, table_row
 from swath.device.quant import channel_scale, decode, head_scale
 from swath.device.window import band_of
 from swath.schedules.query import leading_of, ranked_sequence, sequence_of, store_claim
@@ -39,14 +39,6 @@ def copy_page(source, target, scale, scale_at, scale_token, kv_head, token_strid
             x *= head_scale(scale, kv_head, OF_V, F)
         place = target + token[:, None] * F.head_dim + column[None, :]
         tl.store(place, x.to(target.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def page_in_sight(j, band, page_size):
-    """The ``j``-th page with a key of the band, and whether there is one. Leading keys come first."""
-    num_lead = tl.cdiv(band.lead, page_size)
-    page = tl.where(j < num_lead, j, tl.maximum(band.left // page_size, num_lead) + j - num_lead)
-    return page, (j < num_lead) | (page * page_size < band.right)
 
 
 RUN_TIME = (

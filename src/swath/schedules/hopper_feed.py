@@ -152,7 +152,7 @@ def produce_keys(sources, counter, rings, batch, F: gl.constexpr, C: gl.constexp
     passed = 0
     rows = 0
     n = 0
-    cuts = 0
+    cuts = 0  # and stays 0: of K nothing is cleared
     t = gl.program_id(0)
     while t < batch.num_tiles:
         place = place_of(t, batch, F, C)
@@ -229,8 +229,8 @@ def load_stage(n, cuts, parts, tile, cut_loaded, F: gl.constexpr, C: gl.constexp
     if cut_loaded is None:
         load_tiles(stage.slot, parts, tile, stage.full, F, C)
     else:
-        cut = tile.head < 0
-        for i in gl.static_range(len(parts)):
+        cut = cuts_a_box(parts[0].start, tile, parts[0].ring, F)
+        for i in gl.static_range(1, len(parts)):
             cut |= cuts_a_box(parts[i].start, tile, parts[i].ring, F)
         if cut:
             load_tiles(stage.slot, parts, tile, cut_loaded, F, C)

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from swath.device.cache import table_row
+from swath.device.cache import page_in_sight, pages_in_sight, table_row
 from swath.device.softmax import FLOOR, finish, highest, powers, sink_alone, step
 from swath.device.window import interior_of, reach_of
 from swath.schedules.hopper_feed import Batch, first_tile, key_tile, masked_tiles, produce_keys, produce_values, tile_of
@@ -291,15 +291,11 @@ def all_live(tile, batch, F: gl.constexpr):
         return tile.head == tile.head
     else:
         lane = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-        first = tile.band.left // F.page_size
-        end = (tile.band.right + F.page_size - 1) // F.page_size
-        lead = (tile.band.lead + F.page_size - 1) // F.page_size
         entries, _ = table_row(batch.table, batch.indptr, tile.place.b, batch.table_stride, batch.max_pages)
         dead = lane * 0
-        for i in range(gl.cdiv(lead + end - first, 128)):
-            at = i * 128 + lane
-            page = gl.where(at < lead, at, at - lead + first)
-            entry = gl.load(entries + page, mask=at < lead + end - first, other=0)
+        for i in range(gl.cdiv(pages_in_sight(tile.band, F.page_size), 128)):
+            page, seen = page_in_sight(i * 128 + lane, tile.band, F.page_size)
+            entry = gl.load(entries + page, mask=seen, other=0)
             dead = dead | gl.where((entry < 0) | (entry >= batch.num_pages), 1, 0)
         return gl.max(dead, 0) == 0
 
