@@ -77,7 +77,8 @@ def add_sink(m, l, sink):
 
 @triton.jit
 def sink_alone(sink):
-    """The state (m, l) of a row that has seen nothing but its sink logit."""
+    """The state (m, l) of a row that has seen nothing but its sink logit: what ``add_sink`` makes of none, in fewer
+    instructions and registers."""
     m = tl.maximum(sink / LN_2, FLOOR)
     return m, tl.exp2(sink / LN_2 - m)
 
