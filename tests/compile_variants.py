@@ -127,7 +127,7 @@ def main() -> None:
 
 def tiles_of(problem: Problem, arch: str) -> tuple[str, ...]:
     """Whose prefill tiles the target has for a call."""
-    return ("triton", "hopper") if arch == hopper.ARCH and hopper.why_not_tiles(problem) is None else ("triton",)
+    return ("triton", "hopper") if arch == hopper.ARCH and hopper.why_not_tiles(problem, 132) is None else ("triton",)
 
 
 def _compiled(call: Any, operands: Any, arch: str) -> dict[str, Any]:

@@ -21,11 +21,13 @@ from swath.bench.case import BenchCase, Groups
 from swath.bench.clock import GpuClock
 from swath.bench.tune import Candidate, Search, candidates_of, search_case, source_of
 from swath.cli import app
-from swath.launch import HopperLaunch, TileLaunch, Tuning, fitting
+from swath.launch import TileLaunch, fitting
+from swath.launch_hopper import HopperLaunch
 from swath.problem import Problem
 from swath.schedules.kernels import plan_of
 from swath.schedules.launcher import KernelCall
 from swath.target import Target, interpreting
+from swath.tuning import Tuning
 
 H200 = Target("sm_90", 132)
 SOURCE = "A GPU, torch 2"

@@ -17,6 +17,9 @@ pytestmark = pytest.mark.gpu
 LONG = Case((700, 1300, 261, 40), (700, 513, 130, 40), num_kv_heads=2, group=4, head_dim=128, dense=True, spiked=True)
 PAGED = replace(LONG, dense=False)
 
+DECODE = replace(PAGED, kv_lens=tuple(1300 - 40 * i for i in range(33)), q_lens=1, num_kv_heads=8, size=1024)
+"""As many sequences as an H200 has places for their kv heads, under a window that tiles are faster with."""
+
 ONCE = replace(LONG, head_dim=64, group=8, size=128)
 """Rows of which 128 see 144 keys at most: two consumers attend them in one pass."""
 ONCE_PAGED = replace(ONCE, dense=False, page_size=8, size=122)
@@ -76,6 +79,13 @@ CASES = {
     "holes in a window": replace(PAGED, holes=True, size=300, global_tokens=20),
     "int8 pages": replace(PAGED, quant=KVQuant(torch.int8, "channel"), size=400, bounds="tight"),
     "rows of nobody": replace(PAGED, q_lens=(700, 0, 130, 1), tail=150),
+    "decode": DECODE,
+    "decode, soft cap, sink and LSE": replace(DECODE, softcap=5.0, sink="fp32", dtype=torch.float16),
+    "decode of 4 steps": replace(DECODE, q_lens=4),
+    "decode of some steps": replace(DECODE, q_lens=tuple(i % 5 for i in range(33)), tail=3, bounds="tight"),
+    "decode, leading keys and holes": replace(DECODE, size=960, global_tokens=40, holes=True),
+    "decode, heads apart": replace(DECODE, group=3, page_size=64),
+    "decode, positions given": replace(DECODE, q_lens=2, q_start=tuple(1100 - 31 * i for i in range(33))),
 }
 
 

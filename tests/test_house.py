@@ -145,6 +145,7 @@ NEVER = {
     "swath.checks": ("swath.ops", "swath.library", "swath.dispatch", "swath.schedules"),
     "swath.features": ("swath.ops", "swath.library", "swath.dispatch", "swath.schedules", "swath.launch", "triton"),
     "swath.launch": ("swath.ops", "swath.library", "swath.dispatch", "swath.schedules", "triton"),
+    "swath.launch_hopper": ("swath.ops", "swath.library", "swath.dispatch", "swath.schedules", "triton"),
     "swath.schedules": ("swath.ops", "swath.library", "swath.dispatch"),
     "swath.ops": ("swath.hf", "swath.cli", "swath.testing", "swath.demo", "swath.tooling"),
 }

@@ -18,7 +18,6 @@ from swath.launch import (
     TileLaunch,
     dequantises,
     fitting,
-    hopper_launch,
     least_tiles_for,
     most_unclaimed,
     num_splits_for,
@@ -28,6 +27,7 @@ from swath.launch import (
     split_launch,
     tile_launch,
 )
+from swath.launch_hopper import decodes_in_tiles, hopper_launch
 from swath.problem import Problem
 from swath.target import SHARED_BYTES, Target
 
@@ -241,6 +241,30 @@ def test_hopper_takes_one_pass_where_two_tiles_hold_all_keys(
     assert launch.box_rows <= (launch.first_n if launch.first_n and F.page_size else launch.block_n)
     unbounded = hopper_launch(F, replace(one, max_kv_len=1 << 20))
     assert (unbounded.consumers if unbounded.first_n else 0) == consumers, "no bound of lengths decides"
+
+
+@pytest.mark.parametrize(
+    ("window", "num_seqs", "num_sms", "in_tiles"),
+    [
+        (Window(1024), 128, 132, True),
+        (Window(1024, global_tokens=64), 128, 132, True),
+        (Window(1024), 33, 132, True),
+        (Window(1024), 32, 132, False),  # not enough for all places
+        (Window(1024), 36, 132, False),  # a second round that is nearly empty
+        (Window(128), 128, 132, False),
+        (Window(4096), 128, 132, False),
+        (Window(), 128, 132, False),
+    ],
+)
+def test_decode_in_tiles_fills_its_places(window: Window, num_seqs: int, num_sms: int, in_tiles: bool) -> None:
+    kv_heads, head_dim, page_size, pages = 8, 128, 16, 1024
+    pool = torch.empty(pages, kv_heads, page_size, head_dim, dtype=torch.bfloat16, device="meta")
+    table = torch.empty(num_seqs, pages, dtype=torch.int32, device="meta")
+    keys = PagedKeys(PagedKV(pool, pool), PageTable(table), torch.empty(num_seqs, dtype=torch.int32, device="meta"))
+    q = torch.empty(num_seqs, 4 * kv_heads, head_dim, dtype=torch.bfloat16, device="meta")
+    one = replace(problem(queries="decode"), q=q, keys=keys, window=window, max_kv_len=16384, max_q_len=1)
+    assert decodes_in_tiles(one, num_sms) == in_tiles
+    assert not decodes_in_tiles(replace(one, split_size=256), num_sms), "bits would depend on the batch"
 
 
 def test_the_window_size_is_no_feature() -> None:

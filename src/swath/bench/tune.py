@@ -21,22 +21,14 @@ from swath.bench.providers.own import GPU_BACKENDS, call_of
 from swath.bench.results import Row
 from swath.bench.run import Progress, measure_case
 from swath.features import Features
-from swath.launch import (
-    HopperLaunch,
-    TileLaunch,
-    Tuning,
-    box_rows,
-    fitting,
-    is_short,
-    is_short_run,
-    split_launch,
-    tile_launch,
-)
+from swath.launch import TileLaunch, fitting, is_short, is_short_run, split_launch, tile_launch
+from swath.launch_hopper import HopperLaunch, box_rows
 from swath.problem import Problem
 from swath.schedules.kernels import operands_of, plan_of
 from swath.schedules.launcher import KernelCall, Plan
 from swath.target import Target, on_device, target_of
 from swath.tooling import explain, prepare
+from swath.tuning import Tuning
 
 KERNELS = {"splits": "split_kernel", "tiles": "tile_kernel", "hopper": "hopper_tile_kernel"}
 """Schedules and the kernel that each of them launches."""

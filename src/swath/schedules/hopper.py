@@ -8,6 +8,7 @@ from torch import Tensor
 from swath.cache import PagedKeys
 from swath.features import STORED
 from swath.launch import MAX_STEPS, dequantises
+from swath.launch_hopper import decodes_in_tiles
 from swath.problem import Problem
 from swath.schedules.gpu import Runner
 from swath.target import target_of, why_no_triton
@@ -27,18 +28,19 @@ def why_not(problem: Problem) -> str | None:
     reason = why_no_triton(device)
     if reason is not None:
         return reason
-    arch = target_of(device).arch
-    if arch != ARCH:
-        return f"made for {ARCH}, this is {arch}"
-    remembered: str | None = problem.remembered(f"why_not {NAME}", lambda: why_not_tiles(problem))
+    target = target_of(device)
+    if target.arch != ARCH:
+        return f"made for {ARCH}, this is {target.arch}"
+    remembered: str | None = problem.remembered(f"why_not {NAME}", lambda: why_not_tiles(problem, target.num_sms))
     return remembered
 
 
-def why_not_tiles(problem: Problem) -> str | None:
+def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
     """What the kernel lacks for a call, on any machine: it multiplies 16-bit tiles that it fetches in boxes."""
     keys = problem.keys
-    if problem.max_q_len <= MAX_STEPS:
-        return f"at most {MAX_STEPS} query tokens a sequence: decode is the triton backend's"
+    if problem.max_q_len <= MAX_STEPS and not decodes_in_tiles(problem, num_sms):
+        reason = f"at most {MAX_STEPS} query tokens a sequence: decode is the triton backend's"
+        return f"{reason}, but for many sequences that see about 1,024 keys"
     if problem.head_dim not in HEAD_DIMS:
         return f"head_dim {problem.head_dim}; it has {', '.join(map(str, HEAD_DIMS))}"
     if problem.q.dtype not in (torch.bfloat16, torch.float16):

@@ -11,12 +11,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swath.features import Features
-from swath.launch import Tuning, hopper_launch, tile_slots
+from swath.launch import MAX_STEPS, tile_slots
+from swath.launch_hopper import hopper_launch
 from swath.problem import Problem
 from swath.schedules.hopper_rings import BOX_COLUMNS, CONSUMER_ROWS
 from swath.schedules.hopper_tiles import hopper_tile_kernel
 from swath.schedules.launcher import KernelCall, Operands, Plan
 from swath.target import Target
+from swath.tuning import Tuning
 
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -68,7 +70,10 @@ def add_hopper_tiles(
     rows = CONSUMER_ROWS.value
     steps, slots = tile_slots(problem, launch.consumers * rows // launch.pack)
     num_tiles = slots * (F.kv_heads * F.group // launch.pack)
-    plan.scratch.add("counter", torch.int32, 1, zeroed=True)  # programs draw their tiles from it
+    if problem.max_q_len > MAX_STEPS:
+        plan.scratch.add("counter", torch.int32, 1, zeroed=True)  # programs draw their tiles from it
+    else:  # all take as long
+        args = args | {"counter": None}
     boxes: dict[str, tuple[int, ...]] = {"q": (1, rows // launch.pack, launch.pack)}
     boxes |= dict.fromkeys("kv", (1, 1, launch.box_rows))
     if launch.first_n:

@@ -148,7 +148,10 @@ def first_tile(tile, F: gl.constexpr, C: gl.constexpr):
 
 @gluon.jit
 def produce_keys(sources, counter, rings, batch, F: gl.constexpr, C: gl.constexpr):
-    """The first producer: draws tiles and passes those with rows on, with their query rows and K as room allows."""
+    """The first producer: draws tiles and passes those with rows on, with their query rows and K as room allows.
+
+    Without a ``counter`` programs take tiles in turn.
+    """
     passed = 0
     rows = 0
     n = 0
@@ -156,7 +159,8 @@ def produce_keys(sources, counter, rings, batch, F: gl.constexpr, C: gl.constexp
     t = gl.program_id(0)
     while t < batch.num_tiles:
         place = place_of(t, batch, F, C)
-        drawn = draw(counter)
+        if counter is not None:
+            drawn = draw(counter)
         if place.q_len > 0:
             pass_on(passed, rings.places, place)
             passed += 1
@@ -166,7 +170,10 @@ def produce_keys(sources, counter, rings, batch, F: gl.constexpr, C: gl.constexp
                 cuts = load_keys(n, cuts, tile, sources, None, rings, batch, F, C)
                 rows += 1
                 n += tile.walk.total
-        t = gl.max(drawn, 0) + gl.num_programs(0)
+        if counter is None:
+            t += gl.num_programs(0)
+        else:
+            t = gl.max(drawn, 0) + gl.num_programs(0)
     pass_on(passed, rings.places, Place(t, t, t, t, t, t, t, t, t))
 
 

@@ -12,8 +12,6 @@ from swath.cache import DenseKeys, PagedKeys, PagedKV, PageTable
 from swath.features import Features, features_of, kernel_dtype, kernel_scale, token_strides
 from swath.launch import (
     MAX_STEPS,
-    UNTUNED,
-    Tuning,
     ceil_div,
     dequantises,
     in_step,
@@ -40,6 +38,7 @@ from swath.schedules.reduce import reduce_kernel
 from swath.schedules.splits import split_kernel
 from swath.schedules.tiles import tile_kernel
 from swath.target import Target
+from swath.tuning import UNTUNED, Tuning
 
 REDUCE_CHUNK = 16
 LARGEST_SIZE = 1 << 30
@@ -51,7 +50,8 @@ Part = tuple[Problem, dict[str, str]]
 def plan_of(problem: Problem, target: Target, tiles: str, tuning: Tuning = UNTUNED) -> Plan:
     """The launches of a call, in order: splits and their reduce, or prefill, or all of them in a mixed batch.
 
-    ``tiles``: whose tiles, "triton" or "hopper"; ``tuning``: rows to try in place of the tables' own.
+    ``tiles``: whose tiles, "triton" or "hopper", which takes nothing but tiles except in a mixed batch; ``tuning``:
+    rows to try in place of the tables' own.
     """
     plan = Plan()
     if problem.num_seqs == 0 or problem.q.numel() == 0:
@@ -59,7 +59,7 @@ def plan_of(problem: Problem, target: Target, tiles: str, tuning: Tuning = UNTUN
     problem = with_positive_scale(problem)
     ragged, paged = problem.cu_seqlens_q is not None, isinstance(problem.keys, PagedKeys)
     steps = min(problem.max_q_len, MAX_STEPS) if ragged else problem.steps
-    splits = paged and steps <= MAX_STEPS
+    splits = paged and steps <= MAX_STEPS and (tiles == "triton" or is_mixed(problem))
     if splits:
         add_splits(plan, problem, target, steps, tuning)
     if not splits or is_mixed(problem):

@@ -1,0 +1,142 @@
+"""How tiles are launched on Hopper: as launch.py, every row measured on the machine of ``H200``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from swath.cache import PagedKeys
+from swath.features import Features
+from swath.launch import (
+    FULL,
+    LARGEST_BOUND,
+    MAX_STEPS,
+    SHORT_WINDOW,
+    ceil_div,
+    filled,
+    is_short,
+    keys_in_sight,
+    pack_heads,
+)
+from swath.problem import Problem
+
+
+@dataclass(frozen=True)
+class HopperLaunch:
+    """Tile shape and pipeline of hopper_tiles.py; every row was measured on the machine of ``H200``."""
+
+    block_n: int
+    stages: int  # of keys and of values
+    q_stages: int  # of query rows
+    consumers: int = 2  # warpgroups of 64 rows in a program
+    programs: int = 1  # that run at once on a multiprocessor
+    consumer_registers: int = 240  # a thread's
+    producer_registers: int = 24
+    registers: int | None = None  # before they are shared out so, where the compiler's choice lets fewer programs run
+    pack: int = 1
+    box_rows: int = 0
+    uniform: bool = False
+    first_n: int = 0  # keys of a narrow tile: it and one of ``block_n`` hold all that a row tile sees
+
+    @property
+    def first_rows(self) -> int:
+        """Keys of the narrow tile that are fetched at once."""
+        return min(self.first_n, self.box_rows)
+
+
+FEW_KEYS, FEW_PAGED_KEYS = 1024, 1280
+"""Keys that a row tile sees up to which programs of one consumer win: short runs leave the tensor cores idle at their
+ends, and two consumers of one program reach theirs together. 32 ragged sequences of up to 1,024 keys took 274 us so and
+348 with two consumers; windows of 257 in sequences of up to 4,096 keys 709 and 1,127; a window of 1,024 over pages of
+16 332 and 376, over dense keys 1,063 and 976."""
+PACKED_TOKENS = 2048
+"""Mean query tokens of a sequence up to which the heads of a group are packed: rows of a half-empty last tile are then
+positions of all its heads. 32 ragged sequences took, packed and not: 227 and 275 us (up to 511 tokens each), 2,786 and
+3,118 (up to 2,047), 8,340 and 8,900 (up to 4,095); one of 8,192 tokens 788 and 781."""
+VERY_FEW_KEYS = 256
+"""Of rows of 64: a window of 128 took 340 us in four programs with tiles of 32 keys, 406 in three with tiles of 64."""
+ONE_PASS = (
+    HopperLaunch(128, 2, 1, consumers=2, programs=2, consumer_registers=104, registers=80, first_n=16),
+    HopperLaunch(128, 1, 2, consumers=1, programs=3, consumer_registers=136, registers=80, first_n=16),
+)
+"""For heads of 64 whose row tiles see 144 keys at most, as under a window of 128 with 8 heads packed. Two consumers
+load keys once for both, one sees fewer. Two took 244 us, one 289, and five tiles of 32 keys 329."""
+
+
+def one_pass(F: Features, problem: Problem, pack: int) -> HopperLaunch | None:
+    """The first of ``ONE_PASS`` that holds all keys that the rows of a tile see, by the window alone.
+
+    Bounds of lengths and of leading keys are promises of the caller, on which no result may hang. Pages widen the list
+    of keys to whole boxes: 143 keys may touch ten boxes of 16, so those stay with the loop over tiles.
+    """
+    if F.head_dim != 64 or F.leading != "":
+        return None
+    for launch in ONE_PASS:
+        keys = problem.window.visible_bound(64 * launch.consumers // pack, LARGEST_BOUND)
+        if F.page_size > 0:
+            box = box_rows(F, launch)
+            keys = (ceil_div(max(keys - 1, 0), box) + 1) * box
+        if keys <= launch.block_n + launch.first_n:
+            return launch
+    return None
+
+
+def hopper_launch(F: Features, problem: Problem) -> HopperLaunch:
+    """Prefill on sm_90: as many stages and registers as a multiprocessor has, in one program or several."""
+    # Few leading keys fit into the last tile of a window, if that is not full: packed rows see fewer keys.
+    packed = is_short(problem.window) or F.leading != "" or few_tokens(problem) or problem.max_q_len <= MAX_STEPS
+    pack = 1 if F.interleaved else pack_heads(F, packed, 64)
+    launch = one_pass(F, problem, pack) or looped_launch(F, problem)
+    return replace(launch, pack=pack, box_rows=box_rows(F, launch), uniform=problem.q.dim() == 4)
+
+
+def looped_launch(F: Features, problem: Problem) -> HopperLaunch:
+    """For row tiles that may see any number of key tiles."""
+    keys = keys_in_sight(problem, 128)
+    few = keys <= (FEW_PAGED_KEYS if F.page_size else FEW_KEYS)
+    if F.head_dim > 128:
+        return HopperLaunch(64, 2, 1)
+    if few and F.head_dim > 64:
+        return HopperLaunch(
+            64, 2, 2, consumers=1, programs=2, consumer_registers=216, producer_registers=40, registers=128
+        )
+    if keys <= VERY_FEW_KEYS:
+        return HopperLaunch(32, 3, 2, consumers=1, programs=4, consumer_registers=104, registers=64)
+    if few:
+        return HopperLaunch(64, 2, 2, consumers=1, programs=3, consumer_registers=136, registers=80)
+    return HopperLaunch(128, 2 if F.head_dim > 64 else 4, 2)
+
+
+def few_tokens(problem: Problem) -> bool:
+    """Whether a ragged batch has short sequences on average; never with split_size, when no bit may depend on that."""
+    if problem.cu_seqlens_q is None or problem.split_size is not None:
+        return False
+    return problem.q.shape[0] <= PACKED_TOKENS * problem.num_seqs
+
+
+def decodes_in_tiles(problem: Problem, num_sms: int) -> bool:
+    """Whether sequences of a few query tokens run as tiles: those that see about 1,024 keys, as under a window, where
+    they are enough to fill all places without being cut.
+
+    Programs that stay ask for the keys of the next owner while they attend those of one; as splits each begins with
+    three trips to memory in turn. 128 sequences under a window of 1,024 took 131 us so and 135 as splits; with heads of
+    64 under a window of 128 19 and 16, and 64 sequences of 8,192 keys 495 and 494.
+    """
+    keys = problem.keys
+    if not isinstance(keys, PagedKeys) or problem.head_dim != 128 or problem.split_size is not None:
+        return False  # with split_size no bit may depend on how large the batch is
+    if keys.cache.k.dtype != problem.q.dtype or not SHORT_WINDOW < keys_in_sight(problem, 128) <= FEW_PAGED_KEYS:
+        return False
+    places = 2 * num_sms
+    owners = problem.num_seqs * keys.num_kv_heads
+    return owners >= places and filled(owners, places) >= FULL
+
+
+BOX_ROWS = 64
+"""Keys that are fetched at once at most: fewer than a tile, so that what nobody sees of a tile is not fetched."""
+
+
+def box_rows(F: Features, launch: HopperLaunch) -> int:
+    """Keys that are fetched at once: of a page, the largest power of two that divides it, and no more than a tile."""
+    if F.page_size == 0:
+        return min(launch.block_n, BOX_ROWS)
+    return min(launch.first_n or launch.block_n, BOX_ROWS, F.page_size & -F.page_size)

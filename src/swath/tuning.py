@@ -1,0 +1,26 @@
+"""Launch rows to try in place of the tables' own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swath.launch import TileLaunch
+from swath.launch_hopper import HopperLaunch
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Rows to launch with in place of those above: what ``swath bench tune`` tries, and nothing when serving.
+
+    tile: rows per tile beside the row. A split row still passes ``in_step``, as it would from the table.
+    """
+
+    split: TileLaunch | None = None
+    split_rows: int | None = None
+    num_splits: int | None = None
+    tile: tuple[int, TileLaunch] | None = None
+    hopper: HopperLaunch | None = None
+
+
+UNTUNED = Tuning()
+"""As the tables and rules say."""
