@@ -85,6 +85,8 @@ def split_launch(F: Features, target: Target, block_m: int, short_run: bool) -> 
         launch = TileLaunch(32, 2, 4, source, resident=4)
         if F.head_dim > 80:
             launch = TileLaunch(32, 4, 4, source, resident=3)
+    elif F.padded:
+        launch = TileLaunch(32, 4, 3, source)
     else:
         launch = TileLaunch(64, 4, 3 if F.head_dim <= 128 else 2, source)
     return fitting(launch, F, block_m, target)

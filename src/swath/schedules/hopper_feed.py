@@ -94,8 +94,8 @@ def tile_of(place, batch, F: gl.constexpr, C: gl.constexpr):
     band = band_of(first, last, place.kv_len, batch.size, place.leading, F)
     KEYS: gl.constexpr = C.block_n + C.first_n
     walk = plan_walk(band, C.box_rows, key_align(F, C), KEYS)
-    if C.first_n > 0:  # a row tile without keys gets zeros to see, and no branch of its own
-        walk = Walk(walk.lead, walk.gap, 1)
+    # A row tile without keys gets zeros to see, and no branch of its own.
+    walk = Walk(walk.lead, walk.gap, gl.maximum(walk.total, 1))
     interior, interior_end = interior_tiles(band, walk, first, last, batch.size, F, KEYS)
     return Tile(place, head, kv_head, band, walk, interior, interior_end)
 
@@ -165,16 +165,15 @@ def produce_keys(sources, counter, rings, batch, F: gl.constexpr, C: gl.constexp
             pass_on(passed, rings.places, place)
             passed += 1
             tile = tile_of(place, batch, F, C)
-            if tile.walk.total > 0:
-                load_queries(rows, tile, sources.q, rings.q, F, C)
-                cuts = load_keys(n, cuts, tile, sources, None, rings, batch, F, C)
-                rows += 1
-                n += tile.walk.total
+            load_queries(rows, tile, sources.q, rings.q, F, C)
+            cuts = load_keys(n, cuts, tile, sources, None, rings, batch, F, C)
+            rows += 1
+            n += tile.walk.total
         if counter is None:
             t += gl.num_programs(0)
         else:
             t = gl.max(drawn, 0) + gl.num_programs(0)
-    pass_on(passed, rings.places, Place(t, t, t, t, t, t, t, t, t))
+    pass_on(passed, rings.places, Place(t, 0, 0, 0, 0, 0, 0, 0, 0))
 
 
 @gluon.jit
@@ -186,9 +185,8 @@ def produce_values(sources, cut_loaded, rings, batch, F: gl.constexpr, C: gl.con
     place = receive(passed, rings.places, 1)
     while place.t < batch.num_tiles:
         tile = tile_of(place, batch, F, C)
-        if tile.walk.total > 0:
-            cuts = load_keys(n, cuts, tile, sources, cut_loaded, rings, batch, F, C)
-            n += tile.walk.total
+        cuts = load_keys(n, cuts, tile, sources, cut_loaded, rings, batch, F, C)
+        n += tile.walk.total
         passed += 1
         place = receive(passed, rings.places, 1)
 

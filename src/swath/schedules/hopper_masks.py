@@ -8,43 +8,45 @@ from triton.experimental.gluon import language as gl
 from swath.device.softmax import soft_cap
 from swath.schedules.hopper_feed import box_pages
 
-NOWHERE = gl.constexpr(1 << 30)
-"""A place in the list of keys that no row sees."""
-
 
 @gluon.jit
-def masked_scores(s, start, fresh, query, tile, batch, MASKED: gl.constexpr, F: gl.constexpr, C: gl.constexpr):
-    """Scores of the key tile at ``start``, capped and masked, and the scale that makes them base-2."""
+def masked_scores(s, start, fresh, query, batch, MASKED: gl.constexpr, F: gl.constexpr, C: gl.constexpr):
+    """Scores of the key tile at ``start``, capped and masked, and the scale that makes them base-2.
+
+    Keys before ``fresh`` are in another tile as well, and count there; none are where that is None.
+    """
     s, scale = capped(s, query, F)
     if MASKED:
-        low = query.reach.low
-        column = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
-        x = start + column
         if F.leading == "":
-            low = gl.maximum(low, fresh)
-            s = hide(s, x, low, query.reach.end, query.reach.lead, HIDE)
-        else:  # leading keys are seen below ``low``
-            x |= ((x - fresh) >> 31) & NOWHERE  # where x < fresh; as a choice it would take predicates from ``hide``
-            s = hide(s, x, low, query.reach.end, query.reach.lead, HIDE_BUT_LEADING)
-        s = hide_dead(s, start, query, tile, batch, F, C)
+            s = hide_cut(s, start, fresh, query)
+        else:
+            s = hide_but_leading(s, start, fresh, query)
+        s = hide_dead(s, start, query, batch, F, C)
     return s, scale
 
 
 @gluon.jit
-def cut_scores(s, start, fresh: gl.constexpr, query, tile, batch, F: gl.constexpr, C: gl.constexpr):
-    """The same in one pass, where an edge cuts few of the tiles: scores are compared with those that do alone."""
-    s, scale = capped(s, query, F)
-    column = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
-    own = column % 8 // 2 * 2  # of a column's number; the rest is known when this is compiled, and costs no register
+def hide_cut(s, start, fresh, query):
+    """Scores with -inf where an edge of the window hides keys: few tiles are cut by both, some in one pass by none."""
     low, from_all = query.reach.low, query.from_all
-    if fresh > 0:
+    if fresh is not None:
         low, from_all = gl.maximum(low, fresh), gl.maximum(from_all, fresh)
-    low, end = low - start, query.reach.end - start  # there are no leading keys: ``hide`` reads no ``lead``
     if from_all > start:
-        s = hide(s, column - own, low, end, low, HIDE_BELOW, own)
+        s = keep(s, HIDE_BELOW, start, low, low, low, low)
     if query.to_all < start + s.shape[1]:
-        s = hide(s, column - own, low, end, low, HIDE_ABOVE, own)
-    return hide_dead(s, start, query, tile, batch, F, C), scale
+        end = query.reach.end
+        s = keep(s, HIDE_ABOVE, start, end, end, end, end)
+    return s
+
+
+@gluon.jit
+def hide_but_leading(s, start, fresh, query):
+    """The same where leading keys are seen below the window.
+
+    They are fewer than ``end`` allows: where the list leaves a gap behind them, every row's window ends beyond it.
+    """
+    low, end, _ = query.reach
+    return keep(s, HIDE_BUT_LEADING, start, low, end, low * 0 + query.tile.place.leading, low * 0 + fresh)
 
 
 @gluon.jit
@@ -58,40 +60,47 @@ def capped(s, query, F: gl.constexpr):
 
 
 @gluon.jit
-def hide_dead(s, start, query, tile, batch, F: gl.constexpr, C: gl.constexpr):
+def hide_dead(s, start, query, batch, F: gl.constexpr, C: gl.constexpr):
     """Scores with -inf for keys of pages outside the pool."""
     if F.page_size > 0:
         if not query.clean:
             box = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout)) // C.box_rows
-            live = (live_boxes(start, s.shape[1], tile, batch, F, C) >> box) & 1
+            live = (live_boxes(start, s.shape[1], query.tile, batch, F, C) >> box) & 1
             s = gl.where((live != 0)[None, :], s, float("-inf"))
     return s
 
 
-BELOW = "{ .reg .pred seen; setp.lt.s32 seen, $2, $4; "
-WITHIN = BELOW + "setp.ge.and.s32 seen, $2, $3, seen; "
-CHOOSE = "selp.f32 $0, $1, 0fFF800000, seen; }"
-HIDE = gl.constexpr(WITHIN + CHOOSE)
-HIDE_BUT_LEADING = gl.constexpr(WITHIN + "setp.lt.or.s32 seen, $2, $5, seen; " + CHOOSE)
-HIDE_BELOW = gl.constexpr("{ .reg .pred seen; setp.ge.s32 seen, $2, $3; " + CHOOSE)
-HIDE_ABOVE = gl.constexpr(BELOW + CHOOSE)
+HIDE_BELOW = gl.constexpr("setp.ge.s32 seen, $2, $3;")
+HIDE_ABOVE = gl.constexpr("setp.lt.s32 seen, $2, $4;")
+HIDE_BUT_LEADING = gl.constexpr(
+    "setp.ge.s32 seen, $2, $3; setp.lt.or.s32 seen, $2, $5, seen; setp.lt.and.s32 seen, $2, $4, seen; "
+    "setp.ge.and.s32 seen, $2, $6, seen;"
+)
 
 
 @gluon.jit
-def hide(s, x, low, end, lead, CODE: gl.constexpr, own=None):
-    """Scores with -inf where a row does not see a key: ``visible`` as comparisons that pass one predicate on.
+def keep(s, SEEN: gl.constexpr, start, low, end, lead, fresh):
+    """Scores that are ``SEEN``, an expression of a column $2 and bounds $3 to $6 of its row; -inf in place of others.
 
-    The compiler keeps the results of all comparisons in registers, and spills. ``own``: what is still to be added to x.
+    The expression passes one predicate on: of comparisons the compiler would keep all results in registers, and spill.
+    A thread's own part of its columns' numbers is taken from the bounds; what is left is known when this is compiled.
     """
-    zero = gl.zeros_like(s).to(gl.int32)
-    ROW: gl.constexpr = gl.SliceLayout(1, s.type.layout)
-    low, end, lead = gl.convert_layout(low, ROW), gl.convert_layout(end, ROW), gl.convert_layout(lead, ROW)
-    x, low, end, lead = zero + x[None, :], zero + low[:, None], zero + end[:, None], zero + lead[:, None]
-    if own is not None:
-        low, end = low - own[None, :], end - own[None, :]
+    column = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
+    own = column % 8 // 2 * 2
+    x = gl.zeros_like(s).to(gl.int32) + (column - own)[None, :]
+    own += start
+    low, end = less(low, own, s), less(end, own, s)
+    lead, fresh = less(lead, own, s), less(fresh, own, s)
+    CODE: gl.constexpr = "{ .reg .pred seen; " + SEEN + " selp.f32 $0, $1, 0fFF800000, seen; }"
     return gl.inline_asm_elementwise(
-        CODE, "=f,f,r,r,r,r", [s, x, low, end, lead], dtype=gl.float32, is_pure=True, pack=1
+        CODE, "=f,f,r,r,r,r,r", [s, x, low, end, lead, fresh], dtype=gl.float32, is_pure=True, pack=1
     )
+
+
+@gluon.jit
+def less(bound, own, s):
+    """The bounds of rows less ``own`` of columns, in the layout of ``s``."""
+    return gl.convert_layout(bound, gl.SliceLayout(1, s.type.layout))[:, None] - own[None, :]
 
 
 @gluon.jit

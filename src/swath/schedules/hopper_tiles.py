@@ -24,7 +24,7 @@ from swath.device.cache import page_in_sight, pages_in_sight, table_row
 from swath.device.softmax import FLOOR, finish, highest, powers, sink_alone, step
 from swath.device.window import interior_of, reach_of
 from swath.schedules.hopper_feed import Batch, first_tile, key_tile, masked_tiles, produce_keys, produce_values, tile_of
-from swath.schedules.hopper_masks import cut_scores, masked_scores
+from swath.schedules.hopper_masks import masked_scores
 from swath.schedules.hopper_rings import (
     BOX_COLUMNS,
     CONSUMER_ROWS,
@@ -54,12 +54,15 @@ class Output(NamedTuple):
 
 
 class Query(NamedTuple):
-    """The query rows of a consumer, whom they see, how their scores are made, and whether every page in sight lives.
+    """The rows of a consumer, their state before any key, whom they see, and how their scores are made.
 
-    All rows see the keys at places ``from_all .. to_all - 1`` of the list.
+    All rows see the keys at places ``from_all .. to_all - 1`` of the list; ``clean``: every page in sight lives.
     """
 
-    q: gl.shared_memory_descriptor
+    tile: gl.tensor
+    begin: gl.tensor  # the first query token
+    m: gl.tensor
+    l: gl.tensor
     reach: gl.tensor
     from_all: gl.tensor
     to_all: gl.tensor
@@ -69,107 +72,133 @@ class Query(NamedTuple):
 
 
 @gluon.jit
-def consume(c: gl.constexpr, output, scale_log2, cap_log2, rings, batch, F: gl.constexpr, C: gl.constexpr):
+def consume(c: gl.constexpr, output, scales, rings, batch, F: gl.constexpr, C: gl.constexpr):
     """A consumer: 64 rows of every tile of this program over all its key tiles."""
-    POSITIONS: gl.constexpr = CONSUMER_ROWS // C.pack
-    SCORES: gl.constexpr = score_layout(C.block_n, C)
-    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.head_dim, 16])
-    ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
-    q_ring = as_tiles(rings.q, C.q_stages * C.consumers, CONSUMER_ROWS, F)
-    k_ring = as_tiles(rings.k, C.stages, C.block_n, F)
-    v_ring = as_tiles(rings.v, C.stages, C.block_n, F)
-    first_k, first_v = None, None
+    q = as_tiles(rings.q, C.q_stages * C.consumers, CONSUMER_ROWS, F)
+    k, v = as_tiles(rings.k, C.stages, C.block_n, F), as_tiles(rings.v, C.stages, C.block_n, F)
     if C.first_n > 0:
         first_k = as_tiles(rings.first_k, C.stages, C.first_n, F)
         first_v = as_tiles(rings.first_v, C.stages, C.first_n, F)
-    tiles = Rings(q_ring, k_ring, v_ring, first_k, first_v, rings.places)
-    i = gl.arange(0, CONSUMER_ROWS, layout=ROW)
-    passed = 0
+        consume_once(c, output, scales, Rings(q, k, v, first_k, first_v, rings.places), batch, F, C)
+    else:
+        consume_all(c, output, scales, Rings(q, k, v, None, None, rings.places), batch, F, C)
+
+
+@gluon.jit
+def consume_all(c: gl.constexpr, output, scales, rings, batch, F: gl.constexpr, C: gl.constexpr):
+    """Rows over any number of key tiles. The next ones are found while tensor cores multiply the last p of these."""
     rows = 0
     n = 0
-    place = receive(passed, rings.places, 4)
-    while place.t < batch.num_tiles:
-        tile = tile_of(place, batch, F, C)
-        begin = place.begin + c * POSITIONS
-        m, l = nothing_seen(i, tile, output.sink, F, C)
-        acc = gl.full((CONSUMER_ROWS, F.head_dim), 0.0, gl.float32, layout=VALUES)
-        if tile.walk.total > 0:
-            q = stage_of(rings.q, rows)
-            first = place.start + begin
-            reach = reach_of(first + i // C.pack, tile.band, batch.size, place.leading, F)
-            reach = listed(reach, tile.walk)
-            from_all, to_all = interior_of(tile.band, first, first + POSITIONS - 1, batch.size, F)
-            query = Query(
-                q_ring.stages.index(q.slot * C.consumers + c), reach, from_all - tile.walk.gap, to_all - tile.walk.gap,
-                scale_log2, cap_log2, all_live(tile, batch, F),
-            )  # fmt: skip
-            mbarrier.wait(q.full, q.phase)
-            if C.first_n > 0:
-                m, l, acc = attend_once(rows, (m, l, acc), query, tiles, tile, batch, F, C)
-            else:
-                m, l, acc = attend(n, rows, (m, l, acc), query, tiles, tile, batch, F, C)
-            n += tile.walk.total
-            rows += 1
-        finish_rows((m, l, acc), tile, begin, output, batch, F, C)
-        passed += 1
-        place = receive(passed, rings.places, 4)
+    query = next_query(rows, c, output.sink, scales, rings, batch, F, C)
+    while query.tile.place.t < batch.num_tiles:
+        m, l, values = attend(n, rows, c, query, rings, batch, F, C)
+        done = query
+        n += done.tile.walk.total
+        rows += 1
+        query = next_query(rows, c, output.sink, scales, rings, batch, F, C)
+        acc = warpgroup_mma_wait(0, deps=[values])
+        mbarrier.arrive(stage_of(rings.v, n - 1).empty, count=1)
+        finish_rows((m, l, acc), done, output, batch, F, C)
 
 
 @gluon.jit
-def attend(n, rows, state, query, rings, tile, batch, F: gl.constexpr, C: gl.constexpr):
-    """The state (m, l, acc) of rows after all key tiles; ``n`` key tiles of ``rows`` row tiles were before."""
-    m, l, acc = state
-    k = stage_of(rings.k, n)
+def consume_once(c: gl.constexpr, output, scales, rings, batch, F: gl.constexpr, C: gl.constexpr):
+    """Rows all of whose keys are in one stage. Other programs fill the gaps between them."""
+    rows = 0
+    query = next_query(rows, c, output.sink, scales, rings, batch, F, C)
+    while query.tile.place.t < batch.num_tiles:
+        state = attend_once(rows, c, query, rings, batch, F, C)
+        finish_rows(state, query, output, batch, F, C)
+        rows += 1
+        query = next_query(rows, c, output.sink, scales, rings, batch, F, C)
+
+
+@gluon.jit
+def next_query(rows, c: gl.constexpr, sink, scales, rings, batch, F: gl.constexpr, C: gl.constexpr):
+    """The ``rows``-th rows of a consumer."""
+    POSITIONS: gl.constexpr = CONSUMER_ROWS // C.pack
+    i = gl.arange(0, CONSUMER_ROWS, layout=gl.SliceLayout(1, score_layout(C.block_n, C)))
+    place = receive(rows, rings.places, 4)
+    tile = tile_of(place, batch, F, C)
+    begin = place.begin + c * POSITIONS
+    m, l = nothing_seen(i, tile, sink, F, C)
+    first = place.start + begin
+    reach = listed(reach_of(first + i // C.pack, tile.band, batch.size, place.leading, F), tile.walk)
+    from_all, to_all = interior_of(tile.band, first, first + POSITIONS - 1, batch.size, F)
+    scale_log2, cap_log2 = scales
+    return Query(
+        tile, begin, m, l, reach, from_all - tile.walk.gap, to_all - tile.walk.gap, scale_log2, cap_log2,
+        all_live(tile, batch, F),
+    )  # fmt: skip
+
+
+@gluon.jit
+def query_rows(rows, c: gl.constexpr, rings, C: gl.constexpr):
+    """The ``rows``-th query rows of a consumer in shared memory."""
+    return rings.q.stages.index(rows % C.q_stages * C.consumers + c)
+
+
+@gluon.jit
+def attend(n, rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: gl.constexpr):
+    """The state (m, l, acc) of rows after all key tiles, of which acc still waits for the last product.
+
+    ``n`` key tiles of ``rows`` row tiles were before.
+    """
+    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.head_dim, 16])
+    tile = query.tile
+    q_stage, k = stage_of(rings.q, rows), stage_of(rings.k, n)
+    q = query_rows(rows, c, rings, C)
     start, fresh = key_tile(0, tile, F, C)
+    mbarrier.wait(q_stage.full, q_stage.phase)
     mbarrier.wait(k.full, k.phase)
-    s = warpgroup_mma_wait(0, deps=[score(query.q, k.tile, C)])
+    s = warpgroup_mma_wait(0, deps=[score(q, k.tile, C)])
     mbarrier.arrive(k.empty, count=1)
-    s, scale = masked_scores(s, start, fresh, query, tile, batch, True, F, C)
-    p, m, l, _ = step(s, scale, m, l)
+    s, scale = masked_scores(s, start, fresh, query, batch, True, F, C)
+    p, m, l, _ = step(s, scale, query.m, query.l)
+    acc = gl.full((CONSUMER_ROWS, F.head_dim), 0.0, gl.float32, layout=VALUES)
     masked = gl.maximum(gl.where(query.clean, masked_tiles(tile), tile.walk.total), 1)
-    p, m, l, acc = overlap(1, masked, n, p, (m, l, acc), query, rings, tile, batch, True, F, C)
-    p, m, l, acc = overlap(masked, tile.walk.total, n, p, (m, l, acc), query, rings, tile, batch, False, F, C)
-    mbarrier.arrive(stage_of(rings.q, rows).empty, count=1)
+    p, m, l, acc = overlap(1, masked, n, p, (m, l, acc), q, query, rings, batch, True, F, C)
+    p, m, l, acc = overlap(masked, tile.walk.total, n, p, (m, l, acc), q, query, rings, batch, False, F, C)
+    mbarrier.arrive(q_stage.empty, count=1)
     v = stage_of(rings.v, n + tile.walk.total - 1)
     mbarrier.wait(v.full, v.phase)
-    values = warpgroup_mma(operand(p, acc, v.tile.dtype), v.tile, acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=[values])
-    mbarrier.arrive(v.empty, count=1)
-    return m, l, acc
+    return m, l, warpgroup_mma(operand(p, acc, v.tile.dtype), v.tile, acc, is_async=True)
 
 
 @gluon.jit
-def attend_once(rows, state, query, rings, tile, batch, F: gl.constexpr, C: gl.constexpr):
-    """The same where a narrow tile and the two halves of a wide one hold all keys in sight: all scores, then all p.
+def attend_once(rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: gl.constexpr):
+    """The state of rows all of whose keys are in a narrow tile and two halves of a wide one: all scores, then all p.
 
     Nothing is scaled again, and the accumulator does not exist yet while the scores do, so small programs have
     registers enough. ``rows`` counts the tiles of every ring.
     """
-    m, l, acc = state
     HALF: gl.constexpr = C.block_n // 2
+    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.head_dim, 16])
+    m, l, tile = query.m, query.l, query.tile
+    acc = gl.full((CONSUMER_ROWS, F.head_dim), 0.0, gl.float32, layout=VALUES)
+    q_stage = stage_of(rings.q, rows)
+    q = query_rows(rows, c, rings, C)
     k_first, k = stage_of(rings.first_k, rows), stage_of(rings.k, rows)
     v_first, v = stage_of(rings.first_v, rows), stage_of(rings.v, rows)
+    mbarrier.wait(q_stage.full, q_stage.phase)
     mbarrier.wait(k.full, k.phase)
-    first = score(query.q, k_first.tile, C)
-    near = score(query.q, k.tile.slice(HALF, HALF), C)
-    far = score(query.q, k.tile.slice(0, HALF), C)
+    first = score(q, k_first.tile, C)
+    near = score(q, k.tile.slice(HALF, HALF), C)
+    far = score(q, k.tile.slice(0, HALF), C)
     first, near, far = warpgroup_mma_wait(0, deps=[first, near, far])
     mbarrier.arrive(k.empty, count=1)
-    mbarrier.arrive(stage_of(rings.q, rows).empty, count=1)
-    first, scale = cut_scores(first, first_tile(tile, F, C), C.block_n, query, tile, batch, F, C)
-    near, _ = cut_scores(near, HALF, 0, query, tile, batch, F, C)
-    far, _ = cut_scores(far, 0, 0, query, tile, batch, F, C)
+    mbarrier.arrive(q_stage.empty, count=1)
+    first, scale = masked_scores(first, first_tile(tile, F, C), C.block_n, query, batch, True, F, C)
+    near, _ = masked_scores(near, HALF, None, query, batch, True, F, C)
+    far, _ = masked_scores(far, 0, None, query, batch, True, F, C)
     NARROW: gl.constexpr = gl.SliceLayout(1, first.type.layout)
     m_new = gl.convert_layout(highest(first, scale, gl.convert_layout(m, NARROW)), m.type.layout)
     m_new = highest(gl.maximum(near, far), scale, m_new)
     first = powers(first, scale, gl.convert_layout(m_new, NARROW))
     near, far = powers(near, scale, m_new), powers(far, scale, m_new)
     l = l * gl.exp2(m - m_new) + gl.convert_layout(gl.sum(first, 1), m.type.layout) + gl.sum(near + far, 1)
-    first, near, far = (
-        operand(first, acc, v.tile.dtype),
-        operand(near, acc, v.tile.dtype),
-        operand(far, acc, v.tile.dtype),
-    )
+    DTYPE: gl.constexpr = v.tile.dtype
+    first, near, far = operand(first, acc, DTYPE), operand(near, acc, DTYPE), operand(far, acc, DTYPE)
     mbarrier.wait(v.full, v.phase)
     values = warpgroup_mma(first, v_first.tile, acc, use_acc=False, is_async=True)
     values = warpgroup_mma(near, v.tile.slice(HALF, HALF), values, is_async=True)
@@ -180,7 +209,7 @@ def attend_once(rows, state, query, rings, tile, batch, F: gl.constexpr, C: gl.c
 
 
 @gluon.jit
-def overlap(first, end, n, p, state, query, rings, tile, batch, MASKED: gl.constexpr, F: gl.constexpr, C: gl.constexpr):
+def overlap(first, end, n, p, state, q, query, rings, batch, MASKED: gl.constexpr, F: gl.constexpr, C: gl.constexpr):
     """Key tiles ``first .. end - 1``. p comes in, and goes out, waiting for the V of the tile before.
 
     So the product of p with that V runs beside the softmax of the next scores.
@@ -188,15 +217,15 @@ def overlap(first, end, n, p, state, query, rings, tile, batch, MASKED: gl.const
     m, l, acc = state
     OUT: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     for j in range(first, end):
-        start, fresh = key_tile(j, tile, F, C)
+        start, fresh = key_tile(j, query.tile, F, C)
         k, v = stage_of(rings.k, n + j), stage_of(rings.v, n + j - 1)
         p16 = operand(p, acc, v.tile.dtype)
         mbarrier.wait(k.full, k.phase)
-        scores = score(query.q, k.tile, C)
+        scores = score(q, k.tile, C)
         mbarrier.wait(v.full, v.phase)
         values = warpgroup_mma(p16, v.tile, acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[scores])
-        s, scale = masked_scores(s, start, fresh, query, tile, batch, MASKED, F, C)
+        s, scale = masked_scores(s, start, fresh, query, batch, MASKED, F, C)
         p, m, l, alpha = step(s, scale, m, l)
         # A barrier known to have passed makes a block boundary here, and the move keeps p above it: otherwise ptxas
         # hoists the wait for the product with V over the softmax, and nothing overlaps.
@@ -253,9 +282,10 @@ def nothing_seen(i, tile, sink, F: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def finish_rows(state, tile, begin, output, batch, F: gl.constexpr, C: gl.constexpr):
-    """Normalise the rows of a consumer, the first of which is query token ``begin``, and write them."""
+def finish_rows(state, query, output, batch, F: gl.constexpr, C: gl.constexpr):
+    """Normalise the rows of a consumer and write them."""
     m, l, acc = state
+    tile, begin = query.tile, query.begin
     VALUES: gl.constexpr = acc.type.layout
     WIDE: gl.constexpr = row_layout(F.head_dim)
     place, out = tile.place, output.out
@@ -334,8 +364,8 @@ def hopper_tile_kernel(
     if C.consumers == 2:
         gl.warp_specialize(
             [
-                (consume, (gl.constexpr(0), output, scale_log2, cap_log2, rings, batch, F, C)),
-                (consume, (gl.constexpr(1), output, scale_log2, cap_log2, rings, batch, F, C)),
+                (consume, (gl.constexpr(0), output, (scale_log2, cap_log2), rings, batch, F, C)),
+                (consume, (gl.constexpr(1), output, (scale_log2, cap_log2), rings, batch, F, C)),
                 (produce_keys, (sources, counter, rings, batch, F, C)),
                 (produce_values, (sources, cut_loaded, rings, batch, F, C)),
             ],
@@ -345,7 +375,7 @@ def hopper_tile_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume, (gl.constexpr(0), output, scale_log2, cap_log2, rings, batch, F, C)),
+                (consume, (gl.constexpr(0), output, (scale_log2, cap_log2), rings, batch, F, C)),
                 (produce_keys, (sources, counter, rings, batch, F, C)),
                 (produce_values, (sources, cut_loaded, rings, batch, F, C)),
             ],
