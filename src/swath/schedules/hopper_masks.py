@@ -20,7 +20,7 @@ def masked_scores(s, start, fresh, query, batch, MASKED: gl.constexpr, F: gl.con
         if F.leading == "":
             s = hide_cut(s, start, fresh, query)
         else:
-            s = hide_but_leading(s, start, fresh, query)
+            s = hide_but_leading(s, start, fresh, query, F)
         s = hide_dead(s, start, query, batch, F, C)
     return s, scale
 
@@ -40,13 +40,15 @@ def hide_cut(s, start, fresh, query):
 
 
 @gluon.jit
-def hide_but_leading(s, start, fresh, query):
-    """The same where leading keys are seen below the window.
-
-    They are fewer than ``end`` allows: where the list leaves a gap behind them, every row's window ends beyond it.
-    """
-    low, end, _ = query.reach
-    return keep(s, HIDE_BUT_LEADING, start, low, end, low * 0 + query.tile.place.leading, low * 0 + fresh)
+def hide_but_leading(s, start, fresh, query, F: gl.constexpr):
+    """The same where leading keys are seen beside the window: below its ``end`` if causal, else wherever it is."""
+    low, end, _ = query.reach  # of ``lead`` a row has its own; as one number for all it takes fewer registers
+    lead, right = query.tile.place.leading, query.tile.band.right
+    if F.causal:  # a gap in the list is no matter: every row's window ends beyond it
+        s = keep(s, HIDE_BUT_LEADING_CAUSAL, start, low, end, low * 0 + lead, low * 0 + fresh)
+    else:
+        s = keep(s, HIDE_BUT_LEADING, start, low, end, low * 0 + gl.minimum(lead, right), low * 0 + fresh)
+    return s
 
 
 @gluon.jit
@@ -73,6 +75,10 @@ def hide_dead(s, start, query, batch, F: gl.constexpr, C: gl.constexpr):
 HIDE_BELOW = gl.constexpr("setp.ge.s32 seen, $2, $3;")
 HIDE_ABOVE = gl.constexpr("setp.lt.s32 seen, $2, $4;")
 HIDE_BUT_LEADING = gl.constexpr(
+    "setp.ge.s32 seen, $2, $3; setp.lt.and.s32 seen, $2, $4, seen; setp.lt.or.s32 seen, $2, $5, seen; "
+    "setp.ge.and.s32 seen, $2, $6, seen;"
+)
+HIDE_BUT_LEADING_CAUSAL = gl.constexpr(
     "setp.ge.s32 seen, $2, $3; setp.lt.or.s32 seen, $2, $5, seen; setp.lt.and.s32 seen, $2, $4, seen; "
     "setp.ge.and.s32 seen, $2, $6, seen;"
 )
