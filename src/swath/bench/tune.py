@@ -47,7 +47,7 @@ class Candidate:
 
     - name: its values in words
     - tuning: how it is launched
-    - line: for launch.py
+    - line: for launch.py, or launch_hopper.py
     - cut: whether the table's own rule would cut it to the target's shared memory
     """
 
@@ -58,7 +58,7 @@ class Candidate:
 
 
 def source_of(machine: Row) -> str:
-    """Where a row was measured, as launch.py says it, from ``results.describe``."""
+    """Where a row was measured, as the tables say it, from ``results.describe``."""
     gpu = str(machine["gpu"] or machine["cpu"]).removeprefix("NVIDIA ")
     torch_version, triton_version = (".".join(str(machine[key]).split(".")[:2]) for key in ("torch", "triton"))
     return f"{gpu}, torch {torch_version}, Triton {triton_version}, {machine['date']}"
