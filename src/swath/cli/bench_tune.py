@@ -29,7 +29,9 @@ def tune(
     schedule: Schedule = None,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Interleaved rounds.")] = 3,
 ) -> None:
-    """Search launch rows around the present ones on this GPU, and print lines to paste into launch.py (tiles on Hopper: launch_hopper.py).
+    """Search launch rows around the present ones on this GPU, and print lines to paste into launch.py.
+
+    Those of tiles on Hopper belong into launch_hopper.py.
 
     Rows that differ in up to two fields are checked and timed as by run; those that cannot be launched say why.
     """
