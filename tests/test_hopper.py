@@ -84,7 +84,7 @@ CASES = {
     "decode of 4 steps": replace(DECODE, q_lens=4),
     "decode of some steps": replace(DECODE, q_lens=tuple(i % 5 for i in range(33)), tail=3, bounds="tight"),
     "decode, leading keys and holes": replace(DECODE, size=960, global_tokens=40, holes=True),
-    "decode, heads apart": replace(DECODE, group=3, page_size=64),
+    "decode of a large group, pages of 64": replace(DECODE, group=16, page_size=64),
     "decode, positions given": replace(DECODE, q_lens=2, q_start=tuple(1100 - 31 * i for i in range(33))),
 }
 

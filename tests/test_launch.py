@@ -12,7 +12,7 @@ import torch
 from compile_variants import OPTIONS, TARGETS, problem_of
 from swath import Window
 from swath.cache import PagedKeys, PagedKV, PageTable
-from swath.features import Features, features_of
+from swath.features import features_of
 from swath.launch import (
     SCRATCH_BYTES,
     TileLaunch,
@@ -93,7 +93,7 @@ def test_short_sequences_beside_long_ones_stay_whole(tiles: int, num_splits: int
     ("group", "short", "packed"), [(8, True, 8), (8, False, 1), (3, True, 1), (64, True, 1), (1, True, 1)]
 )
 def test_heads_are_packed_for_short_windows(group: int, short: bool, packed: int) -> None:
-    assert pack_heads(Features(head_dim=64, kv_heads=1, group=group), short, 64) == packed
+    assert pack_heads(group, short, 64) == packed
 
 
 @pytest.mark.parametrize(
@@ -244,27 +244,32 @@ def test_hopper_takes_one_pass_where_two_tiles_hold_all_keys(
 
 
 @pytest.mark.parametrize(
-    ("window", "num_seqs", "num_sms", "in_tiles"),
+    ("window", "num_seqs", "group", "in_tiles"),
     [
-        (Window(1024), 128, 132, True),
-        (Window(1024, global_tokens=64), 128, 132, True),
-        (Window(1024), 33, 132, True),
-        (Window(1024), 32, 132, False),  # not enough for all places
-        (Window(1024), 36, 132, False),  # a second round that is nearly empty
-        (Window(128), 128, 132, False),
-        (Window(4096), 128, 132, False),
-        (Window(), 128, 132, False),
+        (Window(1024), 128, 4, True),
+        (Window(1024, global_tokens=64), 128, 4, True),
+        (Window(1024), 33, 4, True),
+        (Window(1024), 32, 4, False),  # not enough for all places
+        (Window(1024), 36, 4, False),  # a second round that is nearly empty
+        (Window(128), 128, 4, False),
+        (Window(4096), 128, 4, False),
+        (Window(), 128, 4, False),
+        (Window(1024), 128, 16, True),
+        (Window(1024), 128, 1, False),  # not measured
+        (Window(1024), 128, 3, False),  # its heads do not share a row tile
+        (Window(1024), 128, 32, False),
     ],
 )
-def test_decode_in_tiles_fills_its_places(window: Window, num_seqs: int, num_sms: int, in_tiles: bool) -> None:
-    kv_heads, head_dim, page_size, pages = 8, 128, 16, 1024
+def test_decode_in_tiles_fills_its_places(window: Window, num_seqs: int, group: int, in_tiles: bool) -> None:
+    num_sms, kv_heads, head_dim, page_size, pages = 132, 8, 128, 16, 1024
     pool = torch.empty(pages, kv_heads, page_size, head_dim, dtype=torch.bfloat16, device="meta")
     table = torch.empty(num_seqs, pages, dtype=torch.int32, device="meta")
     keys = PagedKeys(PagedKV(pool, pool), PageTable(table), torch.empty(num_seqs, dtype=torch.int32, device="meta"))
-    q = torch.empty(num_seqs, 4 * kv_heads, head_dim, dtype=torch.bfloat16, device="meta")
+    q = torch.empty(num_seqs, group * kv_heads, head_dim, dtype=torch.bfloat16, device="meta")
     one = replace(problem(queries="decode"), q=q, keys=keys, window=window, max_kv_len=16384, max_q_len=1)
     assert decodes_in_tiles(one, num_sms) == in_tiles
     assert not decodes_in_tiles(replace(one, split_size=256), num_sms), "bits would depend on the batch"
+    assert not decodes_in_tiles(replace(one, interleaved=True), num_sms)
 
 
 def test_the_window_size_is_no_feature() -> None:

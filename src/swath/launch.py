@@ -264,10 +264,10 @@ def filled(programs: int, places: int) -> float:
     return programs / (places * ceil_div(programs, places))
 
 
-def pack_heads(F: Features, short: bool, block_m: int) -> int:
+def pack_heads(group: int, short: bool, block_m: int) -> int:
     """Heads of a kv head's group packed into a row tile: all of them where a short window makes that pay.
 
     A tile of M positions with window W visits M + W keys; packed with G heads it visits M / G + W.
     """
-    power = F.group & (F.group - 1) == 0
-    return F.group if short and power and 1 < F.group <= block_m // 4 else 1
+    power = group & (group - 1) == 0
+    return group if short and power and 1 < group <= block_m // 4 else 1

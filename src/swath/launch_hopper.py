@@ -84,7 +84,7 @@ def hopper_launch(F: Features, problem: Problem) -> HopperLaunch:
     """Prefill on sm_90: as many stages and registers as a multiprocessor has, in one program or several."""
     # Few leading keys fit into the last tile of a window, if that is not full: packed rows see fewer keys.
     packed = is_short(problem.window) or F.leading != "" or few_tokens(problem) or problem.max_q_len <= MAX_STEPS
-    pack = 1 if F.interleaved else pack_heads(F, packed, 64)
+    pack = 1 if F.interleaved else pack_heads(F.group, packed, 64)
     launch = one_pass(F, problem, pack) or looped_launch(F, problem)
     return replace(launch, pack=pack, box_rows=box_rows(F, launch), uniform=problem.q.dim() == 4)
 
@@ -115,7 +115,7 @@ def few_tokens(problem: Problem) -> bool:
 
 def decodes_in_tiles(problem: Problem, num_sms: int) -> bool:
     """Whether sequences of a few query tokens run as tiles: those that see about 1,024 keys, as under a window, where
-    they are enough to fill all places without being cut.
+    they are enough to fill all places without being cut, and a row tile has all heads of a group.
 
     Programs that stay ask for the keys of the next owner while they attend those of one; as splits each begins with
     three trips to memory in turn. 128 sequences under a window of 1,024 took 131 us so and 135 as splits; with heads of
@@ -124,6 +124,8 @@ def decodes_in_tiles(problem: Problem, num_sms: int) -> bool:
     keys = problem.keys
     if not isinstance(keys, PagedKeys) or problem.head_dim != 128 or problem.split_size is not None:
         return False  # with split_size no bit may depend on how large the batch is
+    if problem.interleaved or pack_heads(problem.group, True, 64) == 1:
+        return False  # each head would read the keys anew; groups of one are not measured
     if keys.cache.k.dtype != problem.q.dtype or not SHORT_WINDOW < keys_in_sight(problem, 128) <= FEW_PAGED_KEYS:
         return False
     places = 2 * num_sms

@@ -10,7 +10,7 @@ from swath.launch_hopper import HopperLaunch
 
 @dataclass(frozen=True)
 class Tuning:
-    """Rows to launch with in place of those above: what ``swath bench tune`` tries, and nothing when serving.
+    """Rows to launch with in place of the tables' own: what ``swath bench tune`` tries, and nothing when serving.
 
     tile: rows per tile beside the row. A split row still passes ``in_step``, as it would from the table.
     """

@@ -72,7 +72,7 @@ def add_hopper_tiles(
     num_tiles = slots * (F.kv_heads * F.group // launch.pack)
     if problem.max_q_len > MAX_STEPS:
         plan.scratch.add("counter", torch.int32, 1, zeroed=True)  # programs draw their tiles from it
-    else:  # all take as long
+    else:  # decode: about as much to do in each, and the host has no counter to clear
         args = args | {"counter": None}
     boxes: dict[str, tuple[int, ...]] = {"q": (1, rows // launch.pack, launch.pack)}
     boxes |= dict.fromkeys("kv", (1, 1, launch.box_rows))

@@ -231,7 +231,7 @@ def add_tiles(
     """Triton's tiles for the sequences of a part; ``sources``: where their keys are."""
     short = is_short(problem.window)
     block_m, launch = tuning.tile or tile_launch(F, target, short)
-    pack = pack_heads(F, short, block_m)
+    pack = pack_heads(F.group, short, block_m)
     steps, slots = tile_slots(problem, block_m // pack)
     args |= {"steps": steps, "BLOCK_M": block_m, "PACK": pack, "BLOCK_N": launch.block_n, "STAGES": launch.stages}
     grid = slots * (F.kv_heads * F.group // pack)
