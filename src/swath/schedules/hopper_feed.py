@@ -153,7 +153,6 @@ def produce_keys(sources, counter, rings, batch, F: gl.constexpr, C: gl.constexp
     Without a ``counter`` programs take tiles in turn.
     """
     passed = 0
-    rows = 0
     n = 0
     cuts = 0  # and stays 0: of K nothing is cleared
     t = gl.program_id(0)
@@ -163,11 +162,10 @@ def produce_keys(sources, counter, rings, batch, F: gl.constexpr, C: gl.constexp
             drawn = draw(counter)
         if place.q_len > 0:
             pass_on(passed, rings.places, place)
-            passed += 1
             tile = tile_of(place, batch, F, C)
-            load_queries(rows, tile, sources.q, rings.q, F, C)
+            load_queries(passed, tile, sources.q, rings.q, F, C)
             cuts = load_keys(n, cuts, tile, sources, None, rings, batch, F, C)
-            rows += 1
+            passed += 1
             n += tile.walk.total
         if counter is None:
             t += gl.num_programs(0)
