@@ -84,9 +84,14 @@ def hopper_launch(F: Features, problem: Problem) -> HopperLaunch:
     """Prefill on sm_90: as many stages and registers as a multiprocessor has, in one program or several."""
     # Few leading keys fit into the last tile of a window, if that is not full: packed rows see fewer keys.
     packed = is_short(problem.window) or F.leading != "" or few_tokens(problem) or problem.max_q_len <= MAX_STEPS
-    pack = 1 if F.interleaved else pack_heads(F.group, packed, 64)
+    pack = heads_in_tile(problem, packed)
     launch = one_pass(F, problem, pack) or looped_launch(F, problem)
     return replace(launch, pack=pack, box_rows=box_rows(F, launch), uniform=problem.q.dim() == 4)
+
+
+def heads_in_tile(problem: Problem, pays: bool) -> int:
+    """Heads of a kv head's group in a row tile: all where that pays, if they are neighbours, as in a box of q."""
+    return 1 if problem.interleaved else pack_heads(problem.group, pays, 64)
 
 
 def looped_launch(F: Features, problem: Problem) -> HopperLaunch:
@@ -124,11 +129,11 @@ def decodes_in_tiles(problem: Problem, num_sms: int) -> bool:
     keys = problem.keys
     if not isinstance(keys, PagedKeys) or problem.head_dim != 128 or problem.split_size is not None:
         return False  # with split_size no bit may depend on how large the batch is
-    if problem.interleaved or pack_heads(problem.group, True, 64) == 1:
+    if heads_in_tile(problem, pays=True) == 1:
         return False  # each head would read the keys anew; groups of one are not measured
     if keys.cache.k.dtype != problem.q.dtype or not SHORT_WINDOW < keys_in_sight(problem, 128) <= FEW_PAGED_KEYS:
         return False
-    places = 2 * num_sms
+    places = 2 * num_sms  # of the two programs that ``looped_launch`` lets in
     owners = problem.num_seqs * keys.num_kv_heads
     return owners >= places and filled(owners, places) >= FULL
 

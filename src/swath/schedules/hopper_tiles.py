@@ -144,7 +144,6 @@ def attend(n, rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: gl
 
     ``n`` key tiles of ``rows`` row tiles were before.
     """
-    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.head_dim, 16])
     tile = query.tile
     q_stage, k = stage_of(rings.q, rows), stage_of(rings.k, n)
     q = query_rows(rows, c, rings, C)
@@ -155,7 +154,7 @@ def attend(n, rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: gl
     mbarrier.arrive(k.empty, count=1)
     s, scale = masked_scores(s, start, fresh, query, batch, True, F, C)
     p, m, l, _ = step(s, scale, query.m, query.l)
-    acc = gl.full((CONSUMER_ROWS, F.head_dim), 0.0, gl.float32, layout=VALUES)
+    acc = no_values(F)
     masked = gl.maximum(gl.where(query.clean, masked_tiles(tile), tile.walk.total), 1)
     p, m, l, acc = overlap(1, masked, n, p, (m, l, acc), q, query, rings, batch, True, F, C)
     p, m, l, acc = overlap(masked, tile.walk.total, n, p, (m, l, acc), q, query, rings, batch, False, F, C)
@@ -173,9 +172,8 @@ def attend_once(rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: 
     registers enough. ``rows`` counts the tiles of every ring.
     """
     HALF: gl.constexpr = C.block_n // 2
-    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.head_dim, 16])
     m, l, tile = query.m, query.l, query.tile
-    acc = gl.full((CONSUMER_ROWS, F.head_dim), 0.0, gl.float32, layout=VALUES)
+    acc = no_values(F)
     q_stage = stage_of(rings.q, rows)
     q = query_rows(rows, c, rings, C)
     k_first, k = stage_of(rings.first_k, rows), stage_of(rings.k, rows)
@@ -279,6 +277,13 @@ def nothing_seen(i, tile, sink, F: gl.constexpr, C: gl.constexpr):
     if sink is not None:
         m, l = sink_alone(gl.load(sink + q_heads(i, tile, F, C)).to(gl.float32))
     return m, l
+
+
+@gluon.jit
+def no_values(F: gl.constexpr):
+    """The accumulator of rows before any key."""
+    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.head_dim, 16])
+    return gl.full((CONSUMER_ROWS, F.head_dim), 0.0, gl.float32, layout=VALUES)
 
 
 @gluon.jit
