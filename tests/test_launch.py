@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from compile_variants import OPTIONS, TARGETS, problem_of
 from swath import Window
-from swath.cache import PagedKeys, PagedKV, PageTable
+from swath.cache import DenseKeys, PagedKeys, PagedKV, PageTable
 from swath.features import features_of
 from swath.launch import (
     SCRATCH_BYTES,
@@ -27,7 +28,7 @@ from swath.launch import (
     split_launch,
     tile_launch,
 )
-from swath.launch_hopper import decodes_in_tiles, hopper_launch
+from swath.launch_hopper import decodes_in_tiles, draws_tiles, hopper_launch
 from swath.problem import Problem
 from swath.target import SHARED_BYTES, Target
 
@@ -243,33 +244,94 @@ def test_hopper_takes_one_pass_where_two_tiles_hold_all_keys(
     assert (unbounded.consumers if unbounded.first_n else 0) == consumers, "no bound of lengths decides"
 
 
-@pytest.mark.parametrize(
-    ("window", "num_seqs", "group", "in_tiles"),
-    [
-        (Window(1024), 128, 4, True),
-        (Window(1024, global_tokens=64), 128, 4, True),
-        (Window(1024), 33, 4, True),
-        (Window(1024), 32, 4, False),  # not enough for all places
-        (Window(1024), 36, 4, False),  # a second round that is nearly empty
-        (Window(128), 128, 4, False),
-        (Window(4096), 128, 4, False),
-        (Window(), 128, 4, False),
-        (Window(1024), 128, 16, True),
-        (Window(1024), 128, 1, False),  # not measured
-        (Window(1024), 128, 3, False),  # its heads do not share a row tile
-        (Window(1024), 128, 32, False),
-    ],
-)
-def test_decode_in_tiles_fills_its_places(window: Window, num_seqs: int, group: int, in_tiles: bool) -> None:
-    num_sms, kv_heads, head_dim, page_size, pages = 132, 8, 128, 16, 1024
+def decode(num_seqs: int, steps: int, group: int, window: Window) -> Problem:
+    """``steps`` tokens each over 16,384 keys in pages of 16 x 8 heads of 128."""
+    kv_heads, head_dim, page_size, pages = 8, 128, 16, 1024
     pool = torch.empty(pages, kv_heads, page_size, head_dim, dtype=torch.bfloat16, device="meta")
     table = torch.empty(num_seqs, pages, dtype=torch.int32, device="meta")
     keys = PagedKeys(PagedKV(pool, pool), PageTable(table), torch.empty(num_seqs, dtype=torch.int32, device="meta"))
-    q = torch.empty(num_seqs, group * kv_heads, head_dim, dtype=torch.bfloat16, device="meta")
-    one = replace(problem(queries="decode"), q=q, keys=keys, window=window, max_kv_len=16384, max_q_len=1)
+    q = torch.empty(num_seqs, steps, group * kv_heads, head_dim, dtype=torch.bfloat16, device="meta")
+    one = problem(queries="steps" if steps > 1 else "decode")
+    return replace(one, q=q, keys=keys, window=window, max_kv_len=16384, max_q_len=steps)
+
+
+@pytest.mark.parametrize(
+    ("window", "num_seqs", "steps", "group", "in_tiles"),
+    [
+        (Window(1024), 128, 1, 4, True),
+        (Window(1024, global_tokens=64), 128, 1, 4, True),
+        (Window(1024), 33, 1, 4, True),
+        (Window(1024), 32, 1, 4, False),  # not enough for all places
+        (Window(1024), 36, 1, 4, False),  # a second round that is nearly empty
+        (Window(128), 128, 1, 4, False),
+        (Window(4096), 128, 1, 4, False),
+        (Window(), 128, 1, 4, False),
+        (Window(1024), 128, 1, 16, True),
+        (Window(1024), 128, 1, 1, False),  # not measured
+        (Window(1024), 128, 1, 3, False),  # its heads do not share a row tile
+        (Window(1024), 128, 1, 32, False),
+        (Window(), 128, 4, 8, True),
+        (Window(4096), 128, 4, 8, True),
+        (Window(128), 128, 4, 8, False),
+        (Window(), 128, 4, 4, False),  # 16 rows, which splits take as fast
+        (Window(), 32, 4, 8, False),
+        (Window(1024), 128, 4, 4, True),
+    ],
+)
+def test_decode_in_tiles_fills_its_places(
+    window: Window, num_seqs: int, steps: int, group: int, in_tiles: bool
+) -> None:
+    num_sms = 132
+    one = decode(num_seqs, steps, group, window)
     assert decodes_in_tiles(one, num_sms) == in_tiles
     assert not decodes_in_tiles(replace(one, split_size=256), num_sms), "bits would depend on the batch"
     assert not decodes_in_tiles(replace(one, interleaved=True), num_sms)
+
+
+def test_decode_draws_its_tiles_where_they_differ_much() -> None:
+    assert not draws_tiles(decode(128, 4, 8, Window(1024)))
+    assert draws_tiles(decode(128, 4, 8, Window()))
+    assert draws_tiles(problem(queries="ragged"))
+
+
+def chunks(lengths: Sequence[int], longest: int, window: Window, **more: Any) -> Problem:
+    """A ragged call of 32 heads over 4 of 128, in which ``longest`` bounds the query tokens."""
+    total = sum(lengths)
+    q = torch.empty(total, 32, 128, dtype=torch.bfloat16, device="meta")
+    kv = torch.empty(total, 4, 128, dtype=torch.bfloat16, device="meta")
+    cu = torch.empty(len(lengths) + 1, dtype=torch.int32, device="meta")
+    one = problem(queries="dense")
+    keys = DenseKeys(kv, kv, cu)
+    return replace(one, q=q, cu_seqlens_q=cu, keys=keys, window=window, max_q_len=longest, max_kv_len=16384, **more)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "longest", "window", "pack", "consumers"),
+    [
+        ((2048,) * 4, 2048, Window(), 1, 2),  # whole tiles: no row of a last one is lost
+        ((2048,) * 4, 2048, Window(1024), 1, 2),
+        ((2048, 2000, 2048, 2048), 2048, Window(1024), 8, 2),
+        ((1000,) * 8, 1000, Window(), 8, 2),
+        ((9000,), 9000, Window(1024), 1, 2),
+        ((2048,), 2048, Window(1024), 1, 1),  # few rows
+        ((2048,), 2048, Window(4096), 1, 2),
+        ((2048,) * 4, 2048, Window(512), 8, 1),
+    ],
+)
+def test_hopper_packs_short_sequences_and_halves_few_rows(
+    lengths: tuple[int, ...], longest: int, window: Window, pack: int, consumers: int
+) -> None:
+    one = chunks(lengths, longest, window)
+    launch = hopper_launch(features_of(one, Target("sm_90", 132)), one)
+    assert (launch.pack, launch.consumers) == (pack, consumers)
+
+
+def test_hopper_launches_do_not_depend_on_the_batch_with_split_size() -> None:
+    launches = set()
+    for lengths in ((2048,), (1000,) * 8, (9000,) * 4):
+        one = chunks(lengths, max(lengths), Window(1024), split_size=256)
+        launches.add(hopper_launch(features_of(one, Target("sm_90", 132)), one))
+    assert len(launches) == 1
 
 
 def test_the_window_size_is_no_feature() -> None:

@@ -43,15 +43,22 @@ class HopperLaunch:
         return min(self.first_n, self.box_rows)
 
 
-FEW_KEYS, FEW_PAGED_KEYS = 1024, 1280
+FEW_KEYS = 1024
 """Keys that a row tile sees up to which programs of one consumer win: short runs leave the tensor cores idle at their
 ends, and two consumers of one program reach theirs together. 32 ragged sequences of up to 1,024 keys took 274 us so and
-348 with two consumers; windows of 257 in sequences of up to 4,096 keys 709 and 1,127; a window of 1,024 over pages of
-16 332 and 376, over dense keys 1,063 and 976."""
+348 with two consumers; windows of 257 in sequences of up to 4,096 keys 709 and 1,127; a window of 1,024 1,058 and 972.
+"""
+SOME_KEYS = 1280
+"""Keys that a row tile sees under a window of 1,024, at most."""
+FEW_ROWS = 1 << 16
+"""Query rows (tokens x heads) up to which one consumer wins with ``SOME_KEYS`` too, as it does over pages, whose tables
+are read before a row tile: under a window of 1,024 2,048 tokens of 32 heads took 64 us so and 72 with two, 4,096 tokens
+129 and 130, four chunks of 2,048 tokens over pages of 16 304 and 312."""
 PACKED_TOKENS = 2048
 """Mean query tokens of a sequence up to which the heads of a group are packed: rows of a half-empty last tile are then
 positions of all its heads. 32 ragged sequences took, packed and not: 227 and 275 us (up to 511 tokens each), 2,786 and
-3,118 (up to 2,047), 8,340 and 8,900 (up to 4,095); one of 8,192 tokens 788 and 781."""
+3,118 (up to 2,047), 8,340 and 8,900 (up to 4,095); one of 8,192 tokens 788 and 781. Chunks that are all whole tiles
+have no such rows: four of 2,048 tokens under a window of 1,024 took 277 and 267."""
 VERY_FEW_KEYS = 256
 """Of rows of 64: a window of 128 took 340 us in four programs with tiles of 32 keys, 406 in three with tiles of 64."""
 ONE_PASS = (
@@ -97,10 +104,10 @@ def heads_in_tile(problem: Problem, pays: bool) -> int:
 def looped_launch(F: Features, problem: Problem) -> HopperLaunch:
     """For row tiles that may see any number of key tiles."""
     keys = keys_in_sight(problem, 128)
-    few = keys <= (FEW_PAGED_KEYS if F.page_size else FEW_KEYS)
+    few = keys <= (SOME_KEYS if F.page_size > 0 or few_rows(problem) else FEW_KEYS)
     if F.head_dim > 128:
         return HopperLaunch(64, 2, 1)
-    if few and F.head_dim > 64:
+    if F.head_dim == 128 and (few or problem.max_q_len <= MAX_STEPS):
         return HopperLaunch(
             64, 2, 2, consumers=1, programs=2, consumer_registers=216, producer_registers=40, registers=128
         )
@@ -111,31 +118,53 @@ def looped_launch(F: Features, problem: Problem) -> HopperLaunch:
     return HopperLaunch(128, 2 if F.head_dim > 64 else 4, 2)
 
 
+def few_rows(problem: Problem) -> bool:
+    """Whether a call has few rows of 128; never with split_size, when no bit may depend on how many."""
+    return problem.head_dim == 128 and problem.split_size is None and problem.q.shape[:-1].numel() <= FEW_ROWS
+
+
 def few_tokens(problem: Problem) -> bool:
-    """Whether a ragged batch has short sequences on average; never with split_size, when no bit may depend on that."""
+    """Whether a ragged batch has short sequences on average, not all whole tiles; never with split_size, when no bit
+    may depend on that."""
     if problem.cu_seqlens_q is None or problem.split_size is not None:
         return False
-    return problem.q.shape[0] <= PACKED_TOKENS * problem.num_seqs
+    tokens, longest = problem.q.shape[0], problem.max_q_len
+    whole = tokens == longest * problem.num_seqs and longest % 128 == 0
+    return not whole and tokens <= PACKED_TOKENS * problem.num_seqs
+
+
+MOST_SPLIT_ROWS = 16
+"""Query rows (tokens x group) of a sequence up to which splits keep up over 16-bit keys."""
 
 
 def decodes_in_tiles(problem: Problem, num_sms: int) -> bool:
-    """Whether sequences of a few query tokens run as tiles: those that see about 1,024 keys, as under a window, where
-    they are enough to fill all places without being cut, and a row tile has all heads of a group.
+    """Whether sequences of a few query tokens run as tiles: those that see about 1,024 keys, as under a window, or have
+    many rows, where they are enough to fill all places without being cut, and a row tile has all heads of a group.
 
     Programs that stay ask for the keys of the next owner while they attend those of one; as splits each begins with
-    three trips to memory in turn. 128 sequences under a window of 1,024 took 131 us so and 135 as splits; with heads of
-    64 under a window of 128 19 and 16, and 64 sequences of 8,192 keys 495 and 494.
+    three trips to memory in turn. 128 sequences under a window of 1,024 took 131 us so and 135 as splits, 4 tokens each
+    in groups of 8 134 and 153, and over up to 8,192 keys 587 and 642; with heads of 64 under a window of 128 19 and 16,
+    and 64 sequences of 8,192 keys 495 and 494.
     """
     keys = problem.keys
     if not isinstance(keys, PagedKeys) or problem.head_dim != 128 or problem.split_size is not None:
         return False  # with split_size no bit may depend on how large the batch is
     if heads_in_tile(problem, pays=True) == 1:
         return False  # each head would read the keys anew; groups of one are not measured
-    if keys.cache.k.dtype != problem.q.dtype or not SHORT_WINDOW < keys_in_sight(problem, 128) <= FEW_PAGED_KEYS:
+    keys_seen = keys_in_sight(problem, 128)
+    if keys.cache.k.dtype != problem.q.dtype or keys_seen <= SHORT_WINDOW:
         return False
     places = 2 * num_sms  # of the two programs that ``looped_launch`` lets in
     owners = problem.num_seqs * keys.num_kv_heads
-    return owners >= places and filled(owners, places) >= FULL
+    if owners < places or filled(owners, places) < FULL:
+        return False
+    return keys_seen <= SOME_KEYS or problem.max_q_len * problem.group > MOST_SPLIT_ROWS
+
+
+def draws_tiles(problem: Problem) -> bool:
+    """Whether programs draw their tiles from a counter. In decode under a window they take them in turn, as if all had
+    as much to do: the host has no counter to clear then, which costs it 23 us."""
+    return problem.max_q_len > MAX_STEPS or keys_in_sight(problem, 128) > SOME_KEYS
 
 
 BOX_ROWS = 64

@@ -11,8 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swath.features import Features
-from swath.launch import MAX_STEPS, tile_slots
-from swath.launch_hopper import hopper_launch
+from swath.launch import tile_slots
+from swath.launch_hopper import draws_tiles, hopper_launch
 from swath.problem import Problem
 from swath.schedules.hopper_rings import BOX_COLUMNS, CONSUMER_ROWS
 from swath.schedules.hopper_tiles import hopper_tile_kernel
@@ -70,9 +70,9 @@ def add_hopper_tiles(
     rows = CONSUMER_ROWS.value
     steps, slots = tile_slots(problem, launch.consumers * rows // launch.pack)
     num_tiles = slots * (F.kv_heads * F.group // launch.pack)
-    if problem.max_q_len > MAX_STEPS:
-        plan.scratch.add("counter", torch.int32, 1, zeroed=True)  # programs draw their tiles from it
-    else:  # decode: about as much to do in each, and the host has no counter to clear
+    if draws_tiles(problem):
+        plan.scratch.add("counter", torch.int32, 1, zeroed=True)
+    else:
         args = args | {"counter": None}
     boxes: dict[str, tuple[int, ...]] = {"q": (1, rows // launch.pack, launch.pack)}
     boxes |= dict.fromkeys("kv", (1, 1, launch.box_rows))

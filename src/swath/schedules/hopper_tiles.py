@@ -23,8 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from swath.device.cache import page_in_sight, pages_in_sight, table_row
 from swath.device.softmax import FLOOR, finish, highest, powers, sink_alone, step
 from swath.device.window import interior_of, reach_of
-from swath.schedules.hopper_feed import Batch, first_tile, key_tile, masked_tiles, produce_keys, produce_values, tile_of
+from swath.schedules.hopper_feed import produce_keys, produce_values
 from swath.schedules.hopper_masks import masked_scores
+from swath.schedules.hopper_places import Batch, first_tile, key_tile, masked_tiles, tile_of
 from swath.schedules.hopper_rings import (
     BOX_COLUMNS,
     CONSUMER_ROWS,
