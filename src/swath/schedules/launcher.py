@@ -9,7 +9,6 @@ addresses of tensors in their places.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import copy
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -160,13 +159,20 @@ class ReadyLaunch:
         for place, offset in self.scratch:
             values[place] = scratch + offset
         for place, name, at in self.boxes:
-            box = values[place] = copy(values[place])
-            box.base = Address(operands[name].data_ptr() if at is None else scratch + at)  # type: ignore[union-attr]
+            address = operands[name].data_ptr() if at is None else scratch + at  # type: ignore[union-attr]
+            values[place] = box_at(address, values[place])
         kernel = self.compiled
         self.run(self.grid, 1, 1, stream, kernel.function, kernel.packed_metadata, *UNWATCHED, *values)
 
 
-@dataclass(frozen=True, slots=True)
+def box_at(address: int, box: Any) -> Any:
+    """A tensor descriptor like ``box`` at an address, in a quarter of the time of ``copy.copy``."""
+    other = object.__new__(type(box))
+    other.__dict__ = box.__dict__ | {"base": Address(address)}
+    return other
+
+
+@dataclass(slots=True)
 class Address:
     """What a tensor is to a box that is encoded anew: an address."""
 
@@ -194,8 +200,7 @@ def ready_launch(call: KernelCall, compiled: Any, operands: Operands, offsets: d
     if boxes:
         arguments = call.arguments(operands)
         for i, _, _ in boxes:
-            values[i] = copy(arguments[parameters[i]])
-            values[i].base = Address(0)  # a tensor here would be kept from being freed
+            values[i] = box_at(0, arguments[parameters[i]])  # a tensor here would be kept from being freed
     return ReadyLaunch(
         run=compiled.run,
         compiled=compiled,
