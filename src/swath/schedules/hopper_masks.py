@@ -32,10 +32,9 @@ def hide_cut(s, start, fresh, query):
     if fresh is not None:
         low, from_all = gl.maximum(low, fresh), gl.maximum(from_all, fresh)
     if from_all > start:
-        s = keep(s, HIDE_BELOW, start, low, low, low, low)
+        s = keep(s, HIDE_BELOW, start, (low,))
     if query.to_all < start + s.shape[1]:
-        end = query.reach.end
-        s = keep(s, HIDE_ABOVE, start, end, end, end, end)
+        s = keep(s, HIDE_ABOVE, start, (query.reach.end,))
     return s
 
 
@@ -45,9 +44,9 @@ def hide_but_leading(s, start, fresh, query, F: gl.constexpr):
     low, end, _ = query.reach  # of ``lead`` a row has its own; as one number for all it takes fewer registers
     lead, right = query.tile.place.leading, query.tile.band.right
     if F.causal:  # a gap in the list is no matter: every row's window ends beyond it
-        s = keep(s, HIDE_BUT_LEADING_CAUSAL, start, low, end, low * 0 + lead, low * 0 + fresh)
+        s = keep(s, HIDE_BUT_LEADING_CAUSAL, start, (low, end, low * 0 + lead, low * 0 + fresh))
     else:
-        s = keep(s, HIDE_BUT_LEADING, start, low, end, low * 0 + gl.minimum(lead, right), low * 0 + fresh)
+        s = keep(s, HIDE_BUT_LEADING, start, (low, end, low * 0 + gl.minimum(lead, right), low * 0 + fresh))
     return s
 
 
@@ -73,7 +72,7 @@ def hide_dead(s, start, query, batch, F: gl.constexpr, C: gl.constexpr):
 
 
 HIDE_BELOW = gl.constexpr("setp.ge.s32 seen, $2, $3;")
-HIDE_ABOVE = gl.constexpr("setp.lt.s32 seen, $2, $4;")
+HIDE_ABOVE = gl.constexpr("setp.lt.s32 seen, $2, $3;")
 HIDE_BUT_LEADING = gl.constexpr(
     "setp.ge.s32 seen, $2, $3; setp.lt.and.s32 seen, $2, $4, seen; setp.lt.or.s32 seen, $2, $5, seen; "
     "setp.ge.and.s32 seen, $2, $6, seen;"
@@ -85,8 +84,9 @@ HIDE_BUT_LEADING_CAUSAL = gl.constexpr(
 
 
 @gluon.jit
-def keep(s, SEEN: gl.constexpr, start, low, end, lead, fresh):
-    """Scores that are ``SEEN``, an expression of a column $2 and bounds $3 to $6 of its row; -inf in place of others.
+def keep(s, SEEN: gl.constexpr, start, bounds):
+    """Scores that are ``SEEN``, an expression of a column $2 and of ``bounds``, $3 and on, of its row; -inf in place of
+    others. There are one or four bounds.
 
     The expression passes one predicate on: of comparisons the compiler would keep all results in registers, and spill.
     A thread's own part of its columns' numbers is taken from the bounds; what is left is known when this is compiled.
@@ -95,12 +95,15 @@ def keep(s, SEEN: gl.constexpr, start, low, end, lead, fresh):
     own = column % 8 // 2 * 2
     x = gl.zeros_like(s).to(gl.int32) + (column - own)[None, :]
     own += start
-    low, end = less(low, own, s), less(end, own, s)
-    lead, fresh = less(lead, own, s), less(fresh, own, s)
     CODE: gl.constexpr = "{ .reg .pred seen; " + SEEN + " selp.f32 $0, $1, 0fFF800000, seen; }"
-    return gl.inline_asm_elementwise(
-        CODE, "=f,f,r,r,r,r,r", [s, x, low, end, lead, fresh], dtype=gl.float32, is_pure=True, pack=1
-    )
+    first = less(bounds[0], own, s)
+    if len(bounds) == 1:
+        return gl.inline_asm_elementwise(CODE, "=f,f,r,r", [s, x, first], dtype=gl.float32, is_pure=True, pack=1)
+    else:
+        second, third, fourth = less(bounds[1], own, s), less(bounds[2], own, s), less(bounds[3], own, s)
+        return gl.inline_asm_elementwise(
+            CODE, "=f,f,r,r,r,r,r", [s, x, first, second, third, fourth], dtype=gl.float32, is_pure=True, pack=1
+        )
 
 
 @gluon.jit
