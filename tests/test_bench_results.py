@@ -186,6 +186,8 @@ def test_the_report_has_every_figure_and_its_command() -> None:
     assert "| decode, 10x a scalar kernel | 0.09 | 0.1 |" in text
     assert "(img/bench-floor-decode.png)" in text
     assert "img/bench-cache.png" not in text
+    more = report.page({"h200-2026-01-03-who.jsonl": [rows[0] | {"date": "2026-01-03"}]}, [])
+    assert ", 2026-01-03: who\n" in more, "the heading says what the name says beyond the date"
     readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     once = report.with_plot(readme, rows, ["bench-floor-decode.png"])
     assert report.with_plot(once, rows, ["bench-floor-decode.png"]) == once

@@ -50,8 +50,10 @@ def age(rows: list[Row]) -> tuple[str, int]:
 
 
 def _section(name: str, rows: list[Row]) -> str:
+    date = max(row["date"] for row in rows)
+    about = name.removesuffix(".jsonl").split(date)[-1].strip("-").replace("-", " ")
     text = [
-        f"## {machine_of(rows[0])}, {max(row['date'] for row in rows)}\n",
+        f"## {machine_of(rows[0])}, {date}{about and ': ' + about}\n",
         f"[{name}](../benchmarks/results/{name}): {conditions(rows)}.\n",
     ]
     if any(row["status"] == "ok" and "budget_used" not in row for row in rows):
