@@ -251,8 +251,7 @@ def decode(num_seqs: int, steps: int, group: int, window: Window) -> Problem:
     table = torch.empty(num_seqs, pages, dtype=torch.int32, device="meta")
     keys = PagedKeys(PagedKV(pool, pool), PageTable(table), torch.empty(num_seqs, dtype=torch.int32, device="meta"))
     q = torch.empty(num_seqs, steps, group * kv_heads, head_dim, dtype=torch.bfloat16, device="meta")
-    one = problem(queries="steps" if steps > 1 else "decode")
-    return replace(one, q=q, keys=keys, window=window, max_kv_len=16384, max_q_len=steps)
+    return replace(problem(queries="steps"), q=q, keys=keys, window=window, max_kv_len=16384, max_q_len=steps)
 
 
 @pytest.mark.parametrize(
@@ -294,34 +293,34 @@ def test_decode_draws_its_tiles_where_they_differ_much() -> None:
     assert draws_tiles(problem(queries="ragged"))
 
 
-def chunks(lengths: Sequence[int], longest: int, window: Window, **more: Any) -> Problem:
-    """A ragged call of 32 heads over 4 of 128, in which ``longest`` bounds the query tokens."""
+def chunks(lengths: Sequence[int], window: Window, **more: Any) -> Problem:
+    """A ragged call of 32 heads over 4 of 128, with so many query tokens."""
     total = sum(lengths)
     q = torch.empty(total, 32, 128, dtype=torch.bfloat16, device="meta")
     kv = torch.empty(total, 4, 128, dtype=torch.bfloat16, device="meta")
     cu = torch.empty(len(lengths) + 1, dtype=torch.int32, device="meta")
+    bounds = {"max_q_len": max(lengths), "max_kv_len": 16384}
     one = problem(queries="dense")
-    keys = DenseKeys(kv, kv, cu)
-    return replace(one, q=q, cu_seqlens_q=cu, keys=keys, window=window, max_q_len=longest, max_kv_len=16384, **more)
+    return replace(one, q=q, cu_seqlens_q=cu, keys=DenseKeys(kv, kv, cu), window=window, **bounds, **more)
 
 
 @pytest.mark.parametrize(
-    ("lengths", "longest", "window", "pack", "consumers"),
+    ("lengths", "window", "pack", "consumers"),
     [
-        ((2048,) * 4, 2048, Window(), 1, 2),  # whole tiles: no row of a last one is lost
-        ((2048,) * 4, 2048, Window(1024), 1, 2),
-        ((2048, 2000, 2048, 2048), 2048, Window(1024), 8, 2),
-        ((1000,) * 8, 1000, Window(), 8, 2),
-        ((9000,), 9000, Window(1024), 1, 2),
-        ((2048,), 2048, Window(1024), 1, 1),  # few rows
-        ((2048,), 2048, Window(4096), 1, 2),
-        ((2048,) * 4, 2048, Window(512), 8, 1),
+        ((2048,) * 4, Window(), 1, 2),  # whole tiles: no row of a last one is lost
+        ((2048,) * 4, Window(1024), 1, 2),
+        ((2048, 2000, 2048, 2048), Window(1024), 8, 2),
+        ((1000,) * 8, Window(), 8, 2),
+        ((9000,), Window(1024), 1, 2),
+        ((2048,), Window(1024), 1, 1),  # few rows
+        ((2048,), Window(4096), 1, 2),
+        ((2048,) * 4, Window(512), 8, 1),
     ],
 )
 def test_hopper_packs_short_sequences_and_halves_few_rows(
-    lengths: tuple[int, ...], longest: int, window: Window, pack: int, consumers: int
+    lengths: tuple[int, ...], window: Window, pack: int, consumers: int
 ) -> None:
-    one = chunks(lengths, longest, window)
+    one = chunks(lengths, window)
     launch = hopper_launch(features_of(one, Target("sm_90", 132)), one)
     assert (launch.pack, launch.consumers) == (pack, consumers)
 
@@ -329,7 +328,7 @@ def test_hopper_packs_short_sequences_and_halves_few_rows(
 def test_hopper_launches_do_not_depend_on_the_batch_with_split_size() -> None:
     launches = set()
     for lengths in ((2048,), (1000,) * 8, (9000,) * 4):
-        one = chunks(lengths, max(lengths), Window(1024), split_size=256)
+        one = chunks(lengths, Window(1024), split_size=256)
         launches.add(hopper_launch(features_of(one, Target("sm_90", 132)), one))
     assert len(launches) == 1
 

@@ -69,12 +69,14 @@ def split_launch(F: Features, target: Target, block_m: int, short_run: bool) -> 
         launch = TileLaunch(16, 4, 1, UNMEASURED)
     elif target.compute_capability == 0:
         launch = TileLaunch(64, 4, 2, UNMEASURED)
-    elif F.pairs and short_run and F.head_dim <= 128 and block_m == 16:
+    elif F.pairs and block_m > 16:
+        launch = TileLaunch(64, 4 if F.padded else 2, 3, source, resident=4)
+    elif F.pairs and short_run and F.head_dim <= 128:
         launch = TileLaunch(32, 1, 3, source, resident=8, registers=200)
-    elif F.pairs and F.stored != "int8" and F.head_dim == 128 and block_m == 16:
+    elif F.pairs and F.stored != "int8" and F.head_dim == 128:
         launch = TileLaunch(128, 2, 2, source, resident=4)
     elif F.pairs:
-        launch = TileLaunch(64, 4 if F.padded and block_m > 16 else 2, 3, source, resident=4)
+        launch = TileLaunch(64, 2, 3, source, resident=4)
     elif F.head_dim <= 64 and block_m == 16:
         launch = TileLaunch(64, 2, 3, source, resident=4)
         if short_run:

@@ -43,6 +43,8 @@ class HopperLaunch:
         return min(self.first_n, self.box_rows)
 
 
+TILE_ROWS = 128
+"""Rows of a tile of two consumers."""
 FEW_KEYS = 1024
 """Keys that a row tile sees up to which programs of one consumer win: short runs leave the tensor cores idle at their
 ends, and two consumers of one program reach theirs together. 32 ragged sequences of up to 1,024 keys took 274 us so and
@@ -101,9 +103,14 @@ def heads_in_tile(problem: Problem, pays: bool) -> int:
     return 1 if problem.interleaved else pack_heads(problem.group, pays, 64)
 
 
+def keys_of_tile(problem: Problem) -> int:
+    """Keys that a row tile may see, if its heads are not packed."""
+    return keys_in_sight(problem, TILE_ROWS)
+
+
 def looped_launch(F: Features, problem: Problem) -> HopperLaunch:
     """For row tiles that may see any number of key tiles."""
-    keys = keys_in_sight(problem, 128)
+    keys = keys_of_tile(problem)
     few = keys <= (SOME_KEYS if F.page_size > 0 or few_rows(problem) else FEW_KEYS)
     if F.head_dim > 128:
         return HopperLaunch(64, 2, 1)
@@ -129,7 +136,7 @@ def few_tokens(problem: Problem) -> bool:
     if problem.cu_seqlens_q is None or problem.split_size is not None:
         return False
     tokens, longest = problem.q.shape[0], problem.max_q_len
-    whole = tokens == longest * problem.num_seqs and longest % 128 == 0
+    whole = tokens == longest * problem.num_seqs and longest % TILE_ROWS == 0
     return not whole and tokens <= PACKED_TOKENS * problem.num_seqs
 
 
@@ -151,7 +158,7 @@ def decodes_in_tiles(problem: Problem, num_sms: int) -> bool:
         return False  # with split_size no bit may depend on how large the batch is
     if heads_in_tile(problem, pays=True) == 1:
         return False  # each head would read the keys anew; groups of one are not measured
-    keys_seen = keys_in_sight(problem, 128)
+    keys_seen = keys_of_tile(problem)
     if keys.cache.k.dtype != problem.q.dtype or keys_seen <= SHORT_WINDOW:
         return False
     places = 2 * num_sms  # of the two programs that ``looped_launch`` lets in
@@ -164,7 +171,7 @@ def decodes_in_tiles(problem: Problem, num_sms: int) -> bool:
 def draws_tiles(problem: Problem) -> bool:
     """Whether programs draw their tiles from a counter. In decode under a window they take them in turn, as if all had
     as much to do: the host has no counter to clear then, which costs it 23 us."""
-    return problem.max_q_len > MAX_STEPS or keys_in_sight(problem, 128) > SOME_KEYS
+    return problem.max_q_len > MAX_STEPS or keys_of_tile(problem) > SOME_KEYS
 
 
 BOX_ROWS = 64

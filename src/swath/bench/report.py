@@ -50,7 +50,7 @@ def age(rows: list[Row]) -> tuple[str, int]:
 
 
 def _section(name: str, rows: list[Row]) -> str:
-    date = max(row["date"] for row in rows)
+    date, _ = age(rows)
     about = name.removesuffix(".jsonl").split(date)[-1].strip("-").replace("-", " ")
     text = [
         f"## {machine_of(rows[0])}, {date}{about and ': ' + about}\n",
