@@ -26,6 +26,10 @@ ONCE_PAGED = replace(ONCE, dense=False, page_size=8, size=122)
 
 CASES = {
     "full": LONG,
+    "full, heads in sections": replace(
+        LONG, kv_lens=(5000, 700, 12000), q_lens=(300, 700, 261), num_kv_heads=8, group=2
+    ),
+    "pages of 16, heads in sections": replace(PAGED, kv_lens=(6000, 6100, 5800), q_lens=200, num_kv_heads=6, group=2),
     "full, few keys": replace(LONG, kv_lens=(300, 500, 61, 40), q_lens=(300, 130, 61, 17)),
     "full of 64, few keys": replace(LONG, kv_lens=(300, 500, 61, 40), q_lens=(300, 130, 61, 17), head_dim=64),
     "not causal": replace(LONG, causal=False),
@@ -82,6 +86,7 @@ CASES = {
     "decode": DECODE,
     "decode, soft cap, sink and LSE": replace(DECODE, softcap=5.0, sink="fp32", dtype=torch.float16),
     "decode of 4 steps": replace(DECODE, q_lens=4),
+    "decode of 4 steps in large groups, from a counter": replace(DECODE, q_lens=4, group=8, size=None),
     "decode of some steps": replace(DECODE, q_lens=tuple(i % 5 for i in range(33)), tail=3, bounds="tight"),
     "decode, leading keys and holes": replace(DECODE, size=960, global_tokens=40, holes=True),
     "decode of a large group, pages of 64": replace(DECODE, group=16, page_size=64),
@@ -108,6 +113,7 @@ def test_against_the_truth(case: Case) -> None:
     "name",
     [
         "full",
+        "full, heads in sections",
         "full, few keys",
         "packed heads",
         "one pass, few keys",

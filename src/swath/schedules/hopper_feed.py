@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from swath.device.cache import slot_of, table_row
 from swath.schedules.gluon_names import load_box, reinterpret
-from swath.schedules.hopper_places import first_tile, key_tile, place_of, tile_of
+from swath.schedules.hopper_places import first_tile, heads_of, key_tile, place_of, tile_of
 from swath.schedules.hopper_rings import (
     BOX_COLUMNS,
     CONSUMER_ROWS,
@@ -27,6 +27,7 @@ from swath.schedules.hopper_rings import (
     pass_on,
     receive,
     stage_of,
+    wait_for_room,
 )
 from swath.schedules.query import q_head_of
 from swath.schedules.walk import key_at, seen_by_any
@@ -57,7 +58,7 @@ def produce_keys(sources, counter, rings, batch, F: gl.constexpr, C: gl.constexp
             t += gl.num_programs(0)
         else:
             t = gl.max(drawn, 0) + gl.num_programs(0)
-    pass_on(passed, rings.places, Place(t, 0, 0, 0, 0, 0, 0, 0, 0))
+    pass_on(passed, rings.places, Place(heads_of(F, C), 0, 0, 0, 0, 0, 0, 0, 0))
 
 
 @gluon.jit
@@ -67,7 +68,7 @@ def produce_values(sources, cut_loaded, rings, batch, F: gl.constexpr, C: gl.con
     n = 0
     cuts = 0
     place = receive(passed, rings.places, 1)
-    while place.t < batch.num_tiles:
+    while place.head < heads_of(F, C):
         tile = tile_of(place, batch, F, C)
         cuts = load_keys(n, cuts, tile, sources, cut_loaded, rings, batch, F, C)
         n += tile.walk.total
@@ -114,7 +115,7 @@ def load_keys(n, cuts, tile, sources, cut_loaded, rings, batch, F: gl.constexpr,
 def load_stage(n, cuts, parts, tile, cut_loaded, F: gl.constexpr, C: gl.constexpr):
     """Ask for the key tiles that share the ``n``-th stage; counts the times that an edge cuts those of V."""
     stage = stage_of(parts[0].ring, n)
-    mbarrier.wait(stage.empty, stage.phase ^ 1)
+    wait_for_room("k" if cut_loaded is None else "v", n, C.stages, C)
     if cut_loaded is None:
         load_tiles(stage.slot, parts, tile, stage.full, F, C)
     else:
@@ -139,9 +140,9 @@ def load_queries(n, tile, q_desc, ring, F: gl.constexpr, C: gl.constexpr):
     HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
     POSITIONS: gl.constexpr = CONSUMER_ROWS // C.pack
     stage = stage_of(ring, n)
-    mbarrier.wait(stage.empty, stage.phase ^ 1)
+    wait_for_room("q", n, C.q_stages, C)
     mbarrier.expect(stage.full, C.consumers * CONSUMER_ROWS * F.head_dim * 2)
-    q_head = q_head_of(tile.kv_head, 0 if C.pack > 1 else tile.head % F.group, F)
+    q_head = q_head_of(tile.kv_head, 0 if C.pack > 1 else tile.place.head % F.group, F)
     place = tile.place
     seq = place.b if C.uniform else 0
     token = place.begin if C.uniform else place.token + place.begin

@@ -1,4 +1,8 @@
-"""Rings in shared memory between the producers of hopper_tiles.py and its consumers, and how they pass places on."""
+"""Rings in shared memory between the producers of hopper_tiles.py and its consumers, and how they pass places on.
+
+A stage is full when an mbarrier has counted its bytes, and free again when all consumers have arrived at a named
+barrier. An mbarrier could count those too, but Triton lets the warps of a consumer meet before each arrival at one.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,18 @@ BOX_COLUMNS = gl.constexpr(64)  # of 16 bits: the widest box with a 128-byte swi
 
 
 class Ring(NamedTuple):
-    """Stages in shared memory with the barriers that say "full" and "empty"."""
+    """Stages in shared memory with the barriers that say "full"."""
 
     stages: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
+
+
+class Places(NamedTuple):
+    """A ring of row tiles as numbers, of which each has a barrier that says "received" too."""
+
+    stages: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    received: gl.shared_memory_descriptor
 
 
 class Rings(NamedTuple):
@@ -30,7 +41,7 @@ class Rings(NamedTuple):
     v: Ring
     first_k: Ring | None  # of narrow tiles, beside k and v
     first_v: Ring | None
-    places: Ring
+    places: Places
 
 
 class Sources(NamedTuple):
@@ -49,14 +60,13 @@ class Stage(NamedTuple):
     slot: gl.tensor
     tile: gl.shared_memory_descriptor  # of a ring with one tile a stage
     full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
     phase: gl.tensor
 
 
 class Place(NamedTuple):
     """Which rows a tile number stands for, as the first producer reads it and passes it on."""
 
-    t: gl.tensor
+    head: gl.tensor  # of heads_of; that many after the last place
     b: gl.tensor
     begin: gl.tensor  # the first query token, of q_len
     q_len: gl.tensor
@@ -78,7 +88,7 @@ def stage_of(ring, n):
     """The stage of a ring whose turn is the ``n``-th."""
     STAGES: gl.constexpr = ring.full.shape[0]
     slot = n % STAGES
-    return Stage(slot, ring.stages.index(slot), ring.full.index(slot), ring.empty.index(slot), (n // STAGES) & 1)
+    return Stage(slot, ring.stages.index(slot), ring.full.index(slot), (n // STAGES) & 1)
 
 
 @gluon.jit
@@ -86,7 +96,7 @@ def as_tiles(ring, tiles: gl.constexpr, rows: gl.constexpr, F: gl.constexpr):
     """The ring as tensor cores read it: boxes of 64 columns, one block of columns after the other, make a tile."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, F.head_dim], ring.stages.dtype)
     stages = reinterpret(ring.stages, ring.stages.dtype, [tiles, rows, F.head_dim], LAYOUT)
-    return Ring(stages, ring.full, ring.empty)
+    return Ring(stages, ring.full)
 
 
 @gluon.jit
@@ -99,29 +109,63 @@ def new_barriers(stages: gl.constexpr, arrivals: gl.constexpr):
 
 
 @gluon.jit
-def new_ring(
-    stages: gl.constexpr, boxes: gl.constexpr, rows: gl.constexpr, consumers: gl.constexpr, DTYPE: gl.constexpr
-):
+def new_ring(stages: gl.constexpr, boxes: gl.constexpr, rows: gl.constexpr, DTYPE: gl.constexpr):
     """Shared memory for ``stages`` of ``boxes`` boxes of ``rows`` rows, filled by one producer."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, BOX_COLUMNS], DTYPE)
     memory = gl.allocate_shared_memory(DTYPE, [stages * boxes, rows, BOX_COLUMNS], LAYOUT)
-    return Ring(memory, new_barriers(stages, 1), new_barriers(stages, consumers))
+    return Ring(memory, new_barriers(stages, 1))
 
 
 @gluon.jit
 def beside(ring, stages: gl.constexpr, halves: gl.constexpr, keys: gl.constexpr, rows: gl.constexpr):
-    """Shared memory for one more tile of ``keys`` in every stage of a ring: filled and emptied with the other."""
+    """Shared memory for one more tile of ``keys`` in every stage of a ring: filled and freed with the other."""
     BOXES: gl.constexpr = stages * halves * (keys // rows)
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, BOX_COLUMNS], ring.stages.dtype)
     more = gl.allocate_shared_memory(ring.stages.dtype, [BOXES, rows, BOX_COLUMNS], LAYOUT)
-    return Ring(more, ring.full, ring.empty)
+    return Ring(more, ring.full)
 
 
 @gluon.jit
 def new_places(consumers: gl.constexpr):
     """Shared memory for the places that the first producer passes on, to consumers and to the producer of V."""
     slots = gl.allocate_shared_memory(gl.int32, [2, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return Ring(slots, new_barriers(2, 1), new_barriers(2, consumers + 1))
+    return Places(slots, new_barriers(2, 1), new_barriers(2, consumers + 1))
+
+
+FIRST_NAMED = gl.constexpr(6)
+"""Of the 16 named barriers of a program. Triton takes those before it for the warps of a partition."""
+
+
+@gluon.constexpr_function
+def named_barrier_of(ring, C):
+    """The named barrier of the first stage of the ring "k", "v" or "q"; those of its other stages follow."""
+    return FIRST_NAMED.value + {"k": 0, "v": C.stages, "q": 2 * C.stages}[ring]
+
+
+@gluon.jit
+def release(RING: gl.constexpr, n, STAGES: gl.constexpr, C: gl.constexpr):
+    """A consumer: it needs the stage that the ``n``-th tile of a ring is in no more."""
+    at_named_barrier("bar.arrive", named_barrier_of(RING, C) + n % STAGES, 4, C)
+
+
+@gluon.jit
+def wait_for_room(RING: gl.constexpr, n, STAGES: gl.constexpr, C: gl.constexpr):
+    """A producer: until the stage for the ``n``-th tile of a ring is free."""
+    if n >= STAGES:
+        at_named_barrier("bar.sync", named_barrier_of(RING, C) + n % STAGES, 1, C)
+
+
+@gluon.jit
+def at_named_barrier(HOW: gl.constexpr, number, WARPS: gl.constexpr, C: gl.constexpr):
+    """Each thread of a partition of so many warps once: arrive, or wait for all consumers and the producer."""
+    each = gl.full((32 * WARPS,), 0, gl.int32, layout=gl.BlockedLayout([1], [32], [WARPS], [0])) + number
+    gl.inline_asm_elementwise(with_all(HOW, C), "=r,r", [each], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def with_all(how, C):
+    """PTX for the named barrier $1 of the threads of all consumers and a producer."""
+    return f"{how} $1, {C.consumers * 128 + 32}; mov.b32 $0, 0;"
 
 
 @gluon.jit
@@ -132,7 +176,7 @@ def pass_on(n, places, place):
     for i in gl.static_range(len(place)):
         value = gl.where(lane == i, place[i], value)
     stage = stage_of(places, n)
-    mbarrier.wait(stage.empty, stage.phase ^ 1)
+    mbarrier.wait(places.received.index(stage.slot), stage.phase ^ 1)
     stage.tile.store(value)
     mbarrier.arrive(stage.full, count=1)
 
@@ -143,7 +187,7 @@ def receive(n, places, WARPS: gl.constexpr):
     stage = stage_of(places, n)
     mbarrier.wait(stage.full, stage.phase)
     value = stage.tile.load(gl.BlockedLayout([1], [32], [WARPS], [0]))
-    mbarrier.arrive(stage.empty, count=1)
+    mbarrier.arrive(places.received.index(stage.slot), count=1)
     return Place(
         nth(value, 0), nth(value, 1), nth(value, 2), nth(value, 3), nth(value, 4), nth(value, 5), nth(value, 6),
         nth(value, 7), nth(value, 8),

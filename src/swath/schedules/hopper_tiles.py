@@ -21,37 +21,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from swath.device.cache import page_in_sight, pages_in_sight, table_row
-from swath.device.softmax import FLOOR, finish, highest, powers, sink_alone, step
+from swath.device.softmax import FLOOR, powers, sink_alone
 from swath.device.window import interior_of, reach_of
 from swath.schedules.hopper_feed import produce_keys, produce_values
 from swath.schedules.hopper_masks import masked_scores
-from swath.schedules.hopper_places import Batch, first_tile, key_tile, masked_tiles, tile_of
+from swath.schedules.hopper_output import Output, finish_rows, q_heads
+from swath.schedules.hopper_places import Batch, first_tile, heads_of, key_tile, masked_tiles, tile_of
 from swath.schedules.hopper_rings import (
     BOX_COLUMNS,
     CONSUMER_ROWS,
     Rings,
     Sources,
+    Stage,
     as_tiles,
     beside,
     new_barriers,
     new_places,
     new_ring,
     receive,
+    release,
     stage_of,
 )
-from swath.schedules.query import q_head_of, row_offsets
+from swath.schedules.hopper_softmax import highest, of_rows, rescaled, spread, step, sums, total
 from swath.schedules.walk import listed
-
-
-class Output(NamedTuple):
-    """Where results go, and the sink logits that join them: element strides of ``out`` by sequence, token and head."""
-
-    out: gl.tensor
-    lse: gl.tensor
-    sink: gl.tensor
-    seq: gl.tensor
-    token: gl.tensor
-    head: gl.tensor
 
 
 class Query(NamedTuple):
@@ -91,14 +83,14 @@ def consume_all(c: gl.constexpr, output, scales, rings, batch, F: gl.constexpr, 
     rows = 0
     n = 0
     query = next_query(rows, c, output.sink, scales, rings, batch, F, C)
-    while query.tile.place.t < batch.num_tiles:
+    while query.tile.place.head < heads_of(F, C):
         m, l, values = attend(n, rows, c, query, rings, batch, F, C)
         done = query
         n += done.tile.walk.total
         rows += 1
         query = next_query(rows, c, output.sink, scales, rings, batch, F, C)
         acc = warpgroup_mma_wait(0, deps=[values])
-        mbarrier.arrive(stage_of(rings.v, n - 1).empty, count=1)
+        release("v", n - 1, C.stages, C)
         finish_rows((m, l, acc), done, output, batch, F, C)
 
 
@@ -107,7 +99,7 @@ def consume_once(c: gl.constexpr, output, scales, rings, batch, F: gl.constexpr,
     """Rows all of whose keys are in one stage. Other programs fill the gaps between them."""
     rows = 0
     query = next_query(rows, c, output.sink, scales, rings, batch, F, C)
-    while query.tile.place.t < batch.num_tiles:
+    while query.tile.place.head < heads_of(F, C):
         state = attend_once(rows, c, query, rings, batch, F, C)
         finish_rows(state, query, output, batch, F, C)
         rows += 1
@@ -134,9 +126,10 @@ def next_query(rows, c: gl.constexpr, sink, scales, rings, batch, F: gl.constexp
 
 
 @gluon.jit
-def query_rows(rows, c: gl.constexpr, rings, C: gl.constexpr):
-    """The ``rows``-th query rows of a consumer in shared memory."""
-    return rings.q.stages.index(rows % C.q_stages * C.consumers + c)
+def query_stage(rows, c: gl.constexpr, rings, C: gl.constexpr):
+    """The stage of the ``rows``-th query rows, with those of one consumer as its tile."""
+    stage = stage_of(rings.q, rows)
+    return Stage(stage.slot, rings.q.stages.index(stage.slot * C.consumers + c), stage.full, stage.phase)
 
 
 @gluon.jit
@@ -146,23 +139,24 @@ def attend(n, rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: gl
     ``n`` key tiles of ``rows`` row tiles were before.
     """
     tile = query.tile
-    q_stage, k = stage_of(rings.q, rows), stage_of(rings.k, n)
-    q = query_rows(rows, c, rings, C)
+    q, k = query_stage(rows, c, rings, C), stage_of(rings.k, n)
     start, fresh = key_tile(0, tile, F, C)
-    mbarrier.wait(q_stage.full, q_stage.phase)
+    mbarrier.wait(q.full, q.phase)
     mbarrier.wait(k.full, k.phase)
-    s = warpgroup_mma_wait(0, deps=[score(q, k.tile, C)])
-    mbarrier.arrive(k.empty, count=1)
+    s = warpgroup_mma_wait(0, deps=[score(q.tile, k.tile, C)])
+    release("k", n, C.stages, C)
     s, scale = masked_scores(s, start, fresh, query, batch, True, F, C)
-    p, m, l, _ = step(s, scale, query.m, query.l)
+    p, m, l, alpha = step(s, scale, query.m, spread(query.l))
     acc = no_values(F)
     masked = gl.maximum(gl.where(query.clean, masked_tiles(tile), tile.walk.total), 1)
-    p, m, l, acc = overlap(1, masked, n, p, (m, l, acc), q, query, rings, batch, True, F, C)
-    p, m, l, acc = overlap(masked, tile.walk.total, n, p, (m, l, acc), q, query, rings, batch, False, F, C)
-    mbarrier.arrive(q_stage.empty, count=1)
+    p, state = overlap(1, masked, n, p, (m, l, acc, alpha), q, query, rings, batch, True, F, C)
+    p, state = overlap(masked, tile.walk.total, n, p, state, q, query, rings, batch, False, F, C)
+    m, l, acc, alpha = state
+    acc = rescaled(acc, alpha)
+    release("q", rows, C.q_stages, C)
     v = stage_of(rings.v, n + tile.walk.total - 1)
     mbarrier.wait(v.full, v.phase)
-    return m, l, warpgroup_mma(operand(p, acc, v.tile.dtype), v.tile, acc, is_async=True)
+    return m, total(l, m), warpgroup_mma(operand(p, acc, v.tile.dtype), v.tile, acc, is_async=True)
 
 
 @gluon.jit
@@ -175,27 +169,24 @@ def attend_once(rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: 
     HALF: gl.constexpr = C.block_n // 2
     m, l, tile = query.m, query.l, query.tile
     acc = no_values(F)
-    q_stage = stage_of(rings.q, rows)
-    q = query_rows(rows, c, rings, C)
+    q = query_stage(rows, c, rings, C)
     k_first, k = stage_of(rings.first_k, rows), stage_of(rings.k, rows)
     v_first, v = stage_of(rings.first_v, rows), stage_of(rings.v, rows)
-    mbarrier.wait(q_stage.full, q_stage.phase)
+    mbarrier.wait(q.full, q.phase)
     mbarrier.wait(k.full, k.phase)
-    first = score(q, k_first.tile, C)
-    near = score(q, k.tile.slice(HALF, HALF), C)
-    far = score(q, k.tile.slice(0, HALF), C)
+    first = score(q.tile, k_first.tile, C)
+    near = score(q.tile, k.tile.slice(HALF, HALF), C)
+    far = score(q.tile, k.tile.slice(0, HALF), C)
     first, near, far = warpgroup_mma_wait(0, deps=[first, near, far])
-    mbarrier.arrive(k.empty, count=1)
-    mbarrier.arrive(q_stage.empty, count=1)
+    release("k", rows, C.stages, C)
+    release("q", rows, C.q_stages, C)
     first, scale = masked_scores(first, first_tile(tile, F, C), C.block_n, query, batch, True, F, C)
     near, _ = masked_scores(near, HALF, None, query, batch, True, F, C)
     far, _ = masked_scores(far, 0, None, query, batch, True, F, C)
-    NARROW: gl.constexpr = gl.SliceLayout(1, first.type.layout)
-    m_new = gl.convert_layout(highest(first, scale, gl.convert_layout(m, NARROW)), m.type.layout)
-    m_new = highest(gl.maximum(near, far), scale, m_new)
-    first = powers(first, scale, gl.convert_layout(m_new, NARROW))
+    m_new = highest(gl.maximum(near, far), scale, highest(first, scale, m))
+    first = powers(first, scale, of_rows(m_new, first))
     near, far = powers(near, scale, m_new), powers(far, scale, m_new)
-    l = l * gl.exp2(m - m_new) + gl.convert_layout(gl.sum(first, 1), m.type.layout) + gl.sum(near + far, 1)
+    l = l * gl.exp2(m - m_new) + total(sums(first) + sums(near + far), m)
     DTYPE: gl.constexpr = v.tile.dtype
     first, near, far = operand(first, acc, DTYPE), operand(near, acc, DTYPE), operand(far, acc, DTYPE)
     mbarrier.wait(v.full, v.phase)
@@ -203,7 +194,7 @@ def attend_once(rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: 
     values = warpgroup_mma(near, v.tile.slice(HALF, HALF), values, is_async=True)
     values = warpgroup_mma(far, v.tile.slice(0, HALF), values, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[values])
-    mbarrier.arrive(v.empty, count=1)
+    release("v", rows, C.stages, C)
     return m_new, l, acc
 
 
@@ -211,30 +202,30 @@ def attend_once(rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: 
 def overlap(first, end, n, p, state, q, query, rings, batch, MASKED: gl.constexpr, F: gl.constexpr, C: gl.constexpr):
     """Key tiles ``first .. end - 1``. p comes in, and goes out, waiting for the V of the tile before.
 
-    So the product of p with that V runs beside the softmax of the next scores.
+    So the product of p with that V runs beside the softmax of the next scores. acc waits for the factor ``alpha``, too.
     """
-    m, l, acc = state
-    OUT: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    m, l, acc, alpha = state
     for j in range(first, end):
         start, fresh = key_tile(j, query.tile, F, C)
         k, v = stage_of(rings.k, n + j), stage_of(rings.v, n + j - 1)
         p16 = operand(p, acc, v.tile.dtype)
         mbarrier.wait(k.full, k.phase)
-        scores = score(q, k.tile, C)
+        scores = score(q.tile, k.tile, C)
+        acc = rescaled(acc, alpha)
         mbarrier.wait(v.full, v.phase)
         values = warpgroup_mma(p16, v.tile, acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[scores])
         s, scale = masked_scores(s, start, fresh, query, batch, MASKED, F, C)
         p, m, l, alpha = step(s, scale, m, l)
         # A barrier known to have passed makes a block boundary here, and the move keeps p above it: otherwise ptxas
-        # hoists the wait for the product with V over the softmax, and nothing overlaps.
+        # hoists the wait for the product with V over the softmax, and nothing overlaps. This loop waits for no other
+        # one of q: before a second wait at a barrier Triton lets all warps meet.
         p = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [p], dtype=gl.float32, is_pure=False, pack=1)
-        mbarrier.wait(v.full, v.phase)
+        mbarrier.wait(q.full, q.phase)
         acc, p, alpha = warpgroup_mma_wait(0, deps=[values, p, alpha])
-        mbarrier.arrive(k.empty, count=1)
-        mbarrier.arrive(v.empty, count=1)
-        acc *= gl.convert_layout(alpha, OUT)[:, None]
-    return p, m, l, acc
+        release("k", n + j, C.stages, C)
+        release("v", n + j - 1, C.stages, C)
+    return p, (m, l, acc, alpha)
 
 
 @gluon.constexpr_function
@@ -264,13 +255,6 @@ def operand(p, acc, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def q_heads(i, tile, F: gl.constexpr, C: gl.constexpr):
-    """The query heads of the rows ``i`` of a consumer."""
-    member = i % C.pack if C.pack > 1 else i * 0 + tile.head % F.group
-    return q_head_of(tile.kv_head, member, F)
-
-
-@gluon.jit
 def nothing_seen(i, tile, sink, F: gl.constexpr, C: gl.constexpr):
     """The state (m, l) of the rows ``i`` before any key: their sink logits, if there are any, joined it."""
     m = gl.full((CONSUMER_ROWS,), FLOOR, gl.float32, layout=i.type.layout)
@@ -288,43 +272,10 @@ def no_values(F: gl.constexpr):
 
 
 @gluon.jit
-def finish_rows(state, query, output, batch, F: gl.constexpr, C: gl.constexpr):
-    """Normalise the rows of a consumer and write them."""
-    m, l, acc = state
-    tile, begin = query.tile, query.begin
-    VALUES: gl.constexpr = acc.type.layout
-    WIDE: gl.constexpr = row_layout(F.head_dim)
-    place, out = tile.place, output.out
-    inverse, log_sum = finish(m, l)
-    if output.lse is not None:
-        i = gl.arange(0, CONSUMER_ROWS, layout=m.type.layout)
-        row = begin + i // C.pack
-        at = (place.token + row) * (F.kv_heads * F.group) + q_heads(i, tile, F, C)
-        gl.store(output.lse + at, log_sum, mask=row < place.q_len)
-    acc *= gl.convert_layout(inverse, gl.SliceLayout(1, VALUES))[:, None]
-    i = gl.arange(0, CONSUMER_ROWS, layout=gl.SliceLayout(1, WIDE))
-    column = gl.arange(0, F.head_dim, layout=gl.SliceLayout(0, WIDE))
-    # A thread's rows are 16 apart: whole positions, whatever ``pack`` is, so one address serves them all.
-    above = i % 16
-    row, heads = begin + above // C.pack, q_heads(above, tile, F, C)
-    at = row_offsets(place.b, row, place.token + row, heads, output.seq, output.token, output.head, batch.cu_q)
-    at += ((i - above) // C.pack).to(gl.int64) * output.token
-    row = begin + i // C.pack
-    value = gl.convert_layout(acc.to(out.dtype.element_ty), WIDE)
-    gl.store(out + at[:, None] + column[None, :], value, mask=(row < place.q_len)[:, None])
-
-
-@gluon.constexpr_function
-def row_layout(head_dim):
-    """16 bytes a thread along rows of ``head_dim`` 16-bit values, four warps one below the other."""
-    return gl.BlockedLayout([1, 8], [32 // (head_dim // 8), head_dim // 8], [4, 1], [1, 0])
-
-
-@gluon.jit
 def all_live(tile, batch, F: gl.constexpr):
     """Whether every table entry of the keys in sight names a page of the pool."""
     if F.page_size == 0:
-        return tile.head == tile.head
+        return tile.place.head == tile.place.head
     else:
         lane = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
         entries, _ = table_row(batch.table, batch.indptr, tile.place.b, batch.table_stride, batch.max_pages)
@@ -348,10 +299,10 @@ def hopper_tile_kernel(
 ):  # fmt: skip
     """As many programs as multiprocessors share the flat list of tiles."""
     HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
-    q_ring = new_ring(C.q_stages, C.consumers * HALVES, CONSUMER_ROWS, C.consumers, q_desc.dtype)
+    q_ring = new_ring(C.q_stages, C.consumers * HALVES, CONSUMER_ROWS, q_desc.dtype)
     BOXES: gl.constexpr = C.block_n // C.box_rows
-    k_ring = new_ring(C.stages, HALVES * BOXES, C.box_rows, C.consumers, q_desc.dtype)
-    v_ring = new_ring(C.stages, HALVES * BOXES, C.box_rows, C.consumers, q_desc.dtype)
+    k_ring = new_ring(C.stages, HALVES * BOXES, C.box_rows, q_desc.dtype)
+    v_ring = new_ring(C.stages, HALVES * BOXES, C.box_rows, q_desc.dtype)
     first_k, first_v = None, None
     if C.first_n > 0:
         first_k = beside(k_ring, C.stages, HALVES, C.first_n, C.first_rows)
