@@ -97,15 +97,19 @@ def machine_of(row: Row) -> str:
 
 def conditions(rows: Iterable[Row]) -> str:
     """The machines, versions, commits and dates of rows in a sentence."""
-    commits: dict[tuple[str, str], list[str]] = {}
+    found: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         driver = f", driver {row['driver']}" if row.get("driver") else ""
         where = f"{machine_of(row)}{driver}, torch {row['torch']}, Triton {row['triton']}, swath {row['swath']}"
-        found = commits.setdefault((where, row["date"]), [])
+        commits = found.setdefault(where, {}).setdefault(row["date"], [])
         commit = row["commit"] or "no commit"
-        if commit not in found:
-            found.append(commit)
-    return "; ".join(f"{where} at {' and '.join(found)}, {date}" for (where, date), found in commits.items())
+        if commit not in commits:
+            commits.append(commit)
+    return "; ".join(f"{where} at {_by_day(days)}" for where, days in found.items())
+
+
+def _by_day(commits: dict[str, list[str]]) -> str:
+    return ", and at ".join(f"{' and '.join(names)}, {date}" for date, names in commits.items())
 
 
 def _commit() -> str | None:
