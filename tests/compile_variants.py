@@ -135,7 +135,12 @@ def _compiled(call: Any, operands: Any, arch: str) -> dict[str, Any]:
         kernel = call.compile(operands)
     except Exception as error:  # noqa: BLE001 -- whatever the compiler says is the result
         return {"error": f"{type(error).__name__}: {str(error)[-500:]}"}
-    return {"shared": kernel.metadata.shared, "spills": _spills(kernel, arch)}
+    barriers = re.findall(r"\bbar(?:rier)?\.\w+\s+(\d+)", kernel.asm.get("ptx", ""))
+    return {
+        "shared": kernel.metadata.shared,
+        "spills": _spills(kernel, arch),
+        "barriers": sorted({int(number) for number in barriers}),  # that Triton chose: ours are in registers
+    }
 
 
 def _spills(kernel: Any, arch: str) -> int:

@@ -39,6 +39,12 @@ def test_kernels_compile(arch: str, all_variants: bool) -> None:
     assert not over, over
     spilled = [r for r in results if r["spills"] > MAX_SPILL_BYTES]
     assert not spilled, spilled
+    if arch == hopper.ARCH:
+        from swath.schedules.hopper_rings import FIRST_NAMED
+
+        used = {number for r in results if r["kernel"] == "hopper_tile_kernel" for number in r["barriers"]}
+        assert used, "Triton lets warps meet at named barriers, as it did"
+        assert max(used) < FIRST_NAMED.value, used
 
 
 def compile_rows(arch: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from swath.schedules.hopper_places import Batch, first_tile, heads_of, key_tile,
 from swath.schedules.hopper_rings import (
     BOX_COLUMNS,
     CONSUMER_ROWS,
+    FIRST_NAMED,
     Rings,
     Sources,
     Stage,
@@ -299,6 +300,7 @@ def hopper_tile_kernel(
 ):  # fmt: skip
     """As many programs as multiprocessors share the flat list of tiles."""
     HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
+    gl.static_assert(FIRST_NAMED + 2 * C.stages + C.q_stages <= 16, "a program has 16 named barriers")
     q_ring = new_ring(C.q_stages, C.consumers * HALVES, CONSUMER_ROWS, q_desc.dtype)
     BOXES: gl.constexpr = C.block_n // C.box_rows
     k_ring = new_ring(C.stages, HALVES * BOXES, C.box_rows, q_desc.dtype)
