@@ -30,6 +30,7 @@ CASES = {
         LONG, kv_lens=(5000, 700, 12000), q_lens=(300, 700, 261), num_kv_heads=8, group=2
     ),
     "pages of 16, heads in sections": replace(PAGED, kv_lens=(6000, 6100, 5800), q_lens=200, num_kv_heads=6, group=2),
+    "full, rows of nobody": replace(LONG, kv_lens=(700, 1300, 261, 300), q_lens=(700, 513, 130, 300), tail=400),
     "full, few keys": replace(LONG, kv_lens=(300, 500, 61, 40), q_lens=(300, 130, 61, 17)),
     "full of 64, few keys": replace(LONG, kv_lens=(300, 500, 61, 40), q_lens=(300, 130, 61, 17), head_dim=64),
     "not causal": replace(LONG, causal=False),
@@ -114,6 +115,7 @@ def test_against_the_truth(case: Case) -> None:
     [
         "full",
         "full, heads in sections",
+        "full, rows of nobody",
         "full, few keys",
         "packed heads",
         "one pass, few keys",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -60,7 +62,8 @@ def place_of(t, batch, F: gl.constexpr, C: gl.constexpr):
         _, pages = table_row(batch.table, batch.indptr, b, batch.table_stride, batch.max_pages)
         kv_len = gl.minimum(kv_len, pages * F.page_size)
     if not F.window:
-        slot, head = in_section(i, b, first_slot, kv_len, batch, F, C)
+        slots = slots_of(b, first_slot, batch, POSITIONS)
+        slot, head = in_section(i, slots, kv_len, HEADS, F.kv_heads, F.head_dim)
     begin = slot * POSITIONS
     used = (begin < seq.q_len) & takes(b, seq.q_len, batch.claimed)
     return Place(
@@ -69,28 +72,32 @@ def place_of(t, batch, F: gl.constexpr, C: gl.constexpr):
     )  # fmt: skip
 
 
-SECTION_BYTES = gl.constexpr(16 << 20)
+SECTION_BYTES = tl.constexpr(16 << 20)
 """Of keys and values that row tiles at work share. 32 heads over 2 x 16,384 keys, whose keys are 67 MB a sequence, took
 5,978 us in sections of 16 MiB, 6,006 of 32, and 6,091 all heads at once."""
 
 
 @gluon.jit
-def in_section(i, b, first_slot, kv_len, batch, F: gl.constexpr, C: gl.constexpr):
+def slots_of(b, first_slot, batch, POSITIONS: gl.constexpr):
+    """How many slots of the flat list a sequence has; after those of the last one some may be left, of no sequence."""
+    if batch.cu_q is None:
+        return gl.cdiv(batch.steps, POSITIONS)
+    else:
+        return gl.load(batch.cu_q + b + 1) // POSITIONS + b + 1 - first_slot
+
+
+@triton.jit
+def in_section(i, slots, kv_len, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """The slot and head of the ``i``-th tile of a sequence, of which each section of heads has all slots in turn.
 
-    The keys of a section stay in the L2 cache while it lasts; FlashAttention-3 has this order too.
+    The keys of a section stay in the L2 cache while it lasts; FlashAttention-3 has this order too. Tiles beyond those
+    of the sequence get slots beyond its own.
     """
-    POSITIONS: gl.constexpr = C.consumers * CONSUMER_ROWS // C.pack
-    HEADS: gl.constexpr = heads_of(F, C)
-    if batch.cu_q is None:
-        slots = gl.cdiv(batch.steps, POSITIONS)
-    else:
-        slots = gl.load(batch.cu_q + b + 1) // POSITIONS + b + 1 - first_slot
-    kv_heads = SECTION_BYTES // (4 * F.head_dim) // gl.maximum(kv_len, 1)
-    width = gl.minimum(gl.maximum(kv_heads, 1), F.kv_heads) * (HEADS // F.kv_heads)
-    first = i // (slots * width) * width
+    kv_heads = SECTION_BYTES // (4 * HEAD_DIM) // tl.maximum(kv_len, 1)
+    width = tl.minimum(tl.maximum(kv_heads, 1), KV_HEADS) * (HEADS // KV_HEADS)
+    first = tl.minimum(i // (slots * width), (HEADS - 1) // width) * width
     i -= first * slots
-    width = gl.minimum(width, HEADS - first)
+    width = tl.minimum(width, HEADS - first)
     return i // width, first + i % width
 
 
