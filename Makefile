@@ -12,7 +12,7 @@ ARGS ?=
 
 # Kernels run in Triton's interpreter here: every option alone and in pairs, at small sizes.
 INTERPRETED := tests/test_operators.py tests/test_append.py tests/test_merge.py tests/test_dequantise.py \
-	tests/test_bench.py tests/test_bench_tune.py tests/test_triton_sections.py
+	tests/test_bench.py tests/test_bench_tune.py tests/test_sections.py
 # OpenMP threads that wait without spinning: with another busy process, torch's many small operations are far faster.
 CALM := OMP_WAIT_POLICY=PASSIVE
 

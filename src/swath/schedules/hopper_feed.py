@@ -115,7 +115,7 @@ def load_keys(n, cuts, tile, sources, cut_loaded, rings, batch, F: gl.constexpr,
 def load_stage(n, cuts, parts, tile, cut_loaded, F: gl.constexpr, C: gl.constexpr):
     """Ask for the key tiles that share the ``n``-th stage; counts the times that an edge cuts those of V."""
     stage = stage_of(parts[0].ring, n)
-    wait_for_room("k" if cut_loaded is None else "v", n, C.stages, C)
+    wait_for_room("k" if cut_loaded is None else "v", n, C)
     if cut_loaded is None:
         load_tiles(stage.slot, parts, tile, stage.full, F, C)
     else:
@@ -140,7 +140,7 @@ def load_queries(n, tile, q_desc, ring, F: gl.constexpr, C: gl.constexpr):
     HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
     POSITIONS: gl.constexpr = CONSUMER_ROWS // C.pack
     stage = stage_of(ring, n)
-    wait_for_room("q", n, C.q_stages, C)
+    wait_for_room("q", n, C)
     mbarrier.expect(stage.full, C.consumers * CONSUMER_ROWS * F.head_dim * 2)
     q_head = q_head_of(tile.kv_head, 0 if C.pack > 1 else tile.place.head % F.group, F)
     place = tile.place

@@ -7,6 +7,7 @@ from triton.experimental.gluon import language as gl
 
 from swath.device.softmax import soft_cap
 from swath.schedules.hopper_feed import box_pages
+from swath.schedules.hopper_softmax import of_rows
 
 
 @gluon.jit
@@ -109,7 +110,7 @@ def keep(s, SEEN: gl.constexpr, start, bounds):
 @gluon.jit
 def less(bound, own, s):
     """The bounds of rows less ``own`` of columns, in the layout of ``s``."""
-    return gl.convert_layout(bound, gl.SliceLayout(1, s.type.layout))[:, None] - own[None, :]
+    return of_rows(bound, s)[:, None] - own[None, :]
 
 
 @gluon.jit

@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 
 from swath.device.softmax import finish
 from swath.schedules.hopper_rings import CONSUMER_ROWS
+from swath.schedules.hopper_softmax import of_rows
 from swath.schedules.query import q_head_of, row_offsets
 
 
@@ -28,7 +29,6 @@ def finish_rows(state, query, output, batch, F: gl.constexpr, C: gl.constexpr):
     """Normalise the rows of a consumer and write them."""
     m, l, acc = state
     tile, begin = query.tile, query.begin
-    VALUES: gl.constexpr = acc.type.layout
     WIDE: gl.constexpr = row_layout(F.head_dim)
     place, out = tile.place, output.out
     inverse, log_sum = finish(m, l)
@@ -37,7 +37,7 @@ def finish_rows(state, query, output, batch, F: gl.constexpr, C: gl.constexpr):
         row = begin + i // C.pack
         at = (place.token + row) * (F.kv_heads * F.group) + q_heads(i, tile, F, C)
         gl.store(output.lse + at, log_sum, mask=row < place.q_len)
-    acc *= gl.convert_layout(inverse, gl.SliceLayout(1, VALUES))[:, None]
+    acc *= of_rows(inverse, acc)[:, None]
     i = gl.arange(0, CONSUMER_ROWS, layout=gl.SliceLayout(1, WIDE))
     column = gl.arange(0, F.head_dim, layout=gl.SliceLayout(0, WIDE))
     # A thread's rows are 16 apart: whole positions, whatever ``pack`` is, so one address serves them all.

@@ -13,7 +13,7 @@ from swath.device.cache import table_row
 from swath.device.window import band_of
 from swath.schedules.hopper_rings import CONSUMER_ROWS, Place
 from swath.schedules.query import leading_of, sequence_of, takes
-from swath.schedules.tiles import sequence_at
+from swath.schedules.tiles import sequence_at, slots_of
 from swath.schedules.walk import Walk, interior_tiles, plan_walk
 
 
@@ -55,14 +55,15 @@ def place_of(t, batch, F: gl.constexpr, C: gl.constexpr):
     i = batch.num_tiles - 1 - t
     b, first_slot = sequence_at(i // HEADS, batch.cu_q, batch.num_seqs, batch.steps, POSITIONS)
     i -= first_slot * HEADS
-    slot, head = i // HEADS, HEADS - 1 - i % HEADS
     seq = sequence_of(b, batch.cu_q, batch.steps, batch.lens, batch.q_start, F)
     kv_len = seq.kv_len
     if F.page_size > 0:
         _, pages = table_row(batch.table, batch.indptr, b, batch.table_stride, batch.max_pages)
         kv_len = gl.minimum(kv_len, pages * F.page_size)
-    if not F.window:
-        slots = slots_of(b, first_slot, batch, POSITIONS)
+    if F.window:
+        slot, head = i // HEADS, HEADS - 1 - i % HEADS
+    else:
+        slots = slots_of(b, first_slot, batch.cu_q, batch.steps, POSITIONS)
         slot, head = in_section(i, slots, kv_len, HEADS, F.kv_heads, F.head_dim)
     begin = slot * POSITIONS
     used = (begin < seq.q_len) & takes(b, seq.q_len, batch.claimed)
@@ -75,15 +76,6 @@ def place_of(t, batch, F: gl.constexpr, C: gl.constexpr):
 SECTION_BYTES = tl.constexpr(16 << 20)
 """Of keys and values that row tiles at work share. 32 heads over 2 x 16,384 keys, whose keys are 67 MB a sequence, took
 5,978 us in sections of 16 MiB, 6,006 of 32, and 6,091 all heads at once."""
-
-
-@gluon.jit
-def slots_of(b, first_slot, batch, POSITIONS: gl.constexpr):
-    """How many slots of the flat list a sequence has; after those of the last one some may be left, of no sequence."""
-    if batch.cu_q is None:
-        return gl.cdiv(batch.steps, POSITIONS)
-    else:
-        return gl.load(batch.cu_q + b + 1) // POSITIONS + b + 1 - first_slot
 
 
 @triton.jit

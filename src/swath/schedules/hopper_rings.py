@@ -142,17 +142,23 @@ def named_barrier_of(ring, C):
     return FIRST_NAMED.value + {"k": 0, "v": C.stages, "q": 2 * C.stages}[ring]
 
 
+@gluon.constexpr_function
+def stages_in(ring, C):
+    """How many stages, and named barriers, the ring "k", "v" or "q" has."""
+    return C.q_stages if ring == "q" else C.stages
+
+
 @gluon.jit
-def release(RING: gl.constexpr, n, STAGES: gl.constexpr, C: gl.constexpr):
+def release(RING: gl.constexpr, n, C: gl.constexpr):
     """A consumer: it needs the stage that the ``n``-th tile of a ring is in no more."""
-    at_named_barrier("bar.arrive", named_barrier_of(RING, C) + n % STAGES, 4, C)
+    at_named_barrier("bar.arrive", named_barrier_of(RING, C) + n % stages_in(RING, C), 4, C)
 
 
 @gluon.jit
-def wait_for_room(RING: gl.constexpr, n, STAGES: gl.constexpr, C: gl.constexpr):
+def wait_for_room(RING: gl.constexpr, n, C: gl.constexpr):
     """A producer: until the stage for the ``n``-th tile of a ring is free."""
-    if n >= STAGES:
-        at_named_barrier("bar.sync", named_barrier_of(RING, C) + n % STAGES, 1, C)
+    if n >= stages_in(RING, C):
+        at_named_barrier("bar.sync", named_barrier_of(RING, C) + n % stages_in(RING, C), 1, C)
 
 
 @gluon.jit

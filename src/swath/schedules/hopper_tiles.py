@@ -91,7 +91,7 @@ def consume_all(c: gl.constexpr, output, scales, rings, batch, F: gl.constexpr, 
         rows += 1
         query = next_query(rows, c, output.sink, scales, rings, batch, F, C)
         acc = warpgroup_mma_wait(0, deps=[values])
-        release("v", n - 1, C.stages, C)
+        release("v", n - 1, C)
         finish_rows((m, l, acc), done, output, batch, F, C)
 
 
@@ -145,7 +145,7 @@ def attend(n, rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: gl
     mbarrier.wait(q.full, q.phase)
     mbarrier.wait(k.full, k.phase)
     s = warpgroup_mma_wait(0, deps=[score(q.tile, k.tile, C)])
-    release("k", n, C.stages, C)
+    release("k", n, C)
     s, scale = masked_scores(s, start, fresh, query, batch, True, F, C)
     p, m, l, alpha = step(s, scale, query.m, spread(query.l))
     acc = no_values(F)
@@ -154,7 +154,7 @@ def attend(n, rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: gl
     p, state = overlap(masked, tile.walk.total, n, p, state, q, query, rings, batch, False, F, C)
     m, l, acc, alpha = state
     acc = rescaled(acc, alpha)
-    release("q", rows, C.q_stages, C)
+    release("q", rows, C)
     v = stage_of(rings.v, n + tile.walk.total - 1)
     mbarrier.wait(v.full, v.phase)
     return m, total(l, m), warpgroup_mma(operand(p, acc, v.tile.dtype), v.tile, acc, is_async=True)
@@ -179,8 +179,8 @@ def attend_once(rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: 
     near = score(q.tile, k.tile.slice(HALF, HALF), C)
     far = score(q.tile, k.tile.slice(0, HALF), C)
     first, near, far = warpgroup_mma_wait(0, deps=[first, near, far])
-    release("k", rows, C.stages, C)
-    release("q", rows, C.q_stages, C)
+    release("k", rows, C)
+    release("q", rows, C)
     first, scale = masked_scores(first, first_tile(tile, F, C), C.block_n, query, batch, True, F, C)
     near, _ = masked_scores(near, HALF, None, query, batch, True, F, C)
     far, _ = masked_scores(far, 0, None, query, batch, True, F, C)
@@ -195,7 +195,7 @@ def attend_once(rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: 
     values = warpgroup_mma(near, v.tile.slice(HALF, HALF), values, is_async=True)
     values = warpgroup_mma(far, v.tile.slice(0, HALF), values, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[values])
-    release("v", rows, C.stages, C)
+    release("v", rows, C)
     return m_new, l, acc
 
 
@@ -224,8 +224,8 @@ def overlap(first, end, n, p, state, q, query, rings, batch, MASKED: gl.constexp
         p = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [p], dtype=gl.float32, is_pure=False, pack=1)
         mbarrier.wait(q.full, q.phase)
         acc, p, alpha = warpgroup_mma_wait(0, deps=[values, p, alpha])
-        release("k", n + j, C.stages, C)
-        release("v", n + j - 1, C.stages, C)
+        release("k", n + j, C)
+        release("v", n + j - 1, C)
     return p, (m, l, acc, alpha)
 
 

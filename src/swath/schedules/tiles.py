@@ -43,10 +43,25 @@ def search_sequence(slot, cu_q, num_seqs, POSITIONS: tl.constexpr):
     low, high = slot * 0, num_seqs - 1
     while low < high:
         middle = (low + high + 1) // 2
-        begins = tl.load(cu_q + middle) // POSITIONS + middle
+        begins = first_slot_of(middle, cu_q, POSITIONS)
         low = tl.where(begins <= slot, middle, low)
         high = tl.where(begins <= slot, high, middle - 1)
-    return low, tl.load(cu_q + low) // POSITIONS + low
+    return low, first_slot_of(low, cu_q, POSITIONS)
+
+
+@triton.jit
+def first_slot_of(b, cu_q, POSITIONS: tl.constexpr):
+    """Where the slots of a sequence of a ragged batch begin."""
+    return tl.load(cu_q + b) // POSITIONS + b
+
+
+@triton.jit
+def slots_of(b, first_slot, cu_q, steps, POSITIONS: tl.constexpr):
+    """How many slots of the flat list a sequence has; after those of the last one some may be left, of no sequence."""
+    if cu_q is None:
+        return tl.cdiv(steps, POSITIONS)
+    else:
+        return first_slot_of(b + 1, cu_q, POSITIONS) - first_slot
 
 
 RUN_TIME = ("leading", "size", "steps", "claimed", "num_seqs", "max_pages", "num_pages", "table_stride")

@@ -1,15 +1,15 @@
-"""The order of Hopper's row tiles, in Triton's interpreter: each slot and head once, in sections of heads."""
+"""The order of Hopper's row tiles: each slot and head of a sequence once, in sections of heads."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
-from swath import target
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+tl = triton.language
+from swath.schedules import hopper_places as places  # noqa: E402 -- needs Triton
 
-places = pytest.importorskip("swath.schedules.hopper_places", reason="Gluon is not installed")
+pytestmark = pytest.mark.parametrize("impl", ["triton"], indirect=True)
 
 
 @triton.jit
@@ -20,11 +20,8 @@ def order_kernel(out, slots, kv_len, HEADS: tl.constexpr, KV_HEADS: tl.constexpr
     tl.store(out + 2 * i + 1, head)
 
 
-def order(slots: int, kv_len: int, heads: int, kv_heads: int, beyond: int = 0) -> list[tuple[int, int]]:
+def order(device: str, slots: int, kv_len: int, heads: int, kv_heads: int, beyond: int = 0) -> list[tuple[int, int]]:
     """The slot and head of each tile of a sequence, and of ``beyond`` more slots of nobody."""
-    if not (target.interpreting() or torch.cuda.is_available()):
-        pytest.skip("triton needs a GPU, or TRITON_INTERPRET=1")
-    device = "cpu" if target.interpreting() else "cuda"
     out = torch.full(((slots + beyond) * heads, 2), -1, dtype=torch.int32, device=device)
     order_kernel[(len(out),)](out, slots, kv_len, heads, kv_heads, 128)
     return [(slot, head) for slot, head in out.tolist()]
@@ -34,21 +31,23 @@ SHAPES = [(1, 5, 8, 2), (5, 700, 8, 8), (3, 5000, 16, 8), (4, 9000, 12, 6), (2, 
 
 
 @pytest.mark.parametrize(("slots", "kv_len", "heads", "kv_heads"), SHAPES)
-def test_each_slot_and_head_has_one_tile(slots: int, kv_len: int, heads: int, kv_heads: int) -> None:
-    found = order(slots, kv_len, heads, kv_heads)
+def test_each_slot_and_head_has_one_tile(slots: int, kv_len: int, heads: int, kv_heads: int, device: str) -> None:
+    found = order(device, slots, kv_len, heads, kv_heads)
     assert sorted(found) == [(slot, head) for slot in range(slots) for head in range(heads)]
 
 
 @pytest.mark.parametrize(("slots", "kv_len", "heads", "kv_heads"), SHAPES)
-def test_tiles_of_nobody_are_beyond_the_sequence(slots: int, kv_len: int, heads: int, kv_heads: int) -> None:
+def test_tiles_of_nobody_are_beyond_the_sequence(
+    slots: int, kv_len: int, heads: int, kv_heads: int, device: str
+) -> None:
     """Rows past the last sequence have slots too: such a tile must not be one of that sequence, nor of no head."""
-    for slot, head in order(slots, kv_len, heads, kv_heads, beyond=3)[slots * heads :]:
+    for slot, head in order(device, slots, kv_len, heads, kv_heads, beyond=3)[slots * heads :]:
         assert slot >= slots
         assert 0 <= head < heads
 
 
-def test_a_section_ends_before_the_next_begins() -> None:
+def test_a_section_ends_before_the_next_begins(device: str) -> None:
     """16 MiB are 32,768 keys and values of 128 columns: of 5,000 keys six heads, and then the last two."""
-    heads = [head for _, head in order(3, 5000, 16, 8)]
+    heads = [head for _, head in order(device, 3, 5000, 16, 8)]
     assert {*heads[:36]} == {*range(12)}
     assert {*heads[36:]} == {*range(12, 16)}
