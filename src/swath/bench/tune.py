@@ -176,9 +176,8 @@ def _rows(axes: Axes) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _spelled(launch: TileLaunch) -> str:
-    named = {"resident": (launch.resident, TileLaunch.resident), "registers": (launch.registers, None)}
-    said = "".join(f", {name}={value}" for name, (value, default) in named.items() if value != default)
-    return f'TileLaunch({launch.block_n}, {launch.warps}, {launch.stages}, "{launch.source}"{said})'
+    resident = f", resident={launch.resident}" if launch.resident != TileLaunch.resident else ""
+    return f'TileLaunch({launch.block_n}, {launch.warps}, {launch.stages}, "{launch.source}"{resident})'
 
 
 def _spelled_hopper(launch: HopperLaunch) -> str:

@@ -22,6 +22,7 @@ from swath.schedules.hopper_rings import (
     CONSUMER_ROWS,
     Place,
     Ring,
+    forget,
     keys_of,
     nth,
     pass_on,
@@ -68,12 +69,14 @@ def produce_values(sources, cut_loaded, rings, batch, F: gl.constexpr, C: gl.con
     n = 0
     cuts = 0
     place = receive(passed, rings.places, 1)
+    forget(passed, rings.places)
     while place.head < heads_of(F, C):
         tile = tile_of(place, batch, F, C)
         cuts = load_keys(n, cuts, tile, sources, cut_loaded, rings, batch, F, C)
         n += tile.walk.total
         passed += 1
         place = receive(passed, rings.places, 1)
+        forget(passed, rings.places)
 
 
 class Part(NamedTuple):

@@ -189,11 +189,30 @@ def pass_on(n, places, place):
 
 @gluon.jit
 def receive(n, places, WARPS: gl.constexpr):
-    """The ``n``-th place, for a partition of so many warps."""
+    """The ``n``-th place, for a partition of so many warps. It stays there until each of them has forgotten it."""
     stage = stage_of(places, n)
     mbarrier.wait(stage.full, stage.phase)
+    return place_in(stage, WARPS)
+
+
+@gluon.jit
+def recall(n, places, WARPS: gl.constexpr):
+    """The ``n``-th place once more, and for the last time: its numbers needed no registers in between."""
+    place = place_in(stage_of(places, n), WARPS)
+    forget(n, places)
+    return place
+
+
+@gluon.jit
+def forget(n, places):
+    """Leave the memory of the ``n``-th place to the first producer."""
+    mbarrier.arrive(places.received.index(stage_of(places, n).slot), count=1)
+
+
+@gluon.jit
+def place_in(stage, WARPS: gl.constexpr):
+    """The place that a stage holds."""
     value = stage.tile.load(gl.BlockedLayout([1], [32], [WARPS], [0]))
-    mbarrier.arrive(places.received.index(stage.slot), count=1)
     return Place(
         nth(value, 0), nth(value, 1), nth(value, 2), nth(value, 3), nth(value, 4), nth(value, 5), nth(value, 6),
         nth(value, 7), nth(value, 8),

@@ -31,7 +31,7 @@ BY_THREAD = gl.constexpr(
 @gluon.jit
 def step(s, scale, m, l):
     """``softmax.step`` with ``l`` [M, 4] as ``spread`` makes it, and an m of up to ``SLACK`` below the maximum."""
-    m_new = highest(s, scale, m)
+    m_new = highest((s,), scale, m)
     m_new = gl.where(m_new > m + SLACK, m_new, m)
     p = powers(s, scale, m_new)
     alpha = gl.exp2(m - m_new)
@@ -66,9 +66,13 @@ def rescaling(values):
 
 
 @gluon.jit
-def highest(s, scale, m):
-    """``softmax.highest``."""
-    return gl.maximum(m, gl.convert_layout(gl.max(gl.max(by_column(s), 1), 1), m.type.layout) * scale)
+def highest(tiles, scale, m):
+    """``softmax.highest`` of all scores in ``tiles``."""
+    columns = gl.max(by_column(tiles[0]), 1)
+    for i in gl.static_range(1, len(tiles)):
+        more = gl.max(by_column(tiles[i]), 1)
+        columns = gl.maximum(gl.convert_layout(columns, more.type.layout), more)
+    return gl.maximum(m, gl.convert_layout(gl.max(columns, 1), m.type.layout) * scale)
 
 
 @gluon.jit

@@ -25,7 +25,7 @@ from swath.device.softmax import FLOOR, powers, sink_alone
 from swath.device.window import interior_of, reach_of
 from swath.schedules.hopper_feed import produce_keys, produce_values
 from swath.schedules.hopper_masks import masked_scores
-from swath.schedules.hopper_output import Output, finish_rows, q_heads
+from swath.schedules.hopper_output import Output, finish_rows, q_heads, row_numbers
 from swath.schedules.hopper_places import Batch, first_tile, heads_of, key_tile, masked_tiles, tile_of
 from swath.schedules.hopper_rings import (
     BOX_COLUMNS,
@@ -36,9 +36,11 @@ from swath.schedules.hopper_rings import (
     Stage,
     as_tiles,
     beside,
+    forget,
     new_barriers,
     new_places,
     new_ring,
+    recall,
     receive,
     release,
     stage_of,
@@ -54,7 +56,6 @@ class Query(NamedTuple):
     """
 
     tile: gl.tensor
-    begin: gl.tensor  # the first query token
     m: gl.tensor
     l: gl.tensor
     reach: gl.tensor
@@ -86,13 +87,13 @@ def consume_all(c: gl.constexpr, output, scales, rings, batch, F: gl.constexpr, 
     query = next_query(rows, c, output.sink, scales, rings, batch, F, C)
     while query.tile.place.head < heads_of(F, C):
         m, l, values = attend(n, rows, c, query, rings, batch, F, C)
-        done = query
-        n += done.tile.walk.total
+        done = query.tile.place
+        n += query.tile.walk.total
         rows += 1
         query = next_query(rows, c, output.sink, scales, rings, batch, F, C)
         acc = warpgroup_mma_wait(0, deps=[values])
         release("v", n - 1, C)
-        finish_rows((m, l, acc), done, output, batch, F, C)
+        finish_rows((m, l, acc), done, c, output, batch, F, C)
 
 
 @gluon.jit
@@ -102,7 +103,7 @@ def consume_once(c: gl.constexpr, output, scales, rings, batch, F: gl.constexpr,
     query = next_query(rows, c, output.sink, scales, rings, batch, F, C)
     while query.tile.place.head < heads_of(F, C):
         state = attend_once(rows, c, query, rings, batch, F, C)
-        finish_rows(state, query, output, batch, F, C)
+        finish_rows(state, recall(rows, rings.places, 4), c, output, batch, F, C)
         rows += 1
         query = next_query(rows, c, output.sink, scales, rings, batch, F, C)
 
@@ -113,15 +114,16 @@ def next_query(rows, c: gl.constexpr, sink, scales, rings, batch, F: gl.constexp
     POSITIONS: gl.constexpr = CONSUMER_ROWS // C.pack
     i = gl.arange(0, CONSUMER_ROWS, layout=gl.SliceLayout(1, score_layout(C.block_n, C)))
     place = receive(rows, rings.places, 4)
+    if C.first_n == 0:  # else it is recalled when the rows are written
+        forget(rows, rings.places)
     tile = tile_of(place, batch, F, C)
-    begin = place.begin + c * POSITIONS
     m, l = nothing_seen(i, tile, sink, F, C)
-    first = place.start + begin
+    first = place.start + place.begin + c * POSITIONS
     reach = listed(reach_of(first + i // C.pack, tile.band, batch.size, place.leading, F), tile.walk)
     from_all, to_all = interior_of(tile.band, first, first + POSITIONS - 1, batch.size, F)
     scale_log2, cap_log2 = scales
     return Query(
-        tile, begin, m, l, reach, from_all - tile.walk.gap, to_all - tile.walk.gap, scale_log2, cap_log2,
+        tile, m, l, reach, from_all - tile.walk.gap, to_all - tile.walk.gap, scale_log2, cap_log2,
         all_live(tile, batch, F),
     )  # fmt: skip
 
@@ -184,19 +186,30 @@ def attend_once(rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: 
     first, scale = masked_scores(first, first_tile(tile, F, C), C.block_n, query, batch, True, F, C)
     near, _ = masked_scores(near, HALF, None, query, batch, True, F, C)
     far, _ = masked_scores(far, 0, None, query, batch, True, F, C)
-    m_new = highest(gl.maximum(near, far), scale, highest(first, scale, m))
-    first = powers(first, scale, of_rows(m_new, first))
-    near, far = powers(near, scale, m_new), powers(far, scale, m_new)
-    l = l * gl.exp2(m - m_new) + total(sums(first) + sums(near + far), m)
+    m_new = highest((first, near, far), scale, m)
+    # In an order in which rounded pairs take the registers that scores leave: in others ptxas spills more.
     DTYPE: gl.constexpr = v.tile.dtype
-    first, near, far = operand(first, acc, DTYPE), operand(near, acc, DTYPE), operand(far, acc, DTYPE)
+    near, l_new = rounded(near, scale, m_new, None, acc, DTYPE)
+    far, l_new = rounded(far, scale, m_new, l_new, acc, DTYPE)
+    first, l_new = rounded(first, scale, m_new, l_new, acc, DTYPE)
+    l = l * gl.exp2(m - m_new) + total(l_new, m)
     mbarrier.wait(v.full, v.phase)
     values = warpgroup_mma(first, v_first.tile, acc, use_acc=False, is_async=True)
     values = warpgroup_mma(near, v.tile.slice(HALF, HALF), values, is_async=True)
     values = warpgroup_mma(far, v.tile.slice(0, HALF), values, is_async=True)
+    # Passed already: a block boundary, without which ptxas computes addresses of the output while all p are alive.
+    mbarrier.wait(v.full, v.phase)
     acc = warpgroup_mma_wait(0, deps=[values])
     release("v", rows, C)
     return m_new, l, acc
+
+
+@gluon.jit
+def rounded(s, scale, m, l, acc, DTYPE: gl.constexpr):
+    """p of a tile of scores as the operand of its product with V, and ``sums`` with its own, the first ones if None."""
+    p = powers(s, scale, of_rows(m, s))
+    l = sums(p) if l is None else l + sums(p)
+    return operand(p, acc, DTYPE), l
 
 
 @gluon.jit
@@ -261,7 +274,7 @@ def nothing_seen(i, tile, sink, F: gl.constexpr, C: gl.constexpr):
     m = gl.full((CONSUMER_ROWS,), FLOOR, gl.float32, layout=i.type.layout)
     l = gl.full((CONSUMER_ROWS,), 0.0, gl.float32, layout=i.type.layout)
     if sink is not None:
-        m, l = sink_alone(gl.load(sink + q_heads(i, tile, F, C)).to(gl.float32))
+        m, l = sink_alone(gl.load(sink + q_heads(i, tile.place.head, F, C)).to(gl.float32))
     return m, l
 
 
@@ -317,7 +330,7 @@ def hopper_tile_kernel(
         table, indptr, lens, cu_q, q_start, leading, size, steps, claimed, num_seqs, max_pages, num_pages, table_stride,
         num_tiles,
     )  # fmt: skip
-    output = Output(out, lse, sink, out_seq, out_token, out_head)
+    output = Output(out, lse, sink, out_seq, out_token, out_head, row_numbers() if C.first_n > 0 else None)
     producer: gl.constexpr = C.producer_registers
     consumer: gl.constexpr = C.consumer_registers
     if C.consumers == 2:
