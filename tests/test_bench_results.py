@@ -203,15 +203,16 @@ def test_the_committed_page_is_the_report_of_the_committed_results() -> None:
     images = [path.name for path in (ROOT / report.IMAGES).glob("bench-*.png")]
     again = "run: swath bench report"
     assert (ROOT / report.PAGE).read_text(encoding="utf-8") == report.page(found, images), again
-    newest = max(found.values(), key=report.age)
+    shown = report.fullest(found.values())
     readme = (ROOT / report.README).read_text(encoding="utf-8")
-    assert report.with_plot(readme, newest, images) == readme, again
+    assert report.with_plot(readme, shown, images) == readme, again
 
 
-def test_plots_show_the_newest_file_and_of_one_day_the_largest() -> None:
+def test_plots_show_the_largest_file_and_of_two_as_large_the_newer() -> None:
     small, large = ([row("B64 8k p16", f"p{i}", 500.0) for i in range(n)] for n in (1, 2))
-    older = [r | {"date": "1999-01-01"} for r in (*small, *large)]
-    assert max((small, older, large), key=report.age) is large
+    older = [r | {"date": "1999-01-01"} for r in large]
+    assert report.fullest((small, older, large)) is large
+    assert report.fullest((small, older)) is older
 
 
 def test_report_writes_page_plots_and_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,18 +39,24 @@ def page(files: dict[str, list[Row]], images: Iterable[str]) -> str:
     """The page of result files, the newest first; ``images`` are the names of the plots that exist."""
     drawn = set(images)
     plots = [f"![{text}](img/bench-{name}.png)\n" for name, text in PLOTS.items() if f"bench-{name}.png" in drawn]
-    newest_first = sorted(files.items(), key=lambda item: (age(item[1]), item[0]), reverse=True)
+    newest_first = sorted(files.items(), key=lambda item: (date_of(item[1]), len(item[1]), item[0]), reverse=True)
     sections = [_section(name, rows) for name, rows in newest_first]
     return "\n".join([INTRODUCTION, *plots, *sections])
 
 
-def age(rows: list[Row]) -> tuple[str, int]:
-    """What orders result files: the date, and of one day's files the number of rows."""
-    return max(row["date"] for row in rows), len(rows)
+def date_of(rows: list[Row]) -> str:
+    """The last day of a file."""
+    date: str = max(row["date"] for row in rows)
+    return date
+
+
+def fullest(files: Iterable[list[Row]]) -> list[Row]:
+    """The file that plots show: the one with the most rows, of two with as many the newer."""
+    return max(files, key=lambda rows: (len(rows), date_of(rows)))
 
 
 def _section(name: str, rows: list[Row]) -> str:
-    date, _ = age(rows)
+    date = date_of(rows)
     about = name.removesuffix(".jsonl").split(date)[-1].strip("-").replace("-", " ")
     text = [
         f"## {machine_of(rows[0])}, {date}{about and ': ' + about}\n",

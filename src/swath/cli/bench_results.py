@@ -69,17 +69,17 @@ def plot(
 
 def report(files: Files = None) -> None:
     """Write docs/benchmarks.md, its plots and the plot in README.md from stored results, in a checkout."""
-    from swath.bench.report import IMAGES, PAGE, README, age, page, with_plot
+    from swath.bench.report import IMAGES, PAGE, README, fullest, page, with_plot
 
     if not README.exists() or not PAGE.parent.is_dir():
         raise fail("report writes into a checkout: run it where README.md and docs/ are")
     with one_line_errors():
         found = _results(files)
-        newest = max(found.values(), key=age)
+        shown = fullest(found.values())
         for old in IMAGES.glob("bench-*"):
             old.unlink()
-        images = [path.name for path in _draw(newest, IMAGES)]
-        readme = with_plot(README.read_text(encoding="utf-8"), newest, images)
+        images = [path.name for path in _draw(shown, IMAGES)]
+        readme = with_plot(README.read_text(encoding="utf-8"), shown, images)
     PAGE.write_text(page(found, images), encoding="utf-8")
     README.write_text(readme, encoding="utf-8")
     typer.echo(f"written: {PAGE}, {README}, {len(images)} plots in {IMAGES}")

@@ -53,7 +53,7 @@ def finish_rows(state, place, c: gl.constexpr, output, batch, F: gl.constexpr, C
     i = gl.arange(0, CONSUMER_ROWS, layout=gl.SliceLayout(1, WIDE))
     if output.rows is not None:
         i = output.rows.load(i.type.layout)
-    # Rows 16 apart of a thread are whole positions apart, whatever ``pack`` is, so one address serves them all.
+    # A thread has rows of 128 columns 16 apart: whole positions, whatever ``pack`` is, so one address serves them all.
     above = i % 16 if F.head_dim == 128 else i
     column = gl.arange(0, F.head_dim, layout=gl.SliceLayout(0, WIDE))
     row, heads = begin + above // C.pack, q_heads(above, place.head, F, C)
