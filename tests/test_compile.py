@@ -42,7 +42,9 @@ def test_kernels_compile(arch: str, all_variants: bool) -> None:
     if arch == hopper.ARCH:
         from swath.schedules.hopper_rings import FIRST_NAMED
 
-        used = {number for r in results if r["kernel"] == "hopper_tile_kernel" for number in r["barriers"]}
+        tiles = [r for r in results if r["kernel"] == "hopper_tile_kernel"]
+        assert not [r["row"] for r in tiles if r["serialised"]], "products wait for one another"
+        used = {number for r in tiles for number in r["barriers"]}
         assert used, "Triton lets warps meet at named barriers, as it did"
         assert max(used) < FIRST_NAMED.value, used
 
