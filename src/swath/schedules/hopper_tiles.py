@@ -79,6 +79,15 @@ def consume(c: gl.constexpr, output, scales, rings, batch, F: gl.constexpr, C: g
         consume_all(c, output, scales, Rings(q, k, v, None, None, rings.places), batch, F, C)
 
 
+@gluon.constexpr_function
+def recalls(F, C):
+    """Whether a consumer reads a place once more when it writes its rows, and keeps none of it meanwhile.
+
+    Where registers are few: loops over heads of 64 have enough, and were 8 % slower so, in the same instructions.
+    """
+    return C.first_n > 0 or F.head_dim > 128
+
+
 @gluon.jit
 def consume_all(c: gl.constexpr, output, scales, rings, batch, F: gl.constexpr, C: gl.constexpr):
     """Rows over any number of key tiles. The next ones are found while tensor cores multiply the last p of these."""
@@ -93,6 +102,8 @@ def consume_all(c: gl.constexpr, output, scales, rings, batch, F: gl.constexpr, 
         query = next_query(rows, c, output.sink, scales, rings, batch, F, C)
         acc = warpgroup_mma_wait(0, deps=[values])
         release("v", n - 1, C)
+        if recalls(F, C):
+            done = recall(rows - 1, rings.places, 4)
         finish_rows((m, l, acc), done, c, output, batch, F, C)
 
 
@@ -114,7 +125,7 @@ def next_query(rows, c: gl.constexpr, sink, scales, rings, batch, F: gl.constexp
     POSITIONS: gl.constexpr = CONSUMER_ROWS // C.pack
     i = gl.arange(0, CONSUMER_ROWS, layout=gl.SliceLayout(1, score_layout(C.block_n, C)))
     place = receive(rows, rings.places, 4)
-    if C.first_n == 0:  # else it is recalled when the rows are written
+    if not recalls(F, C):
         forget(rows, rings.places)
     tile = tile_of(place, batch, F, C)
     m, l = nothing_seen(i, tile, sink, F, C)
