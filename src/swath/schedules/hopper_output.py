@@ -53,8 +53,8 @@ def finish_rows(state, place, c: gl.constexpr, output, batch, F: gl.constexpr, C
     i = gl.arange(0, CONSUMER_ROWS, layout=gl.SliceLayout(1, WIDE))
     if output.rows is not None:
         i = output.rows.load(i.type.layout)
-    # A thread has rows of 128 columns 16 apart: whole positions, whatever ``pack`` is, so one address serves them all.
-    above = i % 16 if F.head_dim == 128 else i
+    # Rows that a thread has 16 apart are whole positions apart, whatever ``pack`` is, so one address serves them all.
+    above = i % 16 if among_warps(F.head_dim) else i
     column = gl.arange(0, F.head_dim, layout=gl.SliceLayout(0, WIDE))
     row, heads = begin + above // C.pack, q_heads(above, place.head, F, C)
     at = row_offsets(place.b, row, place.token + row, heads, output.seq, output.token, output.head, batch.cu_q)
@@ -65,13 +65,19 @@ def finish_rows(state, place, c: gl.constexpr, output, batch, F: gl.constexpr, C
 
 
 @gluon.constexpr_function
-def row_layout(head_dim):
-    """16 bytes a thread along rows, which stay with the four threads that an MMA leaves them in.
+def among_warps(head_dim):
+    """Whether rows of so many columns are exchanged among all four warps, to be stored whole, one by 16 threads.
 
-    Values are exchanged within a warp then, in less shared memory: 5 % faster for rows of 256. Rows of 128 are
-    exchanged among all four warps, and stored by 16 threads each: 3 % faster under a window of 128.
+    For 128 columns that is 3 % faster under a window of 128. Within a warp it takes less shared memory, and rows of 256
+    columns 5 % less time.
     """
-    if head_dim == 128:
+    return head_dim == 128
+
+
+@gluon.constexpr_function
+def row_layout(head_dim):
+    """16 bytes a thread along rows, which stay with the four threads that an MMA leaves them in, or ``among_warps``."""
+    if among_warps(head_dim):
         return gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     columns = [[0, 1 << i] for i in range(5, head_dim.bit_length() - 1)]
     return gl.DistributedLinearLayout(
