@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,10 @@ class SmallClock(CpuClock):
 
 @pytest.fixture(scope="session", autouse=True)
 def patch_triton_once_a_launch() -> Iterator[None]:
-    """Triton's interpreter patches ``triton.language`` anew in every call of a device function, a third of its time."""
+    """Triton's interpreter patches ``triton.language`` anew in every call of a device function, a third of its time.
+
+    And it lists all dtypes to find numpy's for one, a twelfth.
+    """
     if not target.interpreting():
         yield
         return
@@ -70,9 +74,13 @@ def patch_triton_once_a_launch() -> Iterator[None]:
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[str] = set()
 
-    def patch_once(fn: Any) -> Any:
+    @cache
+    def languages_in(fn: Any) -> set[str]:
         known = (language, language.core)
-        seen = {value.__name__ for value in fn.__globals__.values() if any(value is module for module in known)}
+        return {value.__name__ for value in fn.__globals__.values() if any(value is module for module in known)}
+
+    def patch_once(fn: Any) -> Any:
+        seen = languages_in(fn)
         if seen <= patched:
             return None
         patched.update(seen)
@@ -84,6 +92,7 @@ def patch_triton_once_a_launch() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as context:
         context.setattr(interpreter, "_patch_lang", patch_once)
+        context.setattr(interpreter, "_get_np_dtype", cache(interpreter._get_np_dtype))
         context.setattr(interpreter.GridExecutor, "__call__", launch_anew)
         yield
 

@@ -135,3 +135,14 @@ def test_no_tile_is_lost_or_done_otherwise(name: str) -> None:
         out = torch.full_like(first, float("nan"))
         inputs.run("hopper", out=out)
         assert torch.equal(out[:rows], first[:rows])
+
+
+@pytest.mark.parametrize("name", ["full", "packed heads"])
+def test_an_output_that_no_box_fits(name: str) -> None:
+    """Strides that are no multiple of 16 bytes: rows are stored by the threads, with the same bits."""
+    inputs = make(CASES[name], "cuda")
+    wanted, _ = inputs.run("hopper")
+    out = wanted.new_empty(*wanted.shape[:-1], wanted.shape[-1] + 1)[..., :-1]
+    inputs.run("hopper", out=out)
+    rows = sum(inputs.case.row_counts)
+    assert torch.equal(out[:rows], wanted[:rows])

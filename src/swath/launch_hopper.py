@@ -26,7 +26,7 @@ class HopperLaunch:
 
     block_n: int
     stages: int  # of keys and of values
-    q_stages: int  # of query rows
+    q_stages: int  # of query rows; from two of them results leave as boxes (hopper_output.py)
     consumers: int = 2  # warpgroups of 64 rows in a program
     programs: int = 1  # that run at once on a multiprocessor
     consumer_registers: int = 240  # a thread's
@@ -64,7 +64,7 @@ have no such rows: four of 2,048 tokens under a window of 1,024 took 277 and 267
 VERY_FEW_KEYS = 256
 """Of rows of 64: a window of 128 took 340 us in four programs with tiles of 32 keys, 406 in three with tiles of 64."""
 ONE_PASS = (
-    HopperLaunch(128, 2, 1, consumers=2, programs=2, consumer_registers=104, registers=80, first_n=16),
+    HopperLaunch(128, 2, 2, consumers=2, programs=2, consumer_registers=104, registers=80, first_n=16),
     HopperLaunch(128, 1, 2, consumers=1, programs=3, consumer_registers=136, registers=80, first_n=16),
 )
 """For heads of 64 whose row tiles see 144 keys at most, as under a window of 128 with 8 heads packed. Two consumers

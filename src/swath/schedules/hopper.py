@@ -54,13 +54,13 @@ def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
         fetched += [keys.cache.k, keys.cache.v]
     elif not dequantises(problem):
         return "8-bit keys that are decoded in the tiles, not copied to 16 bits first"
-    if not all(map(_in_boxes, fetched)):
+    if not all(map(in_boxes, fetched)):
         return f"q, k or v is empty, or has a stride or an address that is no multiple of {BOX_BYTES} bytes"
     return None
 
 
-def _in_boxes(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator can fetch boxes of ``x``."""
+def in_boxes(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can fetch or write boxes of ``x``."""
     strides = all(s > 0 and s * x.element_size() % BOX_BYTES == 0 for s in x.stride()[:-1])
     return strides and x.data_ptr() % BOX_BYTES == 0 and x.numel() > 0
 

@@ -14,6 +14,7 @@ from swath.features import Features
 from swath.launch import tile_slots
 from swath.launch_hopper import draws_tiles, hopper_launch
 from swath.problem import Problem
+from swath.schedules.hopper import in_boxes
 from swath.schedules.hopper_rings import BOX_COLUMNS, CONSUMER_ROWS
 from swath.schedules.hopper_tiles import hopper_tile_kernel
 from swath.schedules.launcher import KernelCall, Operands, Plan
@@ -50,10 +51,10 @@ class BoxedCall(KernelCall):
 
 
 def in_four_dimensions(name: str, x: Tensor) -> Tensor:
-    """q [B, S, Hq, D], a ragged batch as one sequence; k or v [pages, Hkv, page_size, D], dense keys as one page."""
+    """q or out [B, S, Hq, D], a ragged batch as one sequence; k or v [pages, Hkv, page_size, D], dense as one page."""
     if x.dim() == 4:
         return x
-    return x[None] if name == "q" else x.transpose(0, 1)[None]
+    return x[None] if name in ("q", "out") else x.transpose(0, 1)[None]
 
 
 def add_hopper_tiles(
@@ -75,6 +76,10 @@ def add_hopper_tiles(
     else:
         args = args | {"counter": None}
     boxes: dict[str, tuple[int, ...]] = {"q": (1, rows // launch.pack, launch.pack)}
+    if launch.q_stages > 1 and in_boxes(problem.out):
+        boxes["out"] = boxes["q"]
+    else:
+        args = args | {"out_desc": None}
     boxes |= dict.fromkeys("kv", (1, 1, launch.box_rows))
     if launch.first_n:
         boxes |= dict.fromkeys(("first_k", "first_v"), (1, 1, launch.first_rows))

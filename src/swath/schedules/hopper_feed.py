@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from swath.device.cache import slot_of, table_row
 from swath.schedules.gluon_names import load_box, reinterpret
-from swath.schedules.hopper_places import first_tile, heads_of, key_tile, place_of, tile_of
+from swath.schedules.hopper_places import box_at, first_tile, heads_of, key_tile, place_of, tile_of
 from swath.schedules.hopper_rings import (
     BOX_COLUMNS,
     CONSUMER_ROWS,
@@ -26,11 +26,11 @@ from swath.schedules.hopper_rings import (
     keys_of,
     nth,
     pass_on,
+    query_box,
     receive,
     stage_of,
     wait_for_room,
 )
-from swath.schedules.query import q_head_of
 from swath.schedules.walk import key_at, seen_by_any
 
 
@@ -51,7 +51,7 @@ def produce_keys(sources, counter, rings, batch, F: gl.constexpr, C: gl.constexp
         if place.q_len > 0:
             pass_on(passed, rings.places, place)
             tile = tile_of(place, batch, F, C)
-            load_queries(passed, tile, sources.q, rings.q, F, C)
+            load_queries(passed, place, sources.q, rings.q, F, C)
             cuts = load_keys(n, cuts, tile, sources, None, rings, batch, F, C)
             passed += 1
             n += tile.walk.total
@@ -138,24 +138,17 @@ def load_stage(n, cuts, parts, tile, cut_loaded, F: gl.constexpr, C: gl.constexp
 
 
 @gluon.jit
-def load_queries(n, tile, q_desc, ring, F: gl.constexpr, C: gl.constexpr):
+def load_queries(n, place, q_desc, ring, F: gl.constexpr, C: gl.constexpr):
     """Ask for the query rows of all consumers."""
     HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
-    POSITIONS: gl.constexpr = CONSUMER_ROWS // C.pack
     stage = stage_of(ring, n)
     wait_for_room("q", n, C)
     mbarrier.expect(stage.full, C.consumers * CONSUMER_ROWS * F.head_dim * 2)
-    q_head = q_head_of(tile.kv_head, 0 if C.pack > 1 else tile.place.head % F.group, F)
-    place = tile.place
-    seq = place.b if C.uniform else 0
-    token = place.begin if C.uniform else place.token + place.begin
     CONSUMERS: gl.constexpr = C.consumers
     for c in gl.static_range(CONSUMERS):
         for half in gl.static_range(HALVES):
-            box = ring.stages.index((stage.slot * C.consumers + c) * HALVES + half)
-            box = reinterpret(box, q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
-            at = [seq, token + c * POSITIONS, q_head, half * BOX_COLUMNS]
-            load_box(q_desc, at, stage.full, box)
+            box = query_box(stage.slot, c, half, ring, q_desc, F, C)
+            load_box(q_desc, box_at(place, c, half, F, C), stage.full, box)
 
 
 @gluon.jit

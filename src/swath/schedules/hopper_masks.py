@@ -7,36 +7,67 @@ from triton.experimental.gluon import language as gl
 
 from swath.device.softmax import soft_cap
 from swath.schedules.hopper_feed import box_pages
-from swath.schedules.hopper_softmax import of_rows
+from swath.schedules.hopper_softmax import in_place, of_rows
 
 
 @gluon.jit
-def masked_scores(s, start, fresh, query, batch, MASKED: gl.constexpr, F: gl.constexpr, C: gl.constexpr):
-    """Scores of the key tile at ``start``, capped and masked, and the scale that makes them base-2.
+def masked_scores(
+    s, start, fresh, query, batch, MASKED: gl.constexpr, F: gl.constexpr, C: gl.constexpr, FIRST: gl.constexpr = 0
+):  # fmt: skip
+    """Scores of the key tile at ``start``, from its column ``FIRST`` on, capped and masked, and their base-2 scale.
 
     Keys before ``fresh`` are in another tile as well, and count there; none are where that is None.
     """
     s, scale = capped(s, query, F)
     if MASKED:
         if F.leading == "":
-            s = hide_cut(s, start, fresh, query)
+            s = hide_cut(s, start, FIRST, fresh, query)
         else:
             s = hide_but_leading(s, start, fresh, query, F)
-        s = hide_dead(s, start, query, batch, F, C)
+        s = hide_dead(s, start + FIRST, query, batch, F, C)
     return s, scale
 
 
 @gluon.jit
-def hide_cut(s, start, fresh, query):
+def hide_cut(s, start, FIRST: gl.constexpr, fresh, query):
     """Scores with -inf where an edge of the window hides keys: few tiles are cut by both, some in one pass by none."""
     low, from_all = query.reach.low, query.from_all
     if fresh is not None:
         low, from_all = gl.maximum(low, fresh), gl.maximum(from_all, fresh)
-    if from_all > start:
-        s = keep(s, HIDE_BELOW, start, (low,))
-    if query.to_all < start + s.shape[1]:
-        s = keep(s, HIDE_ABOVE, start, (query.reach.end,))
-    return s
+    s = hide_side(s, True, start, FIRST, low, from_all)
+    return hide_side(s, False, start, FIRST, query.reach.end, query.to_all)
+
+
+@gluon.jit
+def hide_side(s, BELOW: gl.constexpr, start, FIRST: gl.constexpr, bound, of_all):
+    """Scores with -inf below each row's ``bound``, or from it on. Beyond ``of_all`` every row sees every key, so that
+    only columns up to it are looked at.
+    """
+    VALUES: gl.constexpr = s.shape[0] * s.shape[1] // 128
+    column = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
+    bounds = less(bound, column % 8 // 2 * 2 + start, s)
+    return gl.inline_asm_elementwise(
+        hiding(VALUES, BELOW, FIRST), in_place(VALUES, "rr"), [s, bounds, gl.zeros_like(bounds) + (of_all - start)],
+        dtype=gl.float32, is_pure=True, pack=VALUES,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def hiding(values, below, first):
+    """PTX that looks at 16 columns at a time, from the side where some are hidden, until all rows see all.
+
+    A thread's values $0 and on are those of its two rows by turns, in pairs of neighbouring columns from ``first`` on.
+    """
+    bounds, of_all = 2 * values, 3 * values
+    text = "{ .reg .pred p; "
+    for x in range(0, values, 8) if below else range(values - 8, -1, -8):
+        edge = first + 2 * x
+        text += f"setp.le.s32 p, ${of_all}, {edge}; " if below else f"setp.ge.s32 p, ${of_all}, {edge + 16}; "
+        text += "@p bra done; "
+        for i in range(x, x + 8):
+            column, bound = first + i // 4 * 8 + i % 2, bounds + i // 2 % 2 * 2
+            text += f"setp.{'le' if below else 'gt'}.s32 p, ${bound}, {column}; selp.f32 ${i}, ${i}, 0fFF800000, p; "
+    return text + "done: }"
 
 
 @gluon.jit
@@ -72,8 +103,6 @@ def hide_dead(s, start, query, batch, F: gl.constexpr, C: gl.constexpr):
     return s
 
 
-HIDE_BELOW = gl.constexpr("setp.ge.s32 seen, $2, $3;")
-HIDE_ABOVE = gl.constexpr("setp.lt.s32 seen, $2, $3;")
 HIDE_BUT_LEADING = gl.constexpr(
     "setp.ge.s32 seen, $2, $3; setp.lt.and.s32 seen, $2, $4, seen; setp.lt.or.s32 seen, $2, $5, seen; "
     "setp.ge.and.s32 seen, $2, $6, seen;"
@@ -86,8 +115,8 @@ HIDE_BUT_LEADING_CAUSAL = gl.constexpr(
 
 @gluon.jit
 def keep(s, SEEN: gl.constexpr, start, bounds):
-    """Scores that are ``SEEN``, an expression of a column $2 and of ``bounds``, $3 and on, of its row; -inf in place of
-    others. There are one or four bounds.
+    """Scores that are ``SEEN``, an expression of a column $2 and of four ``bounds``, $3 and on, of its row; -inf in
+    place of others.
 
     The expression passes one predicate on: of comparisons the compiler would keep all results in registers, and spill.
     A thread's own part of its columns' numbers is taken from the bounds; what is left is known when this is compiled.
@@ -96,15 +125,12 @@ def keep(s, SEEN: gl.constexpr, start, bounds):
     own = column % 8 // 2 * 2
     x = gl.zeros_like(s).to(gl.int32) + (column - own)[None, :]
     own += start
-    CODE: gl.constexpr = "{ .reg .pred seen; " + SEEN + " selp.f32 $0, $1, 0fFF800000, seen; }"
-    first = less(bounds[0], own, s)
-    if len(bounds) == 1:
-        return gl.inline_asm_elementwise(CODE, "=f,f,r,r", [s, x, first], dtype=gl.float32, is_pure=True, pack=1)
-    else:
-        second, third, fourth = less(bounds[1], own, s), less(bounds[2], own, s), less(bounds[3], own, s)
-        return gl.inline_asm_elementwise(
-            CODE, "=f,f,r,r,r,r,r", [s, x, first, second, third, fourth], dtype=gl.float32, is_pure=True, pack=1
-        )
+    first, second = less(bounds[0], own, s), less(bounds[1], own, s)
+    third, fourth = less(bounds[2], own, s), less(bounds[3], own, s)
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred seen; " + SEEN + " selp.f32 $0, $1, 0fFF800000, seen; }", "=f,f,r,r,r,r,r",
+        [s, x, first, second, third, fourth], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit

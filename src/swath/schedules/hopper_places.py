@@ -11,8 +11,8 @@ from triton.experimental.gluon import language as gl
 
 from swath.device.cache import table_row
 from swath.device.window import band_of
-from swath.schedules.hopper_rings import CONSUMER_ROWS, Place
-from swath.schedules.query import leading_of, sequence_of, takes
+from swath.schedules.hopper_rings import BOX_COLUMNS, CONSUMER_ROWS, Place
+from swath.schedules.query import leading_of, q_head_of, sequence_of, takes
 from swath.schedules.tiles import sequence_at, slots_of
 from swath.schedules.walk import Walk, interior_tiles, plan_walk
 
@@ -97,6 +97,16 @@ def in_section(i, slots, kv_len, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HE
 def heads_of(F, C):
     """Row tiles that share a slot: one for each head, or for each kv head whose heads are packed."""
     return F.kv_heads * F.group // C.pack
+
+
+@gluon.jit
+def box_at(place, c: gl.constexpr, half: gl.constexpr, F: gl.constexpr, C: gl.constexpr):
+    """Where in q and in the output the box of ``half`` of the columns of a consumer's rows begins."""
+    POSITIONS: gl.constexpr = CONSUMER_ROWS // C.pack
+    kv_head, member = (place.head, 0) if C.pack > 1 else (place.head // F.group, place.head % F.group)
+    seq = place.b if C.uniform else 0
+    token = place.begin if C.uniform else place.token + place.begin
+    return [seq, token + c * POSITIONS, q_head_of(kv_head, member, F), half * BOX_COLUMNS]
 
 
 @gluon.jit

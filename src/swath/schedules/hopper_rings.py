@@ -92,6 +92,14 @@ def stage_of(ring, n):
 
 
 @gluon.jit
+def query_box(slot, c: gl.constexpr, half: gl.constexpr, ring, desc, F: gl.constexpr, C: gl.constexpr):
+    """Where a stage of query rows has ``half`` of the columns of a consumer's, as the box of a descriptor."""
+    HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
+    box = ring.stages.index((slot * C.consumers + c) * HALVES + half)
+    return reinterpret(box, desc.dtype, desc.block_type.shape, desc.layout)
+
+
+@gluon.jit
 def as_tiles(ring, tiles: gl.constexpr, rows: gl.constexpr, F: gl.constexpr):
     """The ring as tensor cores read it: boxes of 64 columns, one block of columns after the other, make a tile."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, F.head_dim], ring.stages.dtype)
@@ -189,16 +197,28 @@ def pass_on(n, places, place):
 
 @gluon.jit
 def receive(n, places, WARPS: gl.constexpr):
-    """The ``n``-th place, for a partition of so many warps. It stays there until each of them has forgotten it."""
+    """The ``n``-th place, for a partition of so many warps. It stays there until each of them has forgotten it.
+
+    Numbers come out of an exchange between lanes, which leaves them in registers of a warp: they are needed for long.
+    """
     stage = stage_of(places, n)
     mbarrier.wait(stage.full, stage.phase)
-    return place_in(stage, WARPS)
+    value = stage.tile.load(gl.BlockedLayout([1], [32], [WARPS], [0]))
+    return Place(
+        nth(value, 0), nth(value, 1), nth(value, 2), nth(value, 3), nth(value, 4), nth(value, 5), nth(value, 6),
+        nth(value, 7), nth(value, 8),
+    )  # fmt: skip
 
 
 @gluon.jit
 def recall(n, places, WARPS: gl.constexpr):
     """The ``n``-th place once more, and for the last time: its numbers needed no registers in between."""
-    place = place_in(stage_of(places, n), WARPS)
+    tile = stage_of(places, n).tile
+    place = Place(
+        number(tile, 0, WARPS), number(tile, 1, WARPS), number(tile, 2, WARPS), number(tile, 3, WARPS),
+        number(tile, 4, WARPS), number(tile, 5, WARPS), number(tile, 6, WARPS), number(tile, 7, WARPS),
+        number(tile, 8, WARPS),
+    )  # fmt: skip
     forget(n, places)
     return place
 
@@ -210,13 +230,9 @@ def forget(n, places):
 
 
 @gluon.jit
-def place_in(stage, WARPS: gl.constexpr):
-    """The place that a stage holds."""
-    value = stage.tile.load(gl.BlockedLayout([1], [32], [WARPS], [0]))
-    return Place(
-        nth(value, 0), nth(value, 1), nth(value, 2), nth(value, 3), nth(value, 4), nth(value, 5), nth(value, 6),
-        nth(value, 7), nth(value, 8),
-    )  # fmt: skip
+def number(tile, i: gl.constexpr, WARPS: gl.constexpr):
+    """Number ``i`` of a place, loaded by all threads."""
+    return gl.max(tile.slice(i, 1).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
 
 
 @gluon.jit

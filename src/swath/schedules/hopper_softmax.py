@@ -43,15 +43,15 @@ def rescaled(acc, alpha):
     """The accumulator by the factor of a step; a warp whose factors are all 1 skips the multiplications."""
     VALUES: gl.constexpr = acc.shape[0] * acc.shape[1] // 128  # of a thread, those of its two rows by turns in pairs
     return gl.inline_asm_elementwise(
-        rescaling(VALUES), in_place(VALUES),
+        rescaling(VALUES), in_place(VALUES, "f"),
         [acc, of_rows(alpha, acc)[:, None]], dtype=gl.float32, is_pure=False, pack=VALUES,
     )  # fmt: skip
 
 
 @gluon.constexpr_function
-def in_place(values):
-    """Constraints of so many values that change where they are, and of as many more operands."""
-    return ",".join(["=f"] * values + [str(i) for i in range(values)] + ["f"] * values)
+def in_place(values, others):
+    """Constraints of so many values that change where they are, and of as many operands of each of the other types."""
+    return ",".join(["=f"] * values + [str(i) for i in range(values)] + [t for t in others for _ in range(values)])
 
 
 @gluon.constexpr_function

@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -25,7 +26,7 @@ from swath.device.softmax import FLOOR, powers, sink_alone
 from swath.device.window import interior_of, reach_of
 from swath.schedules.hopper_feed import produce_keys, produce_values
 from swath.schedules.hopper_masks import masked_scores
-from swath.schedules.hopper_output import Output, finish_rows, q_heads, row_numbers
+from swath.schedules.hopper_output import Output, finish_rows, q_heads, release_written
 from swath.schedules.hopper_places import Batch, first_tile, heads_of, key_tile, masked_tiles, tile_of
 from swath.schedules.hopper_rings import (
     BOX_COLUMNS,
@@ -77,6 +78,8 @@ def consume(c: gl.constexpr, output, scales, rings, batch, F: gl.constexpr, C: g
         consume_once(c, output, scales, Rings(q, k, v, first_k, first_v, rings.places), batch, F, C)
     else:
         consume_all(c, output, scales, Rings(q, k, v, None, None, rings.places), batch, F, C)
+    if output.boxes is not None:
+        tma.store_wait(0)
 
 
 @gluon.constexpr_function
@@ -95,7 +98,7 @@ def consume_all(c: gl.constexpr, output, scales, rings, batch, F: gl.constexpr, 
     n = 0
     query = next_query(rows, c, output.sink, scales, rings, batch, F, C)
     while query.tile.place.head < heads_of(F, C):
-        m, l, values = attend(n, rows, c, query, rings, batch, F, C)
+        m, l, values = attend(n, rows, c, query, output, rings, batch, F, C)
         done = query.tile.place
         n += query.tile.walk.total
         rows += 1
@@ -104,7 +107,7 @@ def consume_all(c: gl.constexpr, output, scales, rings, batch, F: gl.constexpr, 
         release("v", n - 1, C)
         if recalls(F, C):
             done = recall(rows - 1, rings.places, 4)
-        finish_rows((m, l, acc), done, c, output, batch, F, C)
+        finish_rows((m, l, acc), rows - 1, done, c, output, batch, F, C)
 
 
 @gluon.jit
@@ -113,8 +116,8 @@ def consume_once(c: gl.constexpr, output, scales, rings, batch, F: gl.constexpr,
     rows = 0
     query = next_query(rows, c, output.sink, scales, rings, batch, F, C)
     while query.tile.place.head < heads_of(F, C):
-        state = attend_once(rows, c, query, rings, batch, F, C)
-        finish_rows(state, recall(rows, rings.places, 4), c, output, batch, F, C)
+        state = attend_once(rows, c, query, output, rings, batch, F, C)
+        finish_rows(state, rows, recall(rows, rings.places, 4), c, output, batch, F, C)
         rows += 1
         query = next_query(rows, c, output.sink, scales, rings, batch, F, C)
 
@@ -147,7 +150,7 @@ def query_stage(rows, c: gl.constexpr, rings, C: gl.constexpr):
 
 
 @gluon.jit
-def attend(n, rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: gl.constexpr):
+def attend(n, rows, c: gl.constexpr, query, output, rings, batch, F: gl.constexpr, C: gl.constexpr):
     """The state (m, l, acc) of rows after all key tiles, of which acc still waits for the last product.
 
     ``n`` key tiles of ``rows`` row tiles were before.
@@ -159,6 +162,8 @@ def attend(n, rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: gl
     mbarrier.wait(k.full, k.phase)
     s = warpgroup_mma_wait(0, deps=[score(q.tile, k.tile, C)])
     release("k", n, C)
+    if output.boxes is not None:
+        release_written(rows - 1, C)
     s, scale = masked_scores(s, start, fresh, query, batch, True, F, C)
     p, m, l, alpha = step(s, scale, query.m, spread(query.l))
     acc = no_values(F)
@@ -167,14 +172,15 @@ def attend(n, rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: gl
     p, state = overlap(masked, tile.walk.total, n, p, state, q, query, rings, batch, False, F, C)
     m, l, acc, alpha = state
     acc = rescaled(acc, alpha)
-    release("q", rows, C)
+    if output.boxes is None:
+        release("q", rows, C)
     v = stage_of(rings.v, n + tile.walk.total - 1)
     mbarrier.wait(v.full, v.phase)
     return m, total(l, m), warpgroup_mma(operand(p, acc, v.tile.dtype), v.tile, acc, is_async=True)
 
 
 @gluon.jit
-def attend_once(rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: gl.constexpr):
+def attend_once(rows, c: gl.constexpr, query, output, rings, batch, F: gl.constexpr, C: gl.constexpr):
     """The state of rows all of whose keys are in a narrow tile and two halves of a wide one: all scores, then all p.
 
     Nothing is scaled again, and the accumulator does not exist yet while the scores do, so small programs have
@@ -193,9 +199,12 @@ def attend_once(rows, c: gl.constexpr, query, rings, batch, F: gl.constexpr, C: 
     far = score(q.tile, k.tile.slice(0, HALF), C)
     first, near, far = warpgroup_mma_wait(0, deps=[first, near, far])
     release("k", rows, C)
-    release("q", rows, C)
+    if output.boxes is None:
+        release("q", rows, C)
+    else:
+        release_written(rows - 1, C)
     first, scale = masked_scores(first, first_tile(tile, F, C), C.block_n, query, batch, True, F, C)
-    near, _ = masked_scores(near, HALF, None, query, batch, True, F, C)
+    near, _ = masked_scores(near, 0, None, query, batch, True, F, C, HALF)
     far, _ = masked_scores(far, 0, None, query, batch, True, F, C)
     m_new = highest((first, near, far), scale, m)
     # In an order in which rounded pairs take the registers that scores leave: in others ptxas spills more.
@@ -317,7 +326,7 @@ RUN_TIME = ("leading", "size", "steps", "claimed", "num_seqs", "max_pages", "num
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def hopper_tile_kernel(
-    q_desc, k_desc, v_desc, first_k_desc, first_v_desc, counter, out, lse, sink,
+    q_desc, k_desc, v_desc, first_k_desc, first_v_desc, out_desc, counter, out, lse, sink,
     table, indptr, lens, cu_q, q_start, leading, scale_log2, cap_log2, size,
     steps, claimed, num_seqs, max_pages, num_pages, table_stride, num_tiles,
     out_seq, out_token, out_head, F: gl.constexpr, C: gl.constexpr,
@@ -341,7 +350,7 @@ def hopper_tile_kernel(
         table, indptr, lens, cu_q, q_start, leading, size, steps, claimed, num_seqs, max_pages, num_pages, table_stride,
         num_tiles,
     )  # fmt: skip
-    output = Output(out, lse, sink, out_seq, out_token, out_head, row_numbers() if C.first_n > 0 else None)
+    output = Output(out_desc, q_ring, out, lse, sink, out_seq, out_token, out_head)
     producer: gl.constexpr = C.producer_registers
     consumer: gl.constexpr = C.consumer_registers
     if C.consumers == 2:
