@@ -86,13 +86,22 @@ def patch_triton_once_a_launch() -> Iterator[None]:
         patched.update(seen)
         return patch(fn)
 
+    numpys = interpreter._get_np_dtype
+    known_dtypes: dict[str, Any] = {}
+
+    def numpys_once(dtype: Any) -> Any:
+        scalar = dtype.scalar
+        if scalar.name not in known_dtypes:
+            known_dtypes[scalar.name] = numpys(scalar)
+        return known_dtypes[scalar.name]
+
     def launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
         patched.clear()
         return launch(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as context:
         context.setattr(interpreter, "_patch_lang", patch_once)
-        context.setattr(interpreter, "_get_np_dtype", cache(interpreter._get_np_dtype))
+        context.setattr(interpreter, "_get_np_dtype", numpys_once)
         context.setattr(interpreter.GridExecutor, "__call__", launch_anew)
         yield
 
