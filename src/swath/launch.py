@@ -116,7 +116,8 @@ def tile_launch(F: Features, target: Target, short: bool) -> tuple[int, TileLaun
     """Prefill: rows per tile, then keys per tile, warps and pipeline depth; ``short``: the window is a few tiles."""
     source = H200 if target.arch == "sm_90" else UNMEASURED
     if F.interpret:
-        block_m, launch = 32, TileLaunch(32, 1, 1, "interpreter")
+        # Its time goes by programs: large groups do with fewer.
+        block_m, launch = 128 if F.group > 32 else 32, TileLaunch(32, 1, 1, "interpreter")
     elif F.fp32:
         block_m, launch = 16, TileLaunch(16, 4, 1, UNMEASURED)
     elif F.stored != "wide":
