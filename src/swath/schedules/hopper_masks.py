@@ -23,7 +23,7 @@ def masked_scores(
         if F.leading == "":
             s = hide_cut(s, start, FIRST, fresh, query)
         else:
-            s = hide_but_leading(s, start, fresh, query, F)
+            s = hide_but_leading(s, start + FIRST, fresh, query, F)
         s = hide_dead(s, start + FIRST, query, batch, F, C)
     return s, scale
 
@@ -44,8 +44,7 @@ def hide_side(s, BELOW: gl.constexpr, start, FIRST: gl.constexpr, bound, of_all)
     only columns up to it are looked at.
     """
     VALUES: gl.constexpr = s.shape[0] * s.shape[1] // 128
-    column = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
-    bounds = less(bound, column % 8 // 2 * 2 + start, s)
+    bounds = less(bound, own_columns(s) + start, s)
     return gl.inline_asm_elementwise(
         hiding(VALUES, BELOW, FIRST), in_place(VALUES, "rr"), [s, bounds, gl.zeros_like(bounds) + (of_all - start)],
         dtype=gl.float32, is_pure=True, pack=VALUES,
@@ -122,7 +121,7 @@ def keep(s, SEEN: gl.constexpr, start, bounds):
     A thread's own part of its columns' numbers is taken from the bounds; what is left is known when this is compiled.
     """
     column = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
-    own = column % 8 // 2 * 2
+    own = own_columns(s)
     x = gl.zeros_like(s).to(gl.int32) + (column - own)[None, :]
     own += start
     first, second = less(bounds[0], own, s), less(bounds[1], own, s)
@@ -131,6 +130,12 @@ def keep(s, SEEN: gl.constexpr, start, bounds):
         "{ .reg .pred seen; " + SEEN + " selp.f32 $0, $1, 0fFF800000, seen; }", "=f,f,r,r,r,r,r",
         [s, x, first, second, third, fourth], dtype=gl.float32, is_pure=True, pack=1,
     )  # fmt: skip
+
+
+@gluon.jit
+def own_columns(s):
+    """A thread's own part of the numbers of its columns: what is left of them is known when this is compiled."""
+    return gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout)) % 8 // 2 * 2
 
 
 @gluon.jit

@@ -20,11 +20,10 @@ from swath.schedules.hopper_rings import (
     BOX_COLUMNS,
     CONSUMER_ROWS,
     Ring,
-    as_tiles,
     at_named_barrier,
     named_barrier_of,
     query_box,
-    stage_of,
+    query_stage,
 )
 from swath.schedules.hopper_softmax import of_rows
 from swath.schedules.query import q_head_of, row_offsets
@@ -58,18 +57,14 @@ def finish_rows(state, n, place, c: gl.constexpr, output, batch, F: gl.constexpr
     if output.boxes is None:
         store_rows(gl.convert_layout(rows, row_layout(F.head_dim)), begin, place, output, batch, F, C)
     else:
-        slot = stage_of(output.queries, n).slot
-        stages = as_tiles(output.queries, C.q_stages * C.consumers, CONSUMER_ROWS, F).stages
-        tile = stages.index(slot * C.consumers + c)
-        tile.store(rows)
+        stage = query_stage(n, c, output.queries, F, C)
+        stage.tile.store(rows)
         fence_async_shared()
         # Rows beyond the last one of a uniform batch are out of the tensor's bounds, others are the next sequence's.
-        if C.uniform:
-            store_boxes(slot, place, c, output, F, C)
-        elif begin + CONSUMER_ROWS // C.pack <= place.q_len:
-            store_boxes(slot, place, c, output, F, C)
+        if C.uniform or begin + CONSUMER_ROWS // C.pack <= place.q_len:
+            store_boxes(stage.slot, place, c, output, F, C)
         else:
-            store_rows(tile.load(row_layout(F.head_dim)), begin, place, output, batch, F, C)
+            store_rows(stage.tile.load(row_layout(F.head_dim)), begin, place, output, batch, F, C)
 
 
 @gluon.jit

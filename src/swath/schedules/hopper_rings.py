@@ -92,6 +92,14 @@ def stage_of(ring, n):
 
 
 @gluon.jit
+def query_stage(n, c: gl.constexpr, ring, F: gl.constexpr, C: gl.constexpr):
+    """The stage of the ``n``-th query rows, with those of one consumer as its tile."""
+    stage = stage_of(ring, n)
+    tiles = as_tiles(ring, C.q_stages * C.consumers, CONSUMER_ROWS, F).stages
+    return Stage(stage.slot, tiles.index(stage.slot * C.consumers + c), stage.full, stage.phase)
+
+
+@gluon.jit
 def query_box(slot, c: gl.constexpr, half: gl.constexpr, ring, desc, F: gl.constexpr, C: gl.constexpr):
     """Where a stage of query rows has ``half`` of the columns of a consumer's, as the box of a descriptor."""
     HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
@@ -204,21 +212,14 @@ def receive(n, places, WARPS: gl.constexpr):
     stage = stage_of(places, n)
     mbarrier.wait(stage.full, stage.phase)
     value = stage.tile.load(gl.BlockedLayout([1], [32], [WARPS], [0]))
-    return Place(
-        nth(value, 0), nth(value, 1), nth(value, 2), nth(value, 3), nth(value, 4), nth(value, 5), nth(value, 6),
-        nth(value, 7), nth(value, 8),
-    )  # fmt: skip
+    return Place(*[nth(value, i) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8)])
 
 
 @gluon.jit
 def recall(n, places, WARPS: gl.constexpr):
     """The ``n``-th place once more, and for the last time: its numbers needed no registers in between."""
     tile = stage_of(places, n).tile
-    place = Place(
-        number(tile, 0, WARPS), number(tile, 1, WARPS), number(tile, 2, WARPS), number(tile, 3, WARPS),
-        number(tile, 4, WARPS), number(tile, 5, WARPS), number(tile, 6, WARPS), number(tile, 7, WARPS),
-        number(tile, 8, WARPS),
-    )  # fmt: skip
+    place = Place(*[number(tile, i, WARPS) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8)])
     forget(n, places)
     return place
 

@@ -34,13 +34,13 @@ from swath.schedules.hopper_rings import (
     FIRST_NAMED,
     Rings,
     Sources,
-    Stage,
     as_tiles,
     beside,
     forget,
     new_barriers,
     new_places,
     new_ring,
+    query_stage,
     recall,
     receive,
     release,
@@ -70,14 +70,13 @@ class Query(NamedTuple):
 @gluon.jit
 def consume(c: gl.constexpr, output, scales, rings, batch, F: gl.constexpr, C: gl.constexpr):
     """A consumer: 64 rows of every tile of this program over all its key tiles."""
-    q = as_tiles(rings.q, C.q_stages * C.consumers, CONSUMER_ROWS, F)
     k, v = as_tiles(rings.k, C.stages, C.block_n, F), as_tiles(rings.v, C.stages, C.block_n, F)
     if C.first_n > 0:
         first_k = as_tiles(rings.first_k, C.stages, C.first_n, F)
         first_v = as_tiles(rings.first_v, C.stages, C.first_n, F)
-        consume_once(c, output, scales, Rings(q, k, v, first_k, first_v, rings.places), batch, F, C)
+        consume_once(c, output, scales, Rings(rings.q, k, v, first_k, first_v, rings.places), batch, F, C)
     else:
-        consume_all(c, output, scales, Rings(q, k, v, None, None, rings.places), batch, F, C)
+        consume_all(c, output, scales, Rings(rings.q, k, v, None, None, rings.places), batch, F, C)
     if output.boxes is not None:
         tma.store_wait(0)
 
@@ -143,20 +142,13 @@ def next_query(rows, c: gl.constexpr, sink, scales, rings, batch, F: gl.constexp
 
 
 @gluon.jit
-def query_stage(rows, c: gl.constexpr, rings, C: gl.constexpr):
-    """The stage of the ``rows``-th query rows, with those of one consumer as its tile."""
-    stage = stage_of(rings.q, rows)
-    return Stage(stage.slot, rings.q.stages.index(stage.slot * C.consumers + c), stage.full, stage.phase)
-
-
-@gluon.jit
 def attend(n, rows, c: gl.constexpr, query, output, rings, batch, F: gl.constexpr, C: gl.constexpr):
     """The state (m, l, acc) of rows after all key tiles, of which acc still waits for the last product.
 
     ``n`` key tiles of ``rows`` row tiles were before.
     """
     tile = query.tile
-    q, k = query_stage(rows, c, rings, C), stage_of(rings.k, n)
+    q, k = query_stage(rows, c, rings.q, F, C), stage_of(rings.k, n)
     start, fresh = key_tile(0, tile, F, C)
     mbarrier.wait(q.full, q.phase)
     mbarrier.wait(k.full, k.phase)
@@ -189,7 +181,7 @@ def attend_once(rows, c: gl.constexpr, query, output, rings, batch, F: gl.conste
     HALF: gl.constexpr = C.block_n // 2
     m, l, tile = query.m, query.l, query.tile
     acc = no_values(F)
-    q = query_stage(rows, c, rings, C)
+    q = query_stage(rows, c, rings.q, F, C)
     k_first, k = stage_of(rings.first_k, rows), stage_of(rings.k, rows)
     v_first, v = stage_of(rings.first_v, rows), stage_of(rings.v, rows)
     mbarrier.wait(q.full, q.phase)
