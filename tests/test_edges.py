@@ -96,6 +96,23 @@ def test_batch_of_nothing(q_lens: int | tuple[int, ...], prepare: Prepare, impl:
         assert out.shape[0] == 0
 
 
+@pytest.mark.parametrize("quant", [None, INT8_TOKEN, KVQuant(torch.int8, "channel")], ids=str)
+@pytest.mark.parametrize("steps", [1, 8])
+def test_scores_that_rise_from_key_to_key(steps: int, quant: KVQuant | None, prepare: Prepare, impl: str) -> None:
+    """By 40 over all keys: a maximum that is kept for some time is too small again and again, but never by much."""
+    length = 700
+    inputs = prepare(Case((length,), q_lens=steps, num_kv_heads=1, quant=quant))
+    position = torch.arange(length)
+    page = inputs.block_table[0].cpu()[position // inputs.cache.page_size].long()
+    rising = (100 * (position + 1) / length).round()[:, None, None].expand(-1, 1, inputs.q.shape[-1])
+    slots = page.to(inputs.q.device), slice(None), (position % inputs.cache.page_size).to(inputs.q.device)
+    inputs.cache.k[slots] = rising.to(inputs.cache.k)
+    if inputs.cache.k_scale is not None:
+        inputs.cache.k_scale.fill_(1)
+    inputs.q.fill_(0.4 / inputs.q.shape[-1] ** 0.5)
+    check(inputs, impl)
+
+
 @pytest.mark.parametrize("table", ["rectangular", "flat"])
 @pytest.mark.parametrize("quant", STORED, ids=str)
 def test_hostile_entries_inside_the_window(quant: KVQuant | None, table: str, prepare: Prepare, impl: str) -> None:

@@ -31,12 +31,6 @@ class TileLaunch:
     stages: int
     source: str
     resident: int = 2  # programs that run at once on a multiprocessor
-    registers: int | None = None  # a thread's at most (NVIDIA), where the compiler's choice lets fewer programs run
-
-    @property
-    def options(self) -> dict[str, int]:
-        """As the compiler takes them."""
-        return {"num_warps": self.warps} | ({"maxnreg": self.registers} if self.registers else {})
 
 
 UNMEASURED = "unmeasured, compiles"
@@ -73,10 +67,6 @@ def split_launch(F: Features, target: Target, block_m: int, short_run: bool) -> 
         launch = TileLaunch(64, 4 if F.padded else 2, 3, source, resident=4)
     elif F.pairs and short_run and F.head_dim <= 128:
         launch = TileLaunch(32, 1, 2, source, resident=8)
-        if F.k_fold == "token":
-            launch = TileLaunch(32, 1, 3, source, resident=8, registers=200)
-    elif F.pairs and F.stored != "int8" and F.head_dim == 128:
-        launch = TileLaunch(128, 2, 2, source, resident=4)
     elif F.pairs:
         launch = TileLaunch(64, 2, 3, source, resident=4)
     elif F.head_dim <= 64 and block_m == 16:

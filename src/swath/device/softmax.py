@@ -11,6 +11,8 @@ import triton.language as tl
 
 LN_2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(-1.0e30)
+SLACK = tl.constexpr(8)
+"""In base 2, what a kept maximum may be too small by: p is 256 at most, as precise in any 16-bit type as below 1."""
 
 
 @triton.jit
@@ -26,10 +28,38 @@ def step(s, scale, m, l, BY_ROW: tl.constexpr = False):
     p = powers(s, scale, m_new, BY_ROW)
     alpha = tl.exp2(m - m_new)
     if len(l.shape) == 2:
-        columns = tl.reshape(p, (p.shape[0], p.shape[1] // l.shape[1], l.shape[1]))
-        return p, m_new, l * alpha[:, None] + tl.sum(columns, 1), alpha
+        return p, m_new, l * alpha[:, None] + column_sums(p, l), alpha
     else:
         return p, m_new, l * alpha + tl.sum(p, 1), alpha
+
+
+@triton.jit
+def lazy_step(s, scale, m, l, acc, acc_odd, BY_ROW: tl.constexpr = False):
+    """``step`` with an m of up to ``SLACK`` below the maximum, as in FlashAttention-4, and an ``l`` [M, C].
+
+    Maxima are taken where that is not enough: most tiles then have no exchange by row, and nothing to rescale.
+    Returns p, and m, l and the accumulators, rescaled.
+    """
+    p = powers(s, scale, m, BY_ROW)
+    if exceed(p, SLACK):
+        m_new = highest(s, scale, m)
+        m_new = tl.where(m_new > m + SLACK, m_new, m)  # so that rows do not depend on one another
+        p = powers(s, scale, m_new, BY_ROW)
+        alpha = tl.exp2(m - m_new)[:, None]
+        m, l, acc, acc_odd = m_new, l * alpha, acc * alpha, acc_odd * alpha
+    return p, m, l + column_sums(p, l), acc, acc_odd
+
+
+@triton.jit
+def exceed(p, EXPONENT: tl.constexpr):
+    """Whether an element of p >= 0 is more than ``2**EXPONENT``, or NaN: their bits compare as they do."""
+    return tl.max(p.to(tl.int32, bitcast=True)) > (127 + EXPONENT) << 23
+
+
+@triton.jit
+def column_sums(p, l):
+    """Sums of every C-th column of p, for ``l`` [M, C]."""
+    return tl.sum(tl.reshape(p, (p.shape[0], p.shape[1] // l.shape[1], l.shape[1])), 1)
 
 
 @triton.jit

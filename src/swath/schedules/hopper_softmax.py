@@ -12,12 +12,10 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from swath.device.softmax import powers
+from swath.device.softmax import SLACK, powers
 from swath.schedules.hopper_rings import CONSUMER_ROWS
 
 COLUMNS = gl.constexpr(8)
-SLACK = gl.constexpr(8.0)
-"""In base 2: p is 256 at most, and as precise as below 1 in any 16-bit type."""
 THREADS = gl.constexpr(4)
 """That share a row."""
 BY_THREAD = gl.constexpr(

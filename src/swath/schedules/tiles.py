@@ -24,7 +24,7 @@ from swath.schedules.query import (
     takes,
     token_scales,
 )
-from swath.schedules.walk import attend, interior_tiles, listed, new_state, plan_walk, tile_pages
+from swath.schedules.walk import attend_clear_first, clear_tiles, listed, new_state, plan_walk, tile_pages
 
 
 @triton.jit
@@ -117,17 +117,11 @@ def tile_kernel(
     v += kv_head.to(tl.int64) * v_head + key_row * v_token
     keys = Keys(k, v, entries, num_pages, k_page, k_token, v_page, v_token)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
-    begin, end = interior_tiles(band, walk, first, last, size, F, BLOCK_N)
-    # The order of keys is free: first the interior, then all tiles that need a mask (leading, left edge, causal edge).
+    begin, end = clear_tiles(keys, band, walk, first, last, size, 0, walk.total, F, BLOCK_N)
     page = tile_pages(keys, band, walk, begin, F, BLOCK_N)
-    state = attend(
+    m, l, acc, acc_odd = attend_clear_first(
         new_state(BLOCK_M, F), page, query, keys, scales, band, cap_log2,
-        walk, begin, end, end, 0, F, BLOCK_N, STAGES, MASKED=False,
-    )  # fmt: skip
-    page = tile_pages(keys, band, walk, tl.where(begin > 0, 0, end), F, BLOCK_N)
-    m, l, acc, acc_odd = attend(
-        state, page, query, keys, scales, band, cap_log2,
-        walk, 0, walk.total - (end - begin), begin, end - begin, F, BLOCK_N, STAGES, MASKED=True,
+        walk, 0, walk.total, begin, end, F, BLOCK_N, STAGES, LAZY=False,
     )  # fmt: skip
     acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)
     at = row_offsets(b, step, token, member, out_seq, out_token, out_head, cu_q)

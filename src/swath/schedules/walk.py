@@ -14,7 +14,7 @@ from triton.language.extra.cuda import num_warps
 
 from swath.device.cache import is_live, load_rows, locate, page_ids, slot_offset
 from swath.device.quant import decode, half_of_pair, relative, round_half_even
-from swath.device.softmax import FLOOR, soft_cap, step
+from swath.device.softmax import FLOOR, lazy_step, soft_cap, step
 from swath.device.window import Reach, interior_of, visible
 
 BEYOND = tl.constexpr(0x7FFFFFFF)
@@ -85,6 +85,28 @@ def interior_tiles(band, walk, first, last, size, F: tl.constexpr, BLOCK_N: tl.c
     begin = tl.minimum(tl.cdiv(tl.maximum(start - walk.gap, walk.lead), BLOCK_N), walk.total)
     end = tl.maximum(stop - walk.gap, 0) // BLOCK_N
     return begin, tl.maximum(tl.minimum(end, walk.total), begin)
+
+
+ENTRIES = tl.constexpr(256)
+"""Of a page table, looked at together."""
+
+
+@triton.jit
+def clear_tiles(
+    keys, band, walk, first, last, size, first_tile, end_tile, F: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Tiles ``begin .. end - 1`` of a run that need no mask: the interior ones, if all of their pages are live."""
+    begin, end = interior_tiles(band, walk, first, last, size, F, BLOCK_N)
+    begin = tl.minimum(tl.maximum(begin, first_tile), end_tile)
+    end = tl.maximum(tl.minimum(end, end_tile), begin)
+    if F.page_size > 0:
+        end_page = tl.cdiv(end * BLOCK_N + walk.gap, F.page_size)
+        page = tl.where(begin < end, (begin * BLOCK_N + walk.gap) // F.page_size, end_page)
+        for entry in tl.range(page, end_page, ENTRIES, num_stages=1):
+            entries = entry + tl.arange(0, ENTRIES)
+            dead = is_live(keys, tl.load(keys.table + entries, mask=entries < end_page, other=0), F) == 0
+            end = tl.where(tl.max(dead.to(tl.int32), 0) > 0, begin, end)
+    return begin, end
 
 
 @triton.jit
@@ -177,15 +199,16 @@ def tile_pages(keys, band, walk, i, F: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def attend(
     state, page, rows, keys, scales, band, cap_log2, walk, first_tile, end_tile, skip, skipped,
-    F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, LAZY: tl.constexpr = False,
 ):  # fmt: skip
     """Rows over tiles ``first_tile .. end_tile - 1``; those from ``skip`` on stand ``skipped`` later in the list.
 
     ``page``: the ``tile_pages`` of the first one, which callers ask for before they wait for anything else.
-    Without ``MASKED`` every row sees every key of these tiles; only dead pages are masked then.
+    Without ``MASKED`` every row sees every key of these tiles, and their pages are live.
+    ``LAZY``: by ``lazy_step``, over pairs.
     """
+    BY_ROW: tl.constexpr = F.unit_q and not F.softcap
     BLOCK_D: tl.constexpr = F.block_d
-    ALL_LIVE: tl.constexpr = not MASKED and F.page_size == 0
     m, l, acc, acc_odd = state
     n = tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)
@@ -203,7 +226,7 @@ def attend(
         # Not one scalar for all: the interpreter would spread it as int32, which is no mask in Triton 3.9.
         more = tl.full((BLOCK_N,), i + 1, tl.int32) < end_tile
         page = page_ids(keys, ahead, seen_by_any(ahead, band) & more, F)
-        k = load_rows(keys.k, k_row, column, live_rows, ALL_LIVE, F)
+        k = load_rows(keys.k, k_row, column, live_rows, not MASKED, F)
         s, scale = scores(rows, k, k_scale, cap_log2, F)
         factor = 1.0
         if F.v_fold == "token":
@@ -212,17 +235,39 @@ def attend(
             reach = rows.reach
             seen = visible(x[None, :], reach.low[:, None], reach.end[:, None], reach.lead[:, None], F)
             s = tl.where(seen, s, float("-inf"))
-        elif not ALL_LIVE:
-            s = tl.where(x[None, :] < BEYOND, s, float("-inf"))
-        p, m, l, alpha = step(s, scale, m, l, F.unit_q and not F.softcap)
-        v = load_rows(keys.v, v_row, column, live_rows, ALL_LIVE, F)
+        if LAZY:
+            p, m, l, acc, acc_odd = lazy_step(s, scale, m, l, acc, acc_odd, BY_ROW)
+        else:
+            p, m, l, alpha = step(s, scale, m, l, BY_ROW)
+        v = load_rows(keys.v, v_row, column, live_rows, not MASKED, F)
         if F.v_fold == "token":
             p *= v_scale[None, :]
-        acc *= alpha[:, None]
-        if F.pairs:
-            acc_odd *= alpha[:, None]
+        if not LAZY:
+            acc *= alpha[:, None]
+            if F.pairs:
+                acc_odd *= alpha[:, None]
         acc, acc_odd = accumulate(p, v, factor, acc, acc_odd, F)
     return m, l, acc, acc_odd
+
+
+@triton.jit
+def attend_clear_first(
+    state, page, rows, keys, scales, band, cap_log2, walk, first_tile, end_tile, begin, end,
+    F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, LAZY: tl.constexpr,
+):  # fmt: skip
+    """``attend`` over the ``clear_tiles`` ``begin .. end - 1`` first, then the others: the order of keys is free.
+
+    ``page``: the ``tile_pages`` of tile ``begin``.
+    """
+    state = attend(
+        state, page, rows, keys, scales, band, cap_log2,
+        walk, begin, end, end, 0, F, BLOCK_N, STAGES, MASKED=False, LAZY=LAZY,
+    )  # fmt: skip
+    page = tile_pages(keys, band, walk, tl.where(begin > first_tile, first_tile, end), F, BLOCK_N)
+    return attend(
+        state, page, rows, keys, scales, band, cap_log2,
+        walk, first_tile, end_tile - (end - begin), begin, end - begin, F, BLOCK_N, STAGES, MASKED=True, LAZY=LAZY,
+    )  # fmt: skip
 
 
 @triton.jit
