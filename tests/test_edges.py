@@ -115,9 +115,12 @@ def test_scores_that_rise_from_key_to_key(steps: int, quant: KVQuant | None, pre
 
 @pytest.mark.parametrize("table", ["rectangular", "flat"])
 @pytest.mark.parametrize("quant", STORED, ids=str)
-def test_hostile_entries_inside_the_window(quant: KVQuant | None, table: str, prepare: Prepare, impl: str) -> None:
+@pytest.mark.parametrize("q_lens", [(3, 40, 0), (40, 3, 0)], ids=str)
+def test_hostile_entries_inside_the_window(
+    q_lens: tuple[int, ...], quant: KVQuant | None, table: str, prepare: Prepare, impl: str
+) -> None:
     """The keys of an entry outside the pool are not visible; all others are."""
-    check(prepare(Case((300, 64, 40), (3, 40, 0), size=200, quant=quant, table=table, holes=True, spiked=True)), impl)
+    check(prepare(Case((300, 64, 40), q_lens, size=200, quant=quant, table=table, holes=True, spiked=True)), impl)
 
 
 @pytest.mark.parametrize("entry", [-1, 2**31 - 1, -(2**31), "num_pages"])
