@@ -63,12 +63,15 @@ class SmallClock(CpuClock):
 def patch_triton_once_a_launch() -> Iterator[None]:
     """Triton's interpreter patches ``triton.language`` anew in every call of a device function, a third of its time.
 
-    And it lists all dtypes to find numpy's for one, a twelfth.
+    And it lists all dtypes to find numpy's for one, a twelfth, and looks for overflows of integers by a dozen of its
+    own operations, a third of what is left: numpy needs two.
     """
     if not target.interpreting():
         yield
         return
+    import numpy as np
     from triton import language
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
@@ -95,6 +98,15 @@ def patch_triton_once_a_launch() -> Iterator[None]:
             known_dtypes[scalar.name] = numpys(scalar)
         return known_dtypes[scalar.name]
 
+    operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def check_overflow(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
+        integer = lhs.type.scalar
+        if integer.int_bitwidth < 64 and self.builder.options.sanitize_overflow:
+            exact = operations[operation.__name__](*(x.handle.data.astype(np.int64) for x in (lhs, rhs)))
+            fits = integer.get_int_min_value() <= exact.min() and exact.max() <= integer.get_int_max_value()
+            assert fits, f"int{integer.int_bitwidth} overflow in {operation.__name__}"
+
     def launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
         patched.clear()
         return launch(self, *args, **kwargs)
@@ -102,6 +114,7 @@ def patch_triton_once_a_launch() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as context:
         context.setattr(interpreter, "_patch_lang", patch_once)
         context.setattr(interpreter, "_get_np_dtype", numpys_once)
+        context.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", check_overflow)
         context.setattr(interpreter.GridExecutor, "__call__", launch_anew)
         yield
 
