@@ -60,7 +60,7 @@ class SmallClock(CpuClock):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def patch_triton_once_a_launch() -> Iterator[None]:
+def hasten_triton_interpreter() -> Iterator[None]:
     """Triton's interpreter patches ``triton.language`` anew in every call of a device function, a third of its time.
 
     And it lists all dtypes to find numpy's for one, a twelfth, and looks for overflows of integers by a dozen of its

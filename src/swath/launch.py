@@ -32,6 +32,11 @@ class TileLaunch:
     source: str
     resident: int = 2  # programs that run at once on a multiprocessor
 
+    @property
+    def options(self) -> dict[str, int]:
+        """As the compiler takes them."""
+        return {"num_warps": self.warps}
+
 
 UNMEASURED = "unmeasured, compiles"
 H200 = "H200, torch 2.11, Triton 3.6, 2026-11-21"

@@ -191,7 +191,7 @@ def add_splits(plan: Plan, problem: Problem, target: Target, steps: int, tuning:
     args |= {"least_tiles": least_tiles, "slice_tiles": slice_tiles}
     args |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": launch.stages}
     views = shared_views(problem, F)
-    plan.calls.append(KernelCall(split_kernel, owners * num_splits, args, {"num_warps": launch.warps}, views=views))
+    plan.calls.append(KernelCall(split_kernel, owners * num_splits, args, launch.options, views=views))
     if num_splits > 1:
         rows = owners * num_splits * tile_rows
         plan.scratch.add("partial", torch.float32, rows * F.head_dim)
@@ -235,8 +235,7 @@ def add_tiles(
     steps, slots = tile_slots(problem, block_m // pack)
     args |= {"steps": steps, "BLOCK_M": block_m, "PACK": pack, "BLOCK_N": launch.block_n, "STAGES": launch.stages}
     grid = slots * (F.kv_heads * F.group // pack)
-    options = {"num_warps": launch.warps}
-    plan.calls.append(KernelCall(tile_kernel, grid, args, options, sources, shared_views(problem, F)))
+    plan.calls.append(KernelCall(tile_kernel, grid, args, launch.options, sources, shared_views(problem, F)))
 
 
 def add_dequantise(plan: Plan, problem: Problem, target: Target, claimed: int) -> list[Part]:

@@ -149,7 +149,7 @@ def split_kernel(
     if CLEAR_FIRST:
         m, l, acc, acc_odd = attend_clear_first(
             state, page, query, keys, scales, band, cap_log2,
-            walk, cut.first, cut.end, begin, end, F, BLOCK_N, STAGES, LAZY=True,
+            walk, cut.first, cut.end, begin, end, F, BLOCK_N, STAGES,
         )  # fmt: skip
     else:
         m, l, acc, acc_odd = attend(

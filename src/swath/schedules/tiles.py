@@ -121,7 +121,7 @@ def tile_kernel(
     page = tile_pages(keys, band, walk, begin, F, BLOCK_N)
     m, l, acc, acc_odd = attend_clear_first(
         new_state(BLOCK_M, F), page, query, keys, scales, band, cap_log2,
-        walk, 0, walk.total, begin, end, F, BLOCK_N, STAGES, LAZY=False,
+        walk, 0, walk.total, begin, end, F, BLOCK_N, STAGES,
     )  # fmt: skip
     acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)
     at = row_offsets(b, step, token, member, out_seq, out_token, out_head, cu_q)

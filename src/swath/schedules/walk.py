@@ -199,17 +199,18 @@ def tile_pages(keys, band, walk, i, F: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def attend(
     state, page, rows, keys, scales, band, cap_log2, walk, first_tile, end_tile, skip, skipped,
-    F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, LAZY: tl.constexpr = False,
+    F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Rows over tiles ``first_tile .. end_tile - 1``; those from ``skip`` on stand ``skipped`` later in the list.
 
     ``page``: the ``tile_pages`` of the first one, which callers ask for before they wait for anything else.
     Without ``MASKED`` every row sees every key of these tiles, and their pages are live.
-    ``LAZY``: by ``lazy_step``, over pairs.
     """
     BY_ROW: tl.constexpr = F.unit_q and not F.softcap
     BLOCK_D: tl.constexpr = F.block_d
     m, l, acc, acc_odd = state
+    # Over pairs, where threads keep sums of their own: maxima are then all that warps exchange by row.
+    LAZY: tl.constexpr = F.pairs and len(l.shape) == 2
     n = tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)
     for i in tl.range(first_tile, end_tile, num_stages=STAGES):
@@ -239,13 +240,12 @@ def attend(
             p, m, l, acc, acc_odd = lazy_step(s, scale, m, l, acc, acc_odd, BY_ROW)
         else:
             p, m, l, alpha = step(s, scale, m, l, BY_ROW)
-        v = load_rows(keys.v, v_row, column, live_rows, not MASKED, F)
-        if F.v_fold == "token":
-            p *= v_scale[None, :]
-        if not LAZY:
             acc *= alpha[:, None]
             if F.pairs:
                 acc_odd *= alpha[:, None]
+        v = load_rows(keys.v, v_row, column, live_rows, not MASKED, F)
+        if F.v_fold == "token":
+            p *= v_scale[None, :]
         acc, acc_odd = accumulate(p, v, factor, acc, acc_odd, F)
     return m, l, acc, acc_odd
 
@@ -253,7 +253,7 @@ def attend(
 @triton.jit
 def attend_clear_first(
     state, page, rows, keys, scales, band, cap_log2, walk, first_tile, end_tile, begin, end,
-    F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, LAZY: tl.constexpr,
+    F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``attend`` over the ``clear_tiles`` ``begin .. end - 1`` first, then the others: the order of keys is free.
 
@@ -261,12 +261,12 @@ def attend_clear_first(
     """
     state = attend(
         state, page, rows, keys, scales, band, cap_log2,
-        walk, begin, end, end, 0, F, BLOCK_N, STAGES, MASKED=False, LAZY=LAZY,
+        walk, begin, end, end, 0, F, BLOCK_N, STAGES, MASKED=False,
     )  # fmt: skip
     page = tile_pages(keys, band, walk, tl.where(begin > first_tile, first_tile, end), F, BLOCK_N)
     return attend(
         state, page, rows, keys, scales, band, cap_log2,
-        walk, first_tile, end_tile - (end - begin), begin, end - begin, F, BLOCK_N, STAGES, MASKED=True, LAZY=LAZY,
+        walk, first_tile, end_tile - (end - begin), begin, end - begin, F, BLOCK_N, STAGES, MASKED=True,
     )  # fmt: skip
 
 
