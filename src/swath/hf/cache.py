@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, get_layer_types_and_kwargs
 
-from swath.cache import PagedKV, check_page_size
+from swath.cache import PagedKV
 from swath.errors import bad_value
 from swath.hf.attention import Scoring
 from swath.hf.masks import BandMask
@@ -18,6 +18,7 @@ from swath.hf.pages import Pages
 from swath.hf.settings import REGISTERED, WindowChoice, check_window_choice, window_of_layer
 from swath.ops.append import append_kv
 from swath.ops.paged import paged_attention
+from swath.pages import check_page_size
 from swath.quant import KVQuant, calibrate
 from swath.window import Window
 
