@@ -75,7 +75,7 @@ def memory_of(inputs: Inputs, impl: str) -> Memory:
     from swath.ops import paged as call
 
     problem = call.prepare(*inputs.args, **inputs.options)
-    backend = choose(call.OP, problem, impl)
+    backend = choose("attention", problem, impl)
     with Memory() as memory:
         backend.run(problem)
     return memory
