@@ -79,6 +79,32 @@ def test_keys_of_an_earlier_call_are_not_read_again() -> None:
         read()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_layers_on_several_devices(window: int | None) -> None:
+    """One table for both; a model may be spread over devices."""
+    ours = make("mistral" if window else "llama", "swath")
+    caches = [paged(ours, chunk=7) for _ in range(2)]
+    for length in (20, 1, 3):
+        x = torch.randn(2, 4, length, 8)
+        for layer_idx, device in enumerate(("cuda", "cpu")):
+            module, outs = ours.model.layers[layer_idx].self_attn, []
+            for cache, to in zip(caches, (device, "cpu"), strict=True):
+                key, value = cache.update(x[:, :2].to(to), x[:, 2:].to(to), layer_idx)
+                out, _ = attention_forward(Settings(), module, x.to(to), key, value, None, sliding_window=window)
+                outs.append(out.cpu())
+            assert error(*outs) < TOLERANCE
+
+
+def test_a_pass_goes_to_the_device_of_a_layer() -> None:
+    here, there = torch.device("cpu"), torch.device("meta")
+    (only,) = Pages(Window(), page_size=PAGE, chunk=16).extend(0, 5, [0, 2], here)
+    assert only.on(here) is only
+    moved = only.on(there)
+    assert {x.device for x in (moved.slot_mapping, moved.block_table, moved.seq_lens)} == {there}
+    assert moved.max_kv_len == only.max_kv_len == 5
+
+
 # What the pools take
 
 

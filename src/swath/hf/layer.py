@@ -105,7 +105,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             raise RuntimeError("lazy_initialization made no pool")
         q = query.transpose(1, 2)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for p in passes:
+        for p in (p.on(query.device) for p in passes):
             part = slice(p.start, p.stop)
             if self.new is not None:
                 k, v = (x[:, :, part].transpose(1, 2).flatten(0, 1) for x in self.new)

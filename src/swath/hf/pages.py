@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -34,6 +34,13 @@ class Pass:
     block_table: Tensor
     seq_lens: Tensor
     max_kv_len: int
+
+    def on(self, device: torch.device) -> Pass:
+        """The same pass for a layer on another device."""
+        if self.seq_lens.device == device:
+            return self
+        moved = {name: getattr(self, name).to(device) for name in ("slot_mapping", "block_table", "seq_lens")}
+        return replace(self, **moved)
 
 
 @dataclass
