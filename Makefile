@@ -11,8 +11,9 @@ SANITIZER ?= compute-sanitizer
 ARGS ?=
 
 # Kernels run in Triton's interpreter here: every option alone and in pairs, at small sizes.
-INTERPRETED := tests/test_operators.py tests/test_append.py tests/test_merge.py tests/test_dequantise.py \
-	tests/test_bench.py tests/test_bench_tune.py tests/test_sections.py
+INTERPRETED := tests/ops/test_operators.py tests/ops/test_append.py tests/ops/test_merge.py \
+	tests/backends/test_dequantise.py tests/backends/test_scheduler.py tests/bench/test_bench.py \
+	tests/bench/test_bench_tune.py
 # OpenMP threads that wait without spinning: with another busy process, torch's many small operations are far faster.
 CALM := OMP_WAIT_POLICY=PASSIVE
 
@@ -51,7 +52,7 @@ test-gpu: ## run the kernels' tests on the GPU with the installed Python, instal
 # Another Triton lies beside the environment's and comes before it on the path.
 test-triton: $(DEV_STAMP) $(VENV)/triton-$(OTHER_TRITON) ## test the kernels under another Triton (OTHER_TRITON=3.9.0)
 	$(WITH_OTHER) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -k triton $(INTERPRETED) $(ARGS)
-	$(WITH_OTHER) $(BIN)/python -m pytest tests/test_compile.py -k sm_90 $(ARGS)
+	$(WITH_OTHER) $(BIN)/python -m pytest tests/backends/test_compile.py -k sm_90 $(ARGS)
 
 # Without torch's caching allocator each tensor is an allocation of its own, which memcheck knows the bounds of. Failed
 # CUDA calls do not count: torch makes some on purpose, to ask whether there is a context.
@@ -61,10 +62,10 @@ memcheck: ## look for stray accesses on the GPU: a small sweep under compute-san
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("memcheck needs a GPU that torch can use")'
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src $(SANITIZER) --tool memcheck --error-exitcode 1 \
 	  --target-processes application-only --report-api-errors no \
-	  $(PYTHON) -m pytest tests/test_memcheck.py -k gpu $(ARGS)
+	  $(PYTHON) -m pytest tests/backends/test_memcheck.py -k gpu $(ARGS)
 
 compile-all: $(DEV_STAMP) ## compile every kernel variant for every GPU target (no GPU needed; long)
-	PYTHONPATH=src $(BIN)/python -m pytest tests/test_compile.py --all-variants $(ARGS)
+	PYTHONPATH=src $(BIN)/python -m pytest tests/backends/test_compile.py --all-variants $(ARGS)
 
 lint: $(DEV_STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

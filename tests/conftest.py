@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,27 @@ import torch
 
 import swath
 from swath import dispatch, target
+from swath.backends.triton.tuning import UNTUNED, Tuning
 from swath.bench.clock import CpuClock
+from swath.problem import Problem
+from swath.target import Target
 from swath.testing import Case, Inputs, make
 
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("steady")
 
-OPS = ("paged", "attention", "append", "merge")
-"""Folders of swath.ops that have backends."""
+OPS = ("attention", "append", "merge")
+"""Operators that have backends, by the names of their modules."""
 
 
 def impls(op: str) -> list[str]:
     """Backends of an op that exist; a file that appears in its folder joins by itself."""
-    return [name for name in reversed(dispatch.BACKENDS) if find_spec(f"swath.ops.{op}.{name}")]
+    return [name for name in reversed(dispatch.BACKENDS) if find_spec(f"swath.backends.{name}.{op}")]
+
+
+def plan_for(backend: str, problem: Problem, target: Target, tuning: Tuning = UNTUNED) -> Any:
+    """The launches of a call by a backend that has kernels, on a target that need not be here."""
+    return import_module(f"swath.backends.{backend}.attention").runner.plan_for(problem, target, tuning)
 
 
 PORTABLE = ("reference", "cpu")
@@ -119,7 +128,7 @@ def hasten_triton_interpreter() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=impls("paged"))
+@pytest.fixture(params=impls("attention"))
 def impl(request: pytest.FixtureRequest) -> str:
     """The name of a backend: of paged attention, unless a test file says otherwise."""
     name: str = request.param

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from swath.cache import page_count, pages_holding
+from swath.pages import page_count, pages_holding
 from swath.quant import KVQuant
 from swath.window import Window
 

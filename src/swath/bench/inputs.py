@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from swath.bench.case import DTYPES, BenchCase, Lengths
-from swath.cache import PagedKeys, PagedKV, PageTable
+from swath.cache import PagedKeys, PagedKV
+from swath.pages import PageTable
 from swath.quant import LARGEST
 from swath.testing.inputs import OfEitherKeys
 from swath.window import Window

@@ -14,7 +14,7 @@ from swath.bench.case import DECODES, BenchCase, Groups, work_of
 from swath.bench.cases import BY_NAME, CASES
 from swath.bench.judge import by_case, is_baseline, is_ours
 from swath.bench.results import Row, conditions
-from swath.palette import FAINT, INK, MUTED, TONES
+from swath.cli.palette import FAINT, INK, MUTED, TONES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,6 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
+from swath.backends.hopper import attention as hopper
+from swath.backends.hopper.heuristics import HopperLaunch, box_rows
+from swath.backends.triton import attention as triton
+from swath.backends.triton.features import Features
+from swath.backends.triton.heuristics import TileLaunch, fitting, is_short, is_short_run, split_launch, tile_launch
+from swath.backends.triton.plan import operands_of
+from swath.backends.triton.runtime import KernelCall, Plan
+from swath.backends.triton.tuning import Tuning
 from swath.bench.case import BenchCase
 from swath.bench.clock import CpuClock
 from swath.bench.inputs import Inputs, make_inputs
@@ -20,18 +28,14 @@ from swath.bench.providers import Provider
 from swath.bench.providers.own import GPU_BACKENDS, call_of
 from swath.bench.results import Row
 from swath.bench.run import Progress, measure_case
-from swath.features import Features
-from swath.launch import TileLaunch, fitting, is_short, is_short_run, split_launch, tile_launch
-from swath.launch_hopper import HopperLaunch, box_rows
+from swath.ops.explain import explain, prepare
 from swath.problem import Problem
-from swath.schedules.kernels import operands_of, plan_of
-from swath.schedules.launcher import KernelCall, Plan
 from swath.target import Target, on_device, target_of
-from swath.tooling import explain, prepare
-from swath.tuning import Tuning
 
 KERNELS = {"splits": "split_kernel", "tiles": "tile_kernel", "hopper": "hopper_tile_kernel"}
 """Schedules and the kernel that each of them launches."""
+RUNNERS = {"triton": triton.runner, "hopper": hopper.runner}
+"""Plans of the backends whose rows are tuned."""
 MOST_CHANGES = 2
 """Fields in which a row may differ from the present one: some only pay together."""
 MOST_RESIDENT = 16
@@ -82,7 +86,7 @@ class Present:
 
     def launches(self, tuning: Tuning) -> str:
         """What the call launches then, in words."""
-        return str(plan_of(self.problem, self.target, self.tiles, tuning))
+        return str(RUNNERS[self.tiles].plan_for(self.problem, self.target, tuning))
 
 
 def candidates_of(problem: Problem, target: Target, schedule: str, tiles: str, source: str) -> list[Candidate]:
@@ -91,7 +95,7 @@ def candidates_of(problem: Problem, target: Target, schedule: str, tiles: str, s
     Raises:
         NotImplementedError: the call does not use the schedule.
     """
-    call = _call(plan_of(problem, target, tiles), schedule)
+    call = _call(RUNNERS[tiles].plan_for(problem, target), schedule)
     if call is None:
         raise NotImplementedError(f"launches no {schedule}")
     return list(_AROUND[schedule](Present(problem, target, tiles, call, source)))
@@ -251,7 +255,7 @@ def _todo(inputs: Inputs, schedule: str | None, source: str) -> list[tuple[str, 
     if reason is not None:
         raise NotImplementedError(reason)
     target = target_of(problem.q.device)
-    plan = plan_of(problem, target, tiles)
+    plan = RUNNERS[tiles].plan_for(problem, target)
     names = [schedule] if schedule else [name for name in KERNELS if _call(plan, name) is not None]
     return [(name, tiles, candidates_of(problem, target, name, tiles, source)) for name in names]
 
@@ -262,7 +266,7 @@ def _provider(candidate: Candidate, tiles: str) -> Provider:
     def planned(inputs: Inputs) -> Plan:
         function, args, options = call_of(inputs)
         problem = prepare(function, *args, **options)
-        return plan_of(problem, target_of(problem.q.device), tiles, candidate.tuning)
+        return RUNNERS[tiles].plan_for(problem, target_of(problem.q.device), candidate.tuning)
 
     def ready(inputs: Inputs) -> Callable[[], Tensor]:
         if candidate.cut:

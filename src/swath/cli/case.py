@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swath.cache import PagedKV, page_count
+from swath.cache import PagedKV
+from swath.pages import page_count
 from swath.quant import KVQuant, calibrate
 from swath.window import Window
 
@@ -43,7 +44,7 @@ class Case:
         return "decode" if self.q_len == 1 else "n-step decode" if self.q_len <= MAX_STEPS else "chunked prefill"
 
     def arguments(self, op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments for the public function ``op``, one of ``tooling.OPS``."""
+        """Positional and keyword arguments for the public function ``op``, one of ``explain.OPS``."""
         build = {
             "attention": self._attention,
             "paged_attention": self._paged_attention,

@@ -19,8 +19,8 @@ from swath.bench.results import version_of
 from swath.cli.case import Case
 from swath.cli.output import NAME_WIDTH, console, print_rows
 from swath.dispatch import BACKENDS
+from swath.ops.explain import OPS
 from swath.target import interpreting, target_of
-from swath.tooling import OPS
 from swath.window import Window
 
 PACKAGES = ("torch", "triton", "transformers")

@@ -11,13 +11,13 @@ from rich.console import Console
 import swath
 from swath.checks import check_choice
 from swath.cli.case import Case
+from swath.cli.draw import spelled
 from swath.cli.options import Causal, GlobalTokens, WindowSize
 from swath.cli.output import console, fail, one_line_errors, print_rows
 from swath.dispatch import Explanation
-from swath.draw import spelled
 from swath.errors import bad_value
+from swath.ops.explain import OPS
 from swath.quant import KVQuant
-from swath.tooling import OPS
 from swath.window import Window
 
 DTYPES = {

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from swath.draw import Cell, Picture, spelled, stride_for
-from swath.palette import FAINT, INK, MUTED
+from swath.cli.draw import Cell, Picture, spelled, stride_for
+from swath.cli.palette import FAINT, INK, MUTED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,11 +8,11 @@ from typing import Annotated, cast
 
 import typer
 
+from swath.cli.draw import picture, spelled
 from swath.cli.figure import save
 from swath.cli.options import Causal, GlobalTokens, WindowSize
 from swath.cli.output import console, fail, one_line_errors
 from swath.cli.terminal import facts, grid
-from swath.draw import picture, spelled
 from swath.errors import bad_value
 from swath.window import Window
 
@@ -63,12 +63,12 @@ def show(
 
 
 def _window(size: int | None, global_tokens: int, causal: bool, flash: str | None, mojo: str | None) -> Window:
-    own = size is not None or global_tokens != 0 or not causal
+    own = size is not None or global_tokens != 0 or (not causal and flash is None)
     if (flash is not None) + (mojo is not None) + own > 1:
         raise bad_value("window", "one of --flash, --mojo, or swath's own options", "more than one")
     if flash is not None:
         left, right = _pair("flash", flash, "L,R: two integers, such as 127,0", allow_none=False)
-        return Window.from_flash(cast(int, left), cast(int, right))
+        return Window.from_flash(cast(int, left), cast(int, right), causal=causal)
     if mojo is not None:
         return Window.from_mojo(*_pair("mojo", mojo, "W,G: integers or 'none', such as 127,4", allow_none=True))
     return Window(size, global_tokens=global_tokens, causal=causal)
@@ -84,7 +84,7 @@ def _pair(name: str, text: str, wanted: str, allow_none: bool) -> tuple[int | No
 
 def _title(window: Window, flash: str | None, mojo: str | None) -> str:
     if flash is not None:
-        return f"FlashAttention's window_size {flash} is {spelled(window)}"
+        return f"FlashAttention's window_size {flash} with causal={window.causal} is {spelled(window)}"
     if mojo is not None:
         return f"mojo_opset's windows {mojo} are {spelled(window)}"
     return spelled(window)

@@ -6,9 +6,9 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from swath.cli.palette import FAINT, INK, MUTED, TONES
 from swath.demo.measure import Row
 from swath.demo.report import MIB, Report, caption
-from swath.palette import FAINT, INK, MUTED, TONES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
-from swath.cache import check_page_size
 from swath.errors import bad_type, bad_value
 from swath.hf.layer import ON_THE_HOST, PagedLayer
 from swath.hf.pages import Pages
 from swath.hf.settings import REGISTERED, WindowChoice, check_window_choice, window_of_layer
+from swath.pages import check_page_size
 from swath.quant import KVQuant
 from swath.window import Window
 

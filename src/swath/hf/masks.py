@@ -196,7 +196,7 @@ def window_of(mask_function: Callable[..., Any]) -> Window | None:
         (
             sliding_window_bidirectional_mask_function,
             sliding_window_bidirectional_overlay,
-            lambda size: Window.from_flash(size, size),
+            lambda size: Window.from_flash(size, size, causal=False),
         ),
     ):
         ours, theirs = _parts(build(1)), _parts(mask_function)

@@ -10,10 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from swath.cache import page_count, pages_holding, pages_within
 from swath.errors import bad_value
 from swath.hf.pools import Pools
 from swath.ops.slots import slots
+from swath.pages import page_count, pages_holding, pages_within
 from swath.window import Window
 
 FREED = -1

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from swath.cache import PagedKV
 from swath.ops.attention import attention
+from swath.ops.explain import explain
 from swath.ops.paged import paged_attention
 from swath.testing import budget, oracle
 from swath.testing.cases import Case
 from swath.testing.oracle import Truth
-from swath.tooling import explain
 from swath.window import Window
 
 SENTINEL = -7.25

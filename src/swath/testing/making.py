@@ -8,7 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from swath.cache import PagedKV, page_count
+from swath.cache import PagedKV
+from swath.pages import page_count
 from swath.quant import LARGEST, quantise, spread, token_scale
 from swath.testing.cases import Case
 from swath.testing.inputs import Inputs

@@ -13,9 +13,9 @@ from swath.bench.inputs import Inputs
 from swath.bench.providers.provider import Provider
 from swath.dispatch import backends
 from swath.ops.attention import attention
+from swath.ops.explain import explain
 from swath.ops.paged import paged_attention
 from swath.target import interpreting
-from swath.tooling import explain
 
 GPU_BACKENDS = ("hopper", "triton")
 
@@ -40,9 +40,8 @@ def _launch(impl: str, inputs: Inputs) -> str:
     return explain(function, *args, **options, impl=impl).launch
 
 
-def _why_not(impl: str, case: BenchCase) -> str | None:
-    op = "attention" if case.page_size == 0 else "paged"
-    return None if impl in backends(op) else f"has no {op}"
+def _why_not(_case: BenchCase) -> None:
+    """Every backend has attention, dense and paged; what else it lacks, ``_prepare`` finds out."""
 
 
 def _prepare(impl: str, inputs: Inputs) -> Callable[[], Tensor]:
@@ -62,12 +61,12 @@ def _devices(name: str) -> tuple[str, ...]:
 PROVIDERS = tuple(
     Provider(
         f"swath-{name}",
-        partial(_why_not, name),
+        _why_not,
         partial(_prepare, name),
         module="triton" if name in GPU_BACKENDS else None,
         devices=_devices(name),
         launch=partial(_launch, name),
     )
-    for name in backends("paged")
+    for name in backends("attention")
     if name != "reference"
 )

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from swath.backends.triton.features import FUSED
 from swath.bench.case import BenchCase
 from swath.bench.inputs import Inputs
 from swath.bench.providers.provider import Provider, first_of
-from swath.features import FUSED
 from swath.target import interpreting
 
 BLOCK_N, WARPS = 32, 4

@@ -1,0 +1,93 @@
+"""What a call looks like: everything about its arguments but the contents of tensors.
+
+Checks read nothing else, and nothing else decides which kernels are launched and how. So what one call found out holds
+for every later call that looks the same, and is remembered under the signature: an eager decode step would spend more
+time on finding it out again than the GPU spends on attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from swath.cache import PagedKV
+from swath.pages import PageTable
+from swath.window import Window
+
+ALIGNMENT = 16
+"""Bytes: compilers specialise kernels for pointers that are multiples of it."""
+MOST_SIGNATURES = 1024
+BOUND_STEP = 64
+VALUES = (int, float, bool, str)
+"""Types of arguments that count by their values. They count with their types: 1, 1.0 and True are equal to Python."""
+
+V = TypeVar("V")
+Signature = tuple[object, ...]
+
+
+def signature_of(operands: tuple[object, ...], options: dict[str, Any]) -> Signature:
+    """The signature of a call: tensors by dtype, shape, strides, device and so on, numbers and words as they are.
+
+    Arguments of any type are taken, since wrong ones are for the checks to name. What is no key, such as a list, makes
+    a signature that cannot be hashed.
+    """
+    looks: list[object] = [torch.is_grad_enabled()]
+    for x in operands:
+        if type(x) is Tensor or type(x) is Parameter:  # no function of its own: calls cost too
+            looks.append((x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % ALIGNMENT, x.requires_grad))
+        else:
+            looks.append(_look(x))
+    for name, x in options.items():
+        looks.append(name)
+        if type(x) is Tensor or type(x) is Parameter:
+            looks.append((x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % ALIGNMENT, x.requires_grad))
+        else:
+            looks.append(_look(coarse(x) if name == "max_kv_len" else x))
+    return tuple(looks)
+
+
+def _look(x: object) -> object:
+    if x is None:
+        return None
+    if type(x) in VALUES:
+        return type(x), x
+    if isinstance(x, PagedKV):
+        return PagedKV, signature_of(x.tensors, {})
+    if isinstance(x, Window):
+        g = x.global_tokens
+        return type(x), x.size, x.causal, x.max_global_tokens, g if isinstance(g, int) else signature_of((g,), {})
+    if isinstance(x, PageTable):
+        return PageTable, signature_of((x.entries, x.indptr), {})
+    if isinstance(x, (tuple, list)):
+        return type(x), signature_of(tuple(x), {})
+    return [x]  # not a key: what else decides about an unknown type, or a subclass of Tensor, is not known
+
+
+def coarse(bound: Any) -> Any:
+    """A host bound rounded up, so that growing sequences keep their signature for a while: any true bound will do."""
+    return -(-bound // BOUND_STEP) * BOUND_STEP if type(bound) is int and bound > 0 else bound
+
+
+class Memory(Generic[V]):
+    """What checks found out about calls, by signature; all is forgotten beyond ``MOST_SIGNATURES`` of them."""
+
+    def __init__(self) -> None:
+        self._known: dict[Signature, V] = {}
+
+    def recall(self, check: Callable[..., V], operands: tuple[object, ...], options: dict[str, Any]) -> V:
+        """What ``check(*operands, **options)`` returned for such a call, or returns now for one not met before."""
+        signature = signature_of(operands, options)
+        try:
+            found = self._known.get(signature)
+        except TypeError:  # no key
+            return check(*operands, **options)
+        if found is None:
+            found = check(*operands, **options)
+            if len(self._known) >= MOST_SIGNATURES:
+                self._known.clear()
+            self._known[signature] = found
+        return found
