@@ -26,7 +26,7 @@ QUANTS = {
 }
 """Storage by name, all with one scale per token and head."""
 
-AFTER_FAILURE = "a cache whose layers hold the same tokens; crop or reset it after a call that failed"
+AFTER_FAILURE = "a cache of this model, all layers with the same tokens; crop or reset it after a call that failed"
 
 
 class PagedCache(Cache):  # type: ignore[misc]
