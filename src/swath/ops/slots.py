@@ -39,7 +39,7 @@ def slots(
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
     """
-    if not must_dispatch(seq_lens):
+    if not must_dispatch((seq_lens,)):
         return _slots(block_table, seq_lens, page_size, num_tokens, cu_seqlens_q)
     placed: Tensor = SLOTS(
         block_table=block_table, seq_lens=seq_lens, page_size=page_size, num_tokens=num_tokens,

@@ -1,4 +1,4 @@
-"""Launch rows: tile shapes and pipelines of Triton's kernels, and how they are cut to a GPU's shared memory."""
+"""The launch rows of Triton's kernels, and how they are cut to the shared memory of a GPU."""
 
 from __future__ import annotations
 

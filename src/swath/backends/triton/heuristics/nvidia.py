@@ -1,4 +1,4 @@
-"""Launch rows for NVIDIA's GPUs. Those that were measured were so on an H200; other GPUs take them as they are."""
+"""Launch rows for NVIDIA's GPUs, measured on an H200 where they say so; other GPUs take the same rows."""
 
 from __future__ import annotations
 
