@@ -32,6 +32,7 @@ def compare(
     from rich.table import Table
 
     from swath.bench.compare import changes
+    from swath.bench.units import in_words
 
     with one_line_errors():
         found = changes(_read(before), _read(after))
@@ -40,12 +41,13 @@ def compare(
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("case")
     table.add_column("provider")
-    for name in ("before us", "after us", "ratio", ""):
+    for name in ("before", "after", "ratio", ""):
         table.add_column(name, justify="right")
     for change in found:
         style = "red" if change.loses(threshold) else {"faster": "green", "same": "dim"}.get(change.verdict)
-        after_us, ratio = ("", "") if change.ratio is None else (f"{change.after_us:.1f}", f"{change.ratio:.3f}")
-        figures = (f"{change.before_us:.1f}", after_us, ratio, change.verdict)
+        now = "" if change.after_us is None else in_words(change.after_us)
+        ratio = "" if change.ratio is None else f"{change.ratio:.3f}"
+        figures = (in_words(change.before_us), now, ratio, change.verdict)
         table.add_row(change.case, change.provider, *figures, style=style)
     console().print(table)
     lost = [change for change in found if change.loses(threshold)]

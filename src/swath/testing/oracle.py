@@ -163,6 +163,9 @@ def _sequence(
 ) -> Truth:  # fmt: skip
     """Rows q [R, Hq, D] of one sequence, of whose keys row i sees those where seen[i]."""
     stored, v, unit = keys
+    if not len(rows):  # of many sequences most, where few rows are asked for
+        nothing, number = q.new_empty(q.shape), q.new_empty(q.shape[:2])
+        return Truth(rows, nothing, number, number[:, :1], nothing, number, number, number, number, nothing)
     k, num_q_heads = stored * unit, q.shape[1]
     largest_unit = unit.abs().amax(0).expand(num_kv_heads, -1) if unit.numel() else unit.new_ones(num_kv_heads, 1)
     columns: list[tuple[Tensor, ...]] = []
