@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +29,8 @@ MARKERS = "osD^vP*X"
 _KINDS = {"decode": DECODES, "prefill": ("prefill", "mixed")}
 
 
-def save_all(rows: Iterable[Row], folder: Path, prefix: str = "bench") -> list[Path]:
-    """Write every plot for which there are rows, each as PNG and SVG; the same rows give the same bytes."""
+def draw_all(rows: Iterable[Row], prefix: str = "bench") -> dict[str, bytes]:
+    """Every plot for which there are rows, by the name of its file, PNG and SVG; the same rows give the same bytes."""
     import matplotlib as mpl
 
     known = [row for row in timed(rows) if row.case in BY_NAME]
@@ -41,14 +41,14 @@ def save_all(rows: Iterable[Row], folder: Path, prefix: str = "bench") -> list[P
         drawn[f"context-{kind}"] = _sweep(mine, "context", _context, kind)
         drawn[f"window-{kind}"] = _sweep(mine, "window", lambda case: case.size or 0, kind)
     drawn["cache"] = _cache(known)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    files = {}
     with mpl.rc_context({"svg.hashsalt": "swath", "font.family": "DejaVu Sans"}):
         for name, figure in drawn.items():
             for form in ("png", "svg") if figure is not None else ():
-                paths.append(folder / f"{prefix}-{name}.{form}")
-                figure.savefig(paths[-1], dpi=160, metadata={"Date": None} if form == "svg" else None)  # type: ignore[union-attr]
-    return paths
+                data = io.BytesIO()
+                figure.savefig(data, format=form, dpi=160, metadata={"Date": None} if form == "svg" else None)  # type: ignore[union-attr]
+                files[f"{prefix}-{name}.{form}"] = data.getvalue()
+    return files
 
 
 def _context(case: BenchCase) -> int:

@@ -21,7 +21,7 @@ from swath.testing.cases import DTYPES as NAMED
 
 DTYPES = NAMED | {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 MAX_LENGTH, MAX_BATCH = 2**31 - 1, 1 << 20
-"""Lengths are int32; a larger batch is nothing that a server has."""
+"""Positions are int32; a larger batch is nothing that a server has."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,12 @@ def made_up(batch: int, q_len: int, kv_len: int, q_heads: int, kv_heads: int, **
     Raises:
         ValueError: naming what is too large, or heads that do not divide.
     """
-    for name, value, most in (
-        ("batch", batch, MAX_BATCH),
-        ("q_len", q_len, MAX_LENGTH),
-        ("kv_len", kv_len, MAX_LENGTH),
-    ):
-        if value > most:
-            raise bad_value(name, f"at most {most}", value)
+    counts = {"batch": batch, "q_len": q_len, "kv_len": kv_len, "q_heads": q_heads, "kv_heads": kv_heads}
+    counts |= {name: others[name] for name in ("head_dim", "page_size") if name in others}
+    for name, count in counts.items():
+        most = MAX_BATCH if name == "batch" else MAX_LENGTH
+        if count > most:
+            raise bad_value(name, f"at most {most}", count)
     if q_heads % kv_heads:
         raise bad_value("q_heads", f"a multiple of the {kv_heads} kv heads", q_heads)
     return case_of(batch, q_len, kv_len, num_kv_heads=kv_heads, group=q_heads // kv_heads, **others)
@@ -86,10 +85,7 @@ def ask(op: str, case: Case, device: str | None, target: str | None) -> Answer:
     check_choice("op", op, OPS)
     if target is None:
         where = _device(device)
-        try:
-            args, options = arguments(op, case, where)
-        except RuntimeError as error:  # how torch says that memory is short
-            raise bad_value("memory", "room for the tensors of this call", str(error).splitlines()[0]) from error
+        args, options = _tensors(op, case, where)
         name = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
         return Answer(_describe(op, case) | {"device": name}, explain(op, *args, **options))
     if device is not None:
@@ -97,10 +93,17 @@ def ask(op: str, case: Case, device: str | None, target: str | None) -> Answer:
     check_choice("target", target, tuple(GPUS))
     num_sms, names = GPUS[target]
     with interpreting(False), cuda_is(Target(target, num_sms)), without_data():
-        args, options = arguments(op, case, torch.device("cuda", 0))
+        args, options = _tensors(op, case, torch.device("cuda", 0))
         said = explain(op, *args, **options)
-    device_name = f"{target} with {num_sms} multiprocessors ({names}), which need not be here"
+    device_name = f"{target} ({names}: {num_sms} multiprocessors), as if it were here"
     return Answer(_describe(op, case) | {"device": device_name}, said)
+
+
+def _tensors(op: str, case: Case, where: torch.device) -> tuple[list[Any], dict[str, Any]]:
+    try:
+        return arguments(op, case, where)
+    except RuntimeError as error:  # how torch says that memory is short, or a number too large
+        raise bad_value("call", "tensors that torch can make here", str(error).splitlines()[0]) from error
 
 
 def _device(name: str | None) -> torch.device:

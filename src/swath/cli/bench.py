@@ -78,11 +78,9 @@ def run(
         float | None, typer.Option(min=0, metavar="SECONDS", help="Begin no case that may not end within this.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", dir_okay=False, show_default="swath-bench.jsonl", help="Append here.")
+        Path | None, typer.Option(metavar="FILE", show_default="swath-bench.jsonl", help="Append here.")
     ] = None,
-    resume: Annotated[
-        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Append here, without the cases it has.")
-    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="FILE", help="Append here, without the cases it has.")] = None,
     device: Device = None,
     commit: Annotated[
         str | None, typer.Option(envvar="SWATH_COMMIT", help="The commit, where git does not tell.")
@@ -104,8 +102,8 @@ def run(
         tags = (*(tag or ()), *(("quick",) if quick else ()))
         todo = _cases(match, op, tags, where)
         present = _present(provider, without, where, quick, out)
-        if resume is not None:
-            todo = _unfinished(todo, path, origin)
+        todo = _unfinished(todo, path, origin) if resume is not None else todo
+        _check_output(path)
     limit = QUICK_SECONDS if quick and budget is None else budget
     session = Session(path, origin, limit, len(todo))
     session.measure(todo, present, where, rounds or (QUICK_ROUNDS if quick else ROUNDS))
@@ -141,6 +139,15 @@ def _unfinished(cases: tuple[BenchCase, ...], path: Path, origin: Origin) -> tup
 
     finished = done(path, origin)
     return tuple(case for case in cases if case.name not in finished)
+
+
+def _check_output(path: Path) -> None:
+    """That rows can be appended, before anything is measured: it is a file of results, or none yet."""
+    from swath.bench.results import append, read
+
+    if path.exists():
+        read(path)
+    append(path, ())
 
 
 def _present(

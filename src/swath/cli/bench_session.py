@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from swath.cli.output import console, fail
+from swath.cli.output import console, fail, one_line_errors
 
 if TYPE_CHECKING:
     from swath.bench.case import BenchCase
@@ -70,7 +70,8 @@ class Session:
         from swath.bench.results import append
         from swath.bench.table import case_table, ceilings, title, unsteady, untimed
 
-        append(self.path, rows)
+        with one_line_errors((OSError,)):
+            append(self.path, rows)
         self.kept += 1
         self.rows += rows
         self.out.print(title(rows[0]))

@@ -42,6 +42,7 @@ class Demo:
             ValueError, OSError: a model, a text or the output directory cannot be used.
         """
         s = self.settings
+        s.output.mkdir(parents=True, exist_ok=True)
         loaded = self._load()
         _check_context(loaded.model.config, s.budget.tokens + s.budget.decode_steps + 1)
         text = texts.topics(loaded.tokenizer) if s.text is None else texts.from_file(loaded.tokenizer, s.text)
