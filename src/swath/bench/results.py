@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from datetime import date
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -213,12 +212,13 @@ def _parsed(text: str) -> Any:
         return None
 
 
+HINTS: dict[Any, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Origin, Row, Timed)}
 T = TypeVar("T")
 
 
 def _made(kind: type[T], found: dict[str, Any], where: str) -> T:
     """An instance of a dataclass whose fields are checked one by one."""
-    hints = _hints(kind)
+    hints = HINTS[kind]
     values = {name: found.get(name) for name in hints}
     for name, hint in hints.items():
         wanted = _unlike(name, values[name], hint)
@@ -226,11 +226,6 @@ def _made(kind: type[T], found: dict[str, Any], where: str) -> T:
             came = repr(values[name])[:40] if name in found else "nothing"
             raise bad_value(f"{where}, {name}", wanted, came)
     return kind(**values)
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def _unlike(name: str, value: Any, hint: Any) -> str | None:
