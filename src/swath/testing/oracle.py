@@ -174,7 +174,7 @@ def _sequence(
         logit = None if sink is None else sink[h].double()
         one = _head(q[:, h], k[:, kv], v[:, kv], seen, scale, softcap, logit)
         q_largest = (q[:, h] * largest_unit[kv]).abs().amax(-1)
-        coarse = scale * q_largest * _masked_max(stored[:, kv].norm(dim=-1).expand_as(seen), seen)
+        coarse = abs(scale) * q_largest * _masked_max(stored[:, kv].norm(dim=-1).expand_as(seen), seen)
         columns.append((*one, coarse))
     out, lse, quadrature, noise, size, peak, v_norm, coarse = (torch.stack(c, 1) for c in zip(*columns, strict=True))
     return Truth(rows, out, lse, seen.sum(1, keepdim=True).double(), quadrature, noise, coarse, size, peak, v_norm)
