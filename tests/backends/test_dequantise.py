@@ -11,8 +11,8 @@ import torch
 
 from conftest import plan_for
 from swath import KVQuant, target
-from swath.backends.triton import heuristics as launch
-from swath.backends.triton.heuristics import MAX_STEPS
+from swath.backends.triton.heuristics import dequantise as launch
+from swath.backends.triton.heuristics.splits import MAX_STEPS
 from swath.cache import PagedKeys
 from swath.ops import explain as tooling
 from swath.ops import paged as paged_call
@@ -72,7 +72,7 @@ def test_sequences_beyond_the_scratch(
 @on_gpu_backends
 def test_each_launch_takes_its_own(rows: int, prepare: Prepare, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever takes a sequence of another would write the right rows all the same, and take longer."""
-    from swath.backends.triton.plan import operands_of
+    from swath.backends.triton.arguments import operands_of
 
     problem = leave_room(prepare(MIXED), rows, monkeypatch)
     plan = plan_for(impl, problem, target.target_of(problem.q.device))
@@ -94,7 +94,7 @@ def test_each_launch_takes_its_own(rows: int, prepare: Prepare, impl: str, monke
 @pytest.mark.parametrize("impl", ["triton"], indirect=True)
 def test_sequences_are_ranked_among_hundreds(prepare: Prepare, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """256 are looked at together. The long ones are the first of all, the last and first beside that edge, the last."""
-    from swath.backends.triton.plan import operands_of
+    from swath.backends.triton.arguments import operands_of
 
     long = (0, 255, 256, 299)
     kv_lens, q_lens = zip(*((70, 70) if b in long else (5, 1) for b in range(300)), strict=True)

@@ -1,4 +1,4 @@
-"""``swath bench tune``: search rows for the tables of launch.py and launch_hopper.py on this GPU."""
+"""``swath bench tune``: search rows for the tables of launches on this GPU."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def tune(
     schedule: Schedule = None,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Interleaved rounds.")] = 3,
 ) -> None:
-    """Search launch rows around the present ones on this GPU, and print lines to paste into launch.py.
+    """Search launch rows around the present ones on this GPU, and print lines to paste.
 
-    Those of tiles on Hopper belong into launch_hopper.py.
+    They belong into nvidia.py or amd.py of backends/triton/heuristics, those of tiles on Hopper into
+    backends/hopper/heuristics.py.
 
     Rows that differ in up to two fields are checked and timed as by run; those that cannot be launched say why.
     """
