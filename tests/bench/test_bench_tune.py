@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton", reason="rows are of kernels in Triton")
 pytest.importorskip("typer", reason="the command line needs the extra 'bench'")
 
+from bench_rows import timed_row
 from compile_variants import OPTIONS, problem_of
 from typer.testing import CliRunner
 
@@ -24,6 +25,8 @@ from swath.backends.triton.work import Work
 from swath.bench import cases, tune
 from swath.bench.case import BenchCase, Groups
 from swath.bench.clock import GpuClock
+from swath.bench.machine import describe
+from swath.bench.results import Origin, Row, Timed, timed
 from swath.bench.tune import Candidate, Search, candidates_of, search_case, source_of
 from swath.cli import app
 from swath.problem import Problem
@@ -31,6 +34,7 @@ from swath.target import Target, interpreting
 
 H200 = Target("sm_90", 132)
 SOURCE = "A GPU, torch 2"
+ORIGIN = describe(torch.device("cpu"), "abc", "swath bench tune")
 CALLS = {
     "splits": ({"queries": "decode"}, "triton"),
     "tiles": ({"queries": "dense"}, "triton"),
@@ -177,22 +181,24 @@ def test_a_schedule_that_a_call_does_not_use() -> None:
 
 
 def test_the_source_is_as_in_the_tables() -> None:
-    machine = dict(gpu="NVIDIA H200", torch="2.11.0+cu130", triton="3.6.0", date="2026-11-22")
-    assert source_of(machine) == "H200, torch 2.11, Triton 3.6, 2026-11-22"
+    origin = replace(ORIGIN, gpu="NVIDIA H200", torch="2.11.0+cu130", triton="3.6.0", date="2026-11-22")
+    assert source_of(origin) == "H200, torch 2.11, Triton 3.6, 2026-11-22"
 
 
-SMALL = BenchCase("small", "decode", Groups(((1, 1, 90),)), 2, 1, 64, storage="f32", dtype="f32", window=50, leading=3)
+SMALL = BenchCase(
+    name="small", op="decode", draw=Groups(((1, 1, 90),)), num_kv_heads=1, dtype=torch.float32, size=50, global_tokens=3
+)  # fmt: skip
 SEARCHED = {
     "splits": SMALL,
     "tiles": replace(SMALL, op="prefill", draw=Groups(((1, 20, 40),))),
-    "hopper": replace(SMALL, op="prefill", draw=Groups(((1, 300, 700),)), storage="bf16", dtype="bf16"),
+    "hopper": replace(SMALL, op="prefill", draw=Groups(((1, 300, 700),)), dtype=torch.bfloat16),
 }
 
 
 def search(schedule: str) -> Search:
     """Over rows with one change, on the GPU or else in the interpreter."""
     clock = GpuClock() if torch.cuda.is_available() else SmallClock()
-    (only,) = search_case(SEARCHED[schedule], schedule, SOURCE, clock, 1, lambda _text: None)
+    (only,) = search_case(SEARCHED[schedule], schedule, ORIGIN, clock, 1, lambda _text: None)
     return only
 
 
@@ -204,29 +210,29 @@ def test_triton_rows_pass_the_gate_or_say_why_not(schedule: str, monkeypatch: py
         pytest.skip("needs sm_90")
     monkeypatch.setattr(tune, "MOST_CHANGES", 1)
     result = search(schedule)
-    assert {row["status"] for row in result.rows} <= {"ok", "unable", "failed"}, "no right launch is refused"
-    assert result.rows[0]["status"] == "ok"
-    assert sum(row["status"] == "ok" for row in result.rows) > 3
+    assert {row.status for row in result.rows} <= {"ok", "unable", "failed"}, "no right launch is refused"
+    assert result.rows[0].status == "ok"
+    assert sum(row.status == "ok" for row in result.rows) > 3
     for candidate, row in zip(result.candidates, result.rows, strict=True):
-        assert (row["status"] == "unable") == candidate.cut
-        if row["status"] == "ok":
-            assert row["x_present"] > 0
-    launches = [row["launch"] for row in result.rows if row["status"] == "ok"]
+        assert (row.status == "unable") == candidate.cut
+        if isinstance(row, Timed):
+            assert row.x_present is not None
+            assert row.x_present > 0
+    launches = [row.launch for row in timed(result.rows)]
     assert len(set(launches)) > 3
 
 
 def made(*times: float | None) -> Search:
     """A search whose rows took these times; the present one is the first, None failed to compile."""
-    rows = []
+    rows: list[Row] = []
     candidates = found("splits")[0][: len(times)]
     for candidate, us in zip(candidates, times, strict=True):
-        row: dict[str, Any] = {"case": "small", "op": "decode", "shape": "2 x 1", "provider": candidate.name}
+        said: dict[str, Any] = dict(case="small", op="decode", shape="2 x 1", provider=candidate.name, origin=ORIGIN)
         if us is None:
-            row |= {"status": "failed", "reason": "OutOfResources: shared memory"}
+            rows.append(Row(**said, status="failed", reason="OutOfResources: shared memory"))
         else:
-            row |= {"status": "ok", "us": us, "x_floor": 1.0, "us_p10_p90": [us, us], "launch": "split_kernel x 1"}
-            row |= {"x_present": us / times[0]} if times[0] is not None else {}
-        rows.append(row)
+            share = None if times[0] is None else us / times[0]
+            rows.append(timed_row(us, **said, launch="split_kernel x 1", x_present=share))
     return Search("splits", candidates, rows)
 
 
@@ -247,8 +253,8 @@ def test_verdicts(times: tuple[float | None, ...], said: str) -> None:
 def test_it_prints_the_rows_and_the_line_to_paste(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fastest first, failures with their reasons, and a case that uses no such schedule does not end it."""
 
-    def searched(case: BenchCase, _schedule: None, source: str, *_others: Any) -> list[Search]:
-        assert f"torch {torch.__version__[:4]}" in source
+    def searched(case: BenchCase, _schedule: None, origin: Origin, *_others: Any) -> list[Search]:
+        assert origin.torch == torch.__version__
         if case.name == "other":
             raise NotImplementedError("launches no splits")
         return [made(10.0, 9.0, None)]

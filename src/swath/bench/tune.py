@@ -28,7 +28,7 @@ from swath.bench.inputs import Inputs, make_inputs
 from swath.bench.judge import advantage, best, tie_of
 from swath.bench.providers import Provider
 from swath.bench.providers.own import GPU_BACKENDS, call_of
-from swath.bench.results import Row
+from swath.bench.results import Origin, Row, Timed, timed
 from swath.bench.run import Progress, measure_case
 from swath.ops.explain import explain, prepare
 from swath.problem import Problem
@@ -65,11 +65,11 @@ class Candidate:
     cut: bool = False
 
 
-def source_of(machine: Row) -> str:
-    """Where a row was measured, as the tables say it, from ``results.describe``."""
-    gpu = str(machine["gpu"] or machine["cpu"]).removeprefix("NVIDIA ")
-    torch_version, triton_version = (".".join(str(machine[key]).split(".")[:2]) for key in ("torch", "triton"))
-    return f"{gpu}, torch {torch_version}, Triton {triton_version}, {machine['date']}"
+def source_of(origin: Origin) -> str:
+    """Where a row was measured, as the tables say it."""
+    gpu = origin.machine.removeprefix("NVIDIA ")
+    torch_version, triton_version = (".".join(str(version).split(".")[:2]) for version in (origin.torch, origin.triton))
+    return f"{gpu}, torch {torch_version}, Triton {triton_version}, {origin.date}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +231,7 @@ class Search:
     candidates: list[Candidate]
     rows: list[Row]
 
-    def fastest(self) -> tuple[Candidate, Row] | None:
+    def fastest(self) -> tuple[Candidate, Timed] | None:
         """The row that won, if any has a time."""
         row = best(self.rows)
         return None if row is None else (self.candidates[self.rows.index(row)], row)
@@ -243,33 +243,28 @@ class Search:
             return "no row has a time"
         if row is present:
             return "the present row is the fastest"
-        if "x_present" not in row:
+        share, tie = row.x_present, tie_of(row.op)
+        if share is None:
             return "the present row has no time"
-        share = row["x_present"]
-        tie = tie_of(row["op"])
         return f"x{share:.3f} of the present row" + (f", a tie up to {tie:.0%}" if share >= 1 - tie else "")
 
 
 def search_case(
-    case: BenchCase, schedule: str | None, source: str, clock: CpuClock, rounds: int, tell: Progress
+    case: BenchCase, schedule: str | None, origin: Origin, clock: CpuClock, rounds: int, tell: Progress
 ) -> Iterator[Search]:
     """Search the rows of a schedule for a case; of None, those of each schedule that the case uses here.
-
-    ``source`` is what rows measured now say of where that was.
 
     Raises:
         NotImplementedError: the case does not use the schedule, or nothing that has rows.
     """
     tell(f"{case.name}: rows")
-    inputs = make_inputs(case, case.draw.lengths(clock.device), clock.device)
-    todo = _todo(inputs, schedule, source)
-    del inputs
+    todo = _todo(make_inputs(case.drawn(clock.device), clock.device), schedule, source_of(origin))
     for name, tiles, candidates in todo:
         providers = tuple(_provider(candidate, tiles) for candidate in candidates)
-        rows = measure_case(case, providers, clock, rounds, tell)
-        for row in rows:
-            if row["status"] == rows[0]["status"] == "ok":
-                row["x_present"] = advantage(rows[0], row)
+        rows = measure_case(case, providers, clock, rounds, tell, origin)
+        for row in timed(rows):
+            if isinstance(rows[0], Timed):
+                row.x_present = advantage(rows[0], row)
         yield Search(name, candidates, rows)
 
 
