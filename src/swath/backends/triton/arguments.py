@@ -14,7 +14,6 @@ from swath.backends.triton.work import Work
 from swath.cache import DenseKeys, PagedKeys
 from swath.pages import PageTable
 from swath.problem import LOG2_E, Problem
-from swath.window import LARGEST_SIZE
 
 Operands = Mapping[str, Tensor | None]
 """The tensors of a call by name; None, or no entry, for what the call lacks."""
@@ -70,7 +69,7 @@ def shared_args(work: Work, F: Features) -> dict[str, Any]:
     if "claimed" not in work.sources:
         args["claimed"] = work.claimed
     if F.leading != "tensor":
-        args["leading"] = window.global_bound(LARGEST_SIZE) if F.leading else 0
+        args["leading"] = window.global_tokens if F.leading else 0
     for name, x in (("q", problem.q), ("out", problem.out)):
         seq, token, head = _row_strides(problem, x)
         args |= {f"{name}_seq": seq, f"{name}_token": token, f"{name}_head": head}
