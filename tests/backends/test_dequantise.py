@@ -68,6 +68,17 @@ def test_sequences_beyond_the_scratch(
     assert canary.broken() == 0
 
 
+@on_gpu_backends
+def test_keys_beyond_the_pages_of_a_flat_table_are_not_seen(prepare: Prepare, impl: str) -> None:
+    """The copy has a table of its own, as wide for each sequence: what a sequence's own table lacks stays unseen."""
+    inputs = prepare(replace(MIXED, quant=INT8_CHANNEL, table="flat"))
+    ids, indptr = inputs.block_table
+    rows = [ids[a : max(a, b - 2)] for a, b in pairwise(indptr.tolist())]
+    ends = torch.tensor([0, *accumulate(len(row) for row in rows)], dtype=torch.int32, device=ids.device)
+    short = replace(inputs, block_table=(torch.cat(rows), ends))
+    short.check(*short.run(impl))
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @on_gpu_backends
 def test_each_launch_takes_its_own(rows: int, prepare: Prepare, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
