@@ -82,7 +82,7 @@ def launches(problem: Problem) -> list[Any]:
     for tiles in tiles_of(problem, "sm_90"):
         plan = plan_for(tiles, problem, Target("sm_90", 132))
         for call in plan.calls:
-            args = {p: call.args[p] for p in call.kernel.arg_names if p in call.args and p != "leading"}
+            args = {p: call.args[p] for p in call.kernel.arg_names if p in call.args and p != "lead"}
             said.append((tiles, str(call), call.grid, args, call.options, call.sources, call.views))
         said.append((plan.scratch.nbytes, plan.scratch.offsets()))
     return said
@@ -134,5 +134,5 @@ def test_more_leading_keys_than_there_is_room_for_launch_no_more(tokens: int, st
 def test_kernels_are_told_of_leading_keys_in_int32(count: int) -> None:
     """As of positions: a wider number would compile them anew."""
     problem = windowed(count, None, torch.int8, tokens=(600,), **RAGGED)
-    told = [call.args["leading"] for call in plan_for("triton", problem, Target("sm_90", 132)).calls]
+    told = [call.args["lead"] for call in plan_for("triton", problem, Target("sm_90", 132)).calls]
     assert told == [min(count, LARGEST_SIZE)] * 3

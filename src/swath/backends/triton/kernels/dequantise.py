@@ -42,8 +42,8 @@ def copy_page(source, target, scale, scale_at, scale_token, kv_head, token_strid
 
 
 RUN_TIME = (
-    "leading",
-    "size",
+    "lead",
+    "window_size",
     "steps",
     "claimed",
     "num_seqs",
@@ -57,9 +57,9 @@ RUN_TIME = (
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def dequantise_kernel(
-    k, v, k_scale, v_scale, table, indptr, lens, cu_q, q_start, leading, new_k, new_v, new_table, copied, others,
-    size, steps, claimed, num_seqs, pages, width, max_pages, num_pages, kv_page, kv_head_stride, kv_token, table_stride,
-    ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
+    k, v, k_scale, v_scale, table, indptr, lens, cu_q, q_start, lead, new_k, new_v, new_table, copied, others,
+    window_size, steps, claimed, num_seqs, pages, width, max_pages, num_pages,
+    kv_page, kv_head_stride, kv_token, table_stride, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One program per (sequence not claimed, page in sight, kv head), heads fastest; ``pages`` of scratch each, and
@@ -82,7 +82,7 @@ def dequantise_kernel(
     seq = sequence_of(b, cu_q, steps, lens, q_start, F)
     entries, own_pages = table_row(table, indptr, b, table_stride, max_pages)
     kv_len = tl.minimum(seq.kv_len, own_pages * F.page_size)
-    band = band_of(seq.start, seq.start + seq.q_len - 1, kv_len, size, leading_of(b, leading, F), F)
+    band = band_of(seq.start, seq.start + seq.q_len - 1, kv_len, window_size, leading_of(b, lead, F), F)
     page, seen = page_in_sight(j, band, F.page_size)
     seen &= page < tl.minimum(own_pages, width)
     entry = tl.load(entries + page, mask=seen, other=-1)

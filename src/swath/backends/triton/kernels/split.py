@@ -72,8 +72,8 @@ def slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N: tl.constexp
 
 
 RUN_TIME = (
-    "leading",
-    "size",
+    "lead",
+    "window_size",
     "steps",
     "num_splits",
     "least_tiles",
@@ -87,8 +87,8 @@ RUN_TIME = (
 @triton.jit(do_not_specialize=RUN_TIME)
 def split_kernel(
     q, k, v, out, lse, partial, partial_state, counts, sink, q_scale, k_scale, v_scale,
-    table, indptr, lens, cu_q, q_start, leading,
-    scale_log2, cap_log2, size, steps, num_splits, least_tiles, slice_tiles, max_pages, num_pages,
+    table, indptr, lens, cu_q, q_start, lead,
+    scale_log2, cap_log2, window_size, steps, num_splits, least_tiles, slice_tiles, max_pages, num_pages,
     q_seq, q_token, q_head, out_seq, out_token, out_head, kv_page, kv_head_stride, kv_token, table_stride,
     ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -119,8 +119,8 @@ def split_kernel(
     p = seq.start + r // F.group
     first = seq.start + tile * BLOCK_M // F.group
     last = seq.start + (tl.minimum((tile + 1) * BLOCK_M, rows) - 1) // F.group
-    lead = leading_of(b, leading, F)
-    band = band_of(first, last, tl.minimum(seq.kv_len, pages * F.page_size), size, lead, F)
+    lead = leading_of(b, lead, F)
+    band = band_of(first, last, tl.minimum(seq.kv_len, pages * F.page_size), window_size, lead, F)
     align = tl.where(slice_tiles > 0, BLOCK_N, 1)
     walk = plan_walk(band, align, align, BLOCK_N)
     cut = slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N)
@@ -133,7 +133,7 @@ def split_kernel(
     keys = Keys(k + base, v + base, entries, num_pages, kv_page, kv_token, kv_page, kv_token)
     begin, end = cut.first, cut.end
     if CLEAR_FIRST:
-        begin, end = clear_tiles(keys, band, walk, first, last, size, cut.first, cut.end, F, BLOCK_N)
+        begin, end = clear_tiles(keys, band, walk, first, last, window_size, cut.first, cut.end, F, BLOCK_N)
     page = tile_pages(keys, band, walk, begin, F, BLOCK_N)
     tl.debug_barrier()  # or ptxas asks for the pages only when the query is there: one more trip to memory before K
     member = q_head_of(kv_head, r % F.group, F)
@@ -141,7 +141,7 @@ def split_kernel(
     valid = r < rows
     at = row_offsets(b, r // F.group, token, member, q_seq, q_token, q_head, cu_q)
     row_scale = query_scale(q_scale, token * F.kv_heads * F.group + member, valid, F)
-    reach = listed(reach_of(p, band, size, lead, F), walk)
+    reach = listed(reach_of(p, band, window_size, lead, F), walk)
     query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
     m, l, acc, acc_odd = new_state(BLOCK_M, F)

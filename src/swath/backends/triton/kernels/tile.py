@@ -64,13 +64,13 @@ def slots_of(b, first_slot, cu_q, steps, POSITIONS: tl.constexpr):
         return first_slot_of(b + 1, cu_q, POSITIONS) - first_slot
 
 
-RUN_TIME = ("leading", "size", "steps", "claimed", "num_seqs", "max_pages", "num_pages", "table_stride")
+RUN_TIME = ("lead", "window_size", "steps", "claimed", "num_seqs", "max_pages", "num_pages", "table_stride")
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def tile_kernel(
-    q, k, v, out, lse, sink, q_scale, k_scale, v_scale, table, indptr, lens, cu_q, q_start, leading,
-    scale_log2, cap_log2, size, steps, claimed, num_seqs, max_pages, num_pages,
+    q, k, v, out, lse, sink, q_scale, k_scale, v_scale, table, indptr, lens, cu_q, q_start, lead,
+    scale_log2, cap_log2, window_size, steps, claimed, num_seqs, max_pages, num_pages,
     q_seq, q_token, q_head, out_seq, out_token, out_head, k_page, k_head, k_token, v_page, v_head, v_token,
     table_stride, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_M: tl.constexpr, PACK: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -104,20 +104,20 @@ def tile_kernel(
         kv_len = tl.minimum(kv_len, pages * F.page_size)
     first = seq.start + begin
     last = seq.start + tl.minimum(begin + POSITIONS, seq.q_len) - 1
-    lead = leading_of(b, leading, F)
-    band = band_of(first, last, kv_len, size, lead, F)
+    lead = leading_of(b, lead, F)
+    band = band_of(first, last, kv_len, window_size, lead, F)
     walk = plan_walk(band, 1, 1, BLOCK_N)
     token = seq.token + step
     at = row_offsets(b, step, token, member, q_seq, q_token, q_head, cu_q)
     row_scale = query_scale(q_scale, token * F.kv_heads * F.group + member, valid, F)
-    reach = listed(reach_of(seq.start + step, band, size, lead, F), walk)
+    reach = listed(reach_of(seq.start + step, band, window_size, lead, F), walk)
     query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
     key_row = seq.key_row.to(tl.int64)
     k += kv_head.to(tl.int64) * k_head + key_row * k_token
     v += kv_head.to(tl.int64) * v_head + key_row * v_token
     keys = Keys(k, v, entries, num_pages, k_page, k_token, v_page, v_token)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
-    begin, end = clear_tiles(keys, band, walk, first, last, size, 0, walk.total, F, BLOCK_N)
+    begin, end = clear_tiles(keys, band, walk, first, last, window_size, 0, walk.total, F, BLOCK_N)
     page = tile_pages(keys, band, walk, begin, F, BLOCK_N)
     m, l, acc, acc_odd = attend_clear_first(
         new_state(BLOCK_M, F), page, query, keys, scales, band, cap_log2,
