@@ -209,7 +209,7 @@ def test_where_all_have_as_many_tokens_each_may_need_a_row() -> None:
     ("change", "field", "value"),
     [
         ({"window": "none"}, "window", False),
-        ({"window": "size+tensor"}, "leading", "tensor"),
+        ({"window": "size+tensor"}, "lead", "tensor"),
         ({"storage": "int8 token"}, "pairs", True),
         ({"storage": "int8 compute"}, "pairs", False),
         ({"storage": "fp32"}, "fp32", True),

@@ -1,4 +1,4 @@
-"""Where keys are, on the device: page tables, addresses and loads that touch nothing nobody may see."""
+"""Where keys are, on the device: page tables, addresses, and loads of no key that may not be seen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 class Keys(NamedTuple):
-    """The keys of one sequence and kv head. Dense sequences have no table; their rows follow one another."""
+    """The keys of one sequence and kv head. Dense keys have no page table: their rows follow one another."""
 
     k: tl.tensor  # at this kv head (dense: and at the sequence's first row)
     v: tl.tensor

@@ -24,8 +24,8 @@ from swath.backends.gluon.pipeline import (
     pipeline_state,
     producer_commit,
 )
-from swath.backends.triton.kernels.query import leading_of, q_head_of, sequence_of, takes
-from swath.backends.triton.kernels.tile import sequence_at, slots_of
+from swath.backends.triton.kernels.query import lead_of, q_head_of, sequence_of, takes
+from swath.backends.triton.kernels.tile import num_m_blocks, sequence_at
 
 
 class Batch(NamedTuple):
@@ -100,13 +100,13 @@ def work_tile_of(t, batch, C: gl.constexpr):
     if C.F.window:
         m_block, head = i // HEADS, HEADS - 1 - i % HEADS
     else:
-        m_blocks = slots_of(b, first_block, batch.cu_q, batch.steps, POSITIONS)
+        m_blocks = num_m_blocks(b, first_block, batch.cu_q, batch.steps, POSITIONS)
         m_block, head = in_section(i, m_blocks, kv_len, HEADS, C.F.kv_heads, C.F.head_dim)
     q_begin = m_block * POSITIONS
     used = (q_begin < seq.q_len) & takes(b, seq.q_len, batch.claimed)
     return WorkTile(
-        head, b, q_begin, gl.where(used, seq.q_len, 0), seq.token, seq.start, gl.where(used, kv_len, 0), seq.key_row,
-        leading_of(b, batch.lead, C.F),
+        head, b, q_begin, gl.where(used, seq.q_len, 0), seq.q_row, seq.q_start, gl.where(used, kv_len, 0), seq.kv_row,
+        lead_of(b, batch.lead, C.F),
     )  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def one_pass(F: Features, problem: Problem, pack: int) -> HopperLaunch | None:
     Bounds of lengths and of leading keys are promises of the caller, on which no result may hang. Pages widen the list
     of keys to whole boxes: 143 keys may touch ten boxes of 16, so those stay with the loop over tiles.
     """
-    if F.head_dim != 64 or F.leading != "":
+    if F.head_dim != 64 or F.lead != "":
         return None
     for launch in ONE_PASS:
         keys = problem.window.visible_bound(64 * launch.consumers // pack, LARGEST_SIZE)
@@ -98,7 +98,7 @@ def hopper_launch(work: Work) -> HopperLaunch:
     """Prefill on sm_90: as many stages and registers as a multiprocessor has, in one program or several."""
     problem, F = work.problem, work.features
     # Few leading keys fit into the last tile of a window, if that is not full: packed rows see fewer keys.
-    packed = is_short(problem.window) or F.leading != "" or few_tokens(problem) or problem.max_q_len <= MAX_STEPS
+    packed = is_short(problem.window) or F.lead != "" or few_tokens(problem) or problem.max_q_len <= MAX_STEPS
     pack = heads_in_tile(problem, packed)
     launch = one_pass(F, problem, pack) or looped_launch(F, problem)
     return replace(launch, pack=pack, box_rows=box_rows(F, launch), uniform=problem.q.dim() == 4)

@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
 
 from swath.backends.device.cache import page_in_sight, pages_in_sight, table_row
-from swath.backends.device.softmax import FLOOR, sink_alone
+from swath.backends.device.softmax import FLOOR, state_of_sink
 from swath.backends.device.window import interior_of, reach_of
 from swath.backends.gluon.key_tiles import key_tiles_of
 from swath.backends.gluon.pipeline import (
@@ -39,7 +39,7 @@ from swath.backends.hopper.config import config_of
 from swath.backends.hopper.epilogue import Output, epilogue, q_heads
 from swath.backends.hopper.load import load_qk_warp, load_v_warp
 from swath.backends.hopper.mainloop import QueryRows, attend_once, mainloop, score_layout
-from swath.backends.triton.kernels.walk import listed
+from swath.backends.triton.kernels.walk import reach_in_list
 
 
 @gluon.jit
@@ -109,7 +109,7 @@ def next_rows(work_count, WG: gl.constexpr, sink, score_scales, pipes, batch, C:
     key_tiles = key_tiles_of(work, batch, C)
     m, l = initial_state(i, work.head, sink, C)
     first = work.q_start + work.q_begin + WG * POSITIONS
-    reach = listed(
+    reach = reach_in_list(
         reach_of(first + i // C.pack, key_tiles.band, batch.window_size, work.lead, C.F), key_tiles.walk
     )  # fmt: skip
     full_from, full_to = interior_of(key_tiles.band, first, first + POSITIONS - 1, batch.window_size, C.F)
@@ -126,7 +126,7 @@ def initial_state(i, head, sink, C: gl.constexpr):
     m = gl.full((CONSUMER_ROWS,), FLOOR, gl.float32, layout=i.type.layout)
     l = gl.full((CONSUMER_ROWS,), 0.0, gl.float32, layout=i.type.layout)
     if sink is not None:
-        m, l = sink_alone(gl.load(sink + q_heads(i, head, C)).to(gl.float32))
+        m, l = state_of_sink(gl.load(sink + q_heads(i, head, C)).to(gl.float32))
     return m, l
 
 

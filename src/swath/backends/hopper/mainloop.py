@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from swath.backends.device.softmax import powers
+from swath.backends.device.softmax import exp_scores
 from swath.backends.gluon.key_tiles import key_tile, narrow_tile, num_masked
 from swath.backends.gluon.pipeline import CONSUMER_ROWS, consumer_release, consumer_wait, pipeline_state, query_state
 from swath.backends.hopper.epilogue import release_stored_rows
@@ -156,7 +156,7 @@ def attend_once(work_count, WG: gl.constexpr, rows, output, pipes, batch, C: gl.
 @gluon.jit
 def p_operand(s, scale, m, l, acc, DTYPE: gl.constexpr):
     """exp2(s * scale - m) [M, N] as the operand of its product with V, and its sums added to ``l``, if there is one."""
-    p = powers(s, scale, of_rows(m, s))
+    p = exp_scores(s, scale, of_rows(m, s))
     l = thread_sums(p) if l is None else l + thread_sums(p)
     return as_operand(p, acc, DTYPE), l
 

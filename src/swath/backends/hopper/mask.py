@@ -26,7 +26,7 @@ def masked_scores(
     """
     s, scale = capped(s, rows, C)
     if MASKED:
-        if C.F.leading == "":
+        if C.F.lead == "":
             s = hide_outside_window(s, start, FIRST, new_from, rows)
         else:
             s = hide_outside_window_and_lead(s, start + FIRST, new_from, rows, C)

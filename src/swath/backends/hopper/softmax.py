@@ -17,7 +17,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from swath.backends.device.softmax import SLACK, powers
+from swath.backends.device.softmax import SLACK, exp_scores
 from swath.backends.gluon.pipeline import CONSUMER_ROWS
 
 COLUMNS = gl.constexpr(8)
@@ -45,7 +45,7 @@ def fragment_softmax(s, scale, m, l):
     """
     m_new = fragment_max((s,), scale, m)
     m_new = gl.where(m_new > m + SLACK, m_new, m)
-    p = powers(s, scale, m_new)
+    p = exp_scores(s, scale, m_new)
     alpha = gl.exp2(m - m_new)
     return p, m_new, l * of_rows(alpha, l)[:, None] + thread_sums(p), alpha
 

@@ -69,8 +69,8 @@ def shared_args(work: Work, F: Features) -> dict[str, Any]:
     }
     if "claimed" not in work.sources:
         args["claimed"] = work.claimed
-    if F.leading != "tensor":
-        args["lead"] = window.global_bound(LARGEST_SIZE) if F.leading else 0
+    if F.lead != "tensor":
+        args["lead"] = window.global_bound(LARGEST_SIZE) if F.lead else 0
     for name, x in (("q", problem.q), ("out", problem.out)):
         seq, token, head = _row_strides(problem, x)
         args |= {f"{name}_seq": seq, f"{name}_token": token, f"{name}_head": head}
