@@ -60,9 +60,9 @@ def band_of(first, last, kv_len, window_size, lead, F: tl.constexpr):
     end = tl.minimum(tl.maximum(last + 1, 0), kv_len) if F.causal else kv_len
     lead_end, left, right = end * 0, end * 0, end
     if F.window:
-        reach = tl.minimum(window_size, 1 << 30)
-        right = tl.where(window_size > 0, tl.minimum(tl.maximum(last + reach, 0), end), 0)
-        left = tl.minimum(tl.maximum(first - reach + 1, 0), right)
+        width = tl.minimum(window_size, 1 << 30)
+        right = tl.where(window_size > 0, tl.minimum(tl.maximum(last + width, 0), end), 0)
+        left = tl.minimum(tl.maximum(first - width + 1, 0), right)
         if F.lead != "":
             lead_end = tl.minimum(tl.maximum(lead, 0), end)
             left = tl.where(left <= lead_end, 0, left)

@@ -34,7 +34,7 @@ def key_tiles_of(work, batch, C: gl.constexpr):
     first = work.q_start + work.q_begin
     last = work.q_start + gl.minimum(work.q_begin + POSITIONS, work.q_len) - 1
     band = band_of(first, last, work.kv_len, batch.window_size, work.lead, C.F)
-    KEYS: gl.constexpr = C.block_n + C.first_n
+    KEYS: gl.constexpr = C.block_n + C.narrow_n
     walk = plan_walk(band, C.box_rows, key_align(C), KEYS)
     # Rows that see no key get one tile of zeros, which saves a branch for them.
     walk = Walk(walk.lead, walk.gap, gl.maximum(walk.total, 1))
@@ -87,4 +87,4 @@ def narrow_tile(key_tiles, C: gl.constexpr):
     The wide tile has the first ``C.block_n`` keys of the list, so that of the narrow tile only those after them count.
     It begins early enough that no row of it is a key that no query may see.
     """
-    return gl.maximum(list_end(key_tiles, C) - C.first_n, 0)
+    return gl.maximum(list_end(key_tiles, C) - C.narrow_n, 0)

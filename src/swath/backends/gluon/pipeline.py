@@ -143,7 +143,7 @@ def barrier_ptx(how, C):
 
 @gluon.jit
 def new_barriers(stages: gl.constexpr, arrivals: gl.constexpr):
-    """An mbarrier a stage, which is complete after so many arrivals."""
+    """An mbarrier a stage, each complete after ``arrivals`` arrivals."""
     barriers = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(stages):
         mbarrier.init(barriers.index(i), count=arrivals)

@@ -1,4 +1,4 @@
-"""The kernel: a persistent, warp-specialised FlashAttention-3 over work tiles, dense or paged.
+"""The kernel: persistent and warp-specialised, in the design of FlashAttention-3, over dense or paged keys.
 
 A program has one or two MMA warpgroups of 64 query rows each and two load warps. As many programs as fit run from the
 start to the end of the launch; they take work tiles, longest first, so that none waits for another. The tiles, their
@@ -46,9 +46,9 @@ from swath.backends.triton.kernels.walk import reach_in_list
 def mma_warpgroup(WG: gl.constexpr, output, score_scales, pipes, batch, C: gl.constexpr):
     """An MMA warpgroup: 64 rows of every work tile of this program over all their keys."""
     k, v = as_tiles(pipes.k, C.stages, C.block_n, C), as_tiles(pipes.v, C.stages, C.block_n, C)
-    if C.first_n > 0:
-        narrow_k = as_tiles(pipes.narrow_k, C.stages, C.first_n, C)
-        narrow_v = as_tiles(pipes.narrow_v, C.stages, C.first_n, C)
+    if C.narrow_n > 0:
+        narrow_k = as_tiles(pipes.narrow_k, C.stages, C.narrow_n, C)
+        narrow_v = as_tiles(pipes.narrow_v, C.stages, C.narrow_n, C)
         tiles = Pipelines(pipes.q, k, v, narrow_k, narrow_v, pipes.work)
         run_single_pass(WG, output, score_scales, tiles, batch, C)
     else:
@@ -64,7 +64,7 @@ def rereads_work(C):
     It does where registers are few: loops over heads of 64 have enough, and were 8 % slower so, in the same
     instructions.
     """
-    return C.first_n > 0 or C.F.value.head_dim > 128
+    return C.narrow_n > 0 or C.F.value.head_dim > 128
 
 
 @gluon.jit
@@ -167,9 +167,9 @@ def hopper_tile_kernel(
     k_pipe = new_pipeline(C.stages, BLOCKS * BOXES, C.box_rows, q_desc.dtype)
     v_pipe = new_pipeline(C.stages, BLOCKS * BOXES, C.box_rows, q_desc.dtype)
     narrow_k, narrow_v = None, None
-    if C.first_n > 0:
-        narrow_k = with_narrow_tile(k_pipe, BLOCKS, C.first_n, C.first_rows)
-        narrow_v = with_narrow_tile(v_pipe, BLOCKS, C.first_n, C.first_rows)
+    if C.narrow_n > 0:
+        narrow_k = with_narrow_tile(k_pipe, BLOCKS, C.narrow_n, C.narrow_rows)
+        narrow_v = with_narrow_tile(v_pipe, BLOCKS, C.narrow_n, C.narrow_rows)
     pipes = Pipelines(q_pipe, k_pipe, v_pipe, narrow_k, narrow_v, new_work_pipeline(C.consumers))
     descriptors = Descriptors(q_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc)
     cut_loaded = new_barriers(1, 1).index(0)

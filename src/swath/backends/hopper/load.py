@@ -105,9 +105,9 @@ def load_keys(kv_count, cuts, key_tiles, descriptors, cut_loaded, pipes, batch, 
     desc, pipe, narrow_desc, narrow_pipe = descriptors.k, pipes.k, descriptors.narrow_k, pipes.narrow_k
     if cut_loaded is not None:
         desc, pipe, narrow_desc, narrow_pipe = descriptors.v, pipes.v, descriptors.narrow_v, pipes.narrow_v
-    if C.first_n > 0:
+    if C.narrow_n > 0:
         start = narrow_tile(key_tiles, C)
-        narrow = TileLoad(start, box_pages(start, key_tiles, C.first_n, 1, batch, C), narrow_desc, narrow_pipe)
+        narrow = TileLoad(start, box_pages(start, key_tiles, C.narrow_n, 1, batch, C), narrow_desc, narrow_pipe)
         wide = TileLoad(0, box_pages(0, key_tiles, C.block_n, 1, batch, C), desc, pipe)
         cuts = load_stage(kv_count, cuts, (narrow, wide), key_tiles, cut_loaded, C)
     else:
@@ -178,7 +178,7 @@ def box_pages(start, key_tiles, KEYS: gl.constexpr, WARPS: gl.constexpr, batch, 
 @gluon.jit
 def start_loads(index, loads, key_tiles, full, C: gl.constexpr):
     """Start to load the key tiles of the stage ``index``; the mbarrier ``full`` counts their bytes."""
-    mbarrier.expect(full, (C.block_n + C.first_n) * C.F.head_dim * 2)
+    mbarrier.expect(full, (C.block_n + C.narrow_n) * C.F.head_dim * 2)
     for i in gl.static_range(len(loads)):
         start_boxes(index, loads[i], key_tiles, full, C)
 

@@ -123,7 +123,7 @@ def attend_once(work_count, WG: gl.constexpr, rows, output, pipes, batch, C: gl.
     v_narrow, v = pipeline_state(pipes.narrow_v, work_count), pipeline_state(pipes.v, work_count)
     consumer_wait(q)
     consumer_wait(k)
-    narrow = start_scores(q.tile, k_narrow.tile, C)  # [M, first_n]
+    narrow = start_scores(q.tile, k_narrow.tile, C)  # [M, narrow_n]
     near = start_scores(q.tile, k.tile.slice(HALF, HALF), C)  # [M, HALF]
     far = start_scores(q.tile, k.tile.slice(0, HALF), C)  # [M, HALF]
     narrow, near, far = warpgroup_mma_wait(0, deps=[narrow, near, far])
@@ -143,8 +143,9 @@ def attend_once(work_count, WG: gl.constexpr, rows, output, pipes, batch, C: gl.
     narrow, l_new = p_operand(narrow, scale, m_new, l_new, acc, DTYPE)
     l = l * gl.exp2(m - m_new) + sum_of_threads(l_new, m)  # [M]
     consumer_wait(v)
-    values = warpgroup_mma(narrow, v_narrow.tile, acc, use_acc=False, is_async=True)  # [M, D] = [M, first_n] @ ...
-    values = warpgroup_mma(near, v.tile.slice(HALF, HALF), values, is_async=True)  # [M, D] += [M, HALF] @ [HALF, D]
+    # [M, D] = [M, narrow_n] @ [narrow_n, D] + [M, HALF] @ [HALF, D] + [M, HALF] @ [HALF, D]
+    values = warpgroup_mma(narrow, v_narrow.tile, acc, use_acc=False, is_async=True)
+    values = warpgroup_mma(near, v.tile.slice(HALF, HALF), values, is_async=True)
     values = warpgroup_mma(far, v.tile.slice(0, HALF), values, is_async=True)
     # Passed already: a block boundary, without which ptxas computes addresses of the output while all p are alive.
     consumer_wait(v)
@@ -168,7 +169,7 @@ def score_layout(keys, C):
     In a single pass one instruction makes 64 columns of them: ptxas allows it the registers that a thread has when the
     program starts, not those that the MMA warpgroups get later.
     """
-    columns = min(keys, 64) if C.first_n else keys
+    columns = min(keys, 64) if C.narrow_n else keys
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 

@@ -129,8 +129,8 @@ SEEN_CAUSAL = gl.constexpr(
 def keep_seen(s, SEEN_PTX: gl.constexpr, start, bounds):
     """Scores where ``SEEN_PTX`` holds, else -inf.
 
-    The PTX passes one predicate on: of separate comparisons the compiler would keep all results in registers, and
-    spill. A thread's own part of its columns is taken from the four bounds, so that $2 is known at compile time.
+    The PTX has one predicate for all comparisons: of separate ones the compiler would keep each result in a register,
+    and spill. A thread's own part of its columns is taken from the four bounds, so that $2 is known at compile time.
     """
     column = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
     own = own_columns(s)

@@ -73,8 +73,8 @@ def hopper_tiles(work: Work, scratch: Scratch, heuristics: HopperHeuristics) -> 
     else:
         args["out_desc"] = None
     boxes |= dict.fromkeys("kv", (1, 1, launch.box_rows))
-    if launch.first_n:
-        boxes |= dict.fromkeys(("narrow_k", "narrow_v"), (1, 1, launch.first_rows))
+    if launch.narrow_n:
+        boxes |= dict.fromkeys(("narrow_k", "narrow_v"), (1, 1, launch.narrow_rows))
         sources = {"narrow_k": sources.get("k", "k"), "narrow_v": sources.get("v", "v")} | sources
     programs = min(num_tiles, launch.programs * work.target.num_sms)
     options = {"num_warps": 4} | ({"maxnreg": launch.registers} if launch.registers else {})

@@ -21,7 +21,7 @@ from swath.backends.device.softmax import SLACK, exp_scores
 from swath.backends.gluon.pipeline import CONSUMER_ROWS
 
 COLUMNS = gl.constexpr(8)
-"""After so many columns the same thread has two more."""
+"""Columns after which the same thread has two more."""
 THREADS = gl.constexpr(4)
 """That share a row."""
 BY_THREAD = gl.constexpr(
@@ -62,7 +62,7 @@ def rescale_acc(acc, alpha):
 
 @gluon.constexpr_function
 def in_place(values, others):
-    """Constraints of inline PTX that changes so many float values where they are.
+    """Constraints of inline PTX that changes ``values`` float registers in place.
 
     ``others``: a letter for the type of each further operand, which has as many values.
     """
@@ -71,7 +71,7 @@ def in_place(values, others):
 
 @gluon.constexpr_function
 def rescale_ptx(values):
-    """PTX that multiplies so many values, $0 and on, by their factors, unless all factors of the warp are 1.
+    """PTX that multiplies ``values`` registers, $0 and on, by their factors, unless all factors of the warp are 1.
 
     A thread's values are those of its two rows by turns in pairs, so that the factors of both are the first and third.
     """

@@ -31,7 +31,7 @@ def with_positive_scale(problem: Problem) -> Problem:
 def operands_of(problem: Problem) -> Operands:
     """The tensors of a call by the names of kernel parameters: what a plan takes anew in every run."""
     problem = with_positive_scale(problem)
-    keys, leading = problem.keys, problem.window.global_tokens
+    keys, lead = problem.keys, problem.window.global_tokens
     operands: dict[str, Tensor | None] = {
         "q": problem.q,
         "out": problem.out,
@@ -40,7 +40,7 @@ def operands_of(problem: Problem) -> Operands:
         "q_scale": _contiguous(problem.q_scale),
         "cu_q": _contiguous(problem.cu_seqlens_q),
         "q_start": _contiguous(problem.q_start),
-        "lead": leading.contiguous() if isinstance(leading, Tensor) else None,
+        "lead": lead.contiguous() if isinstance(lead, Tensor) else None,
     }
     if isinstance(keys, DenseKeys):
         return operands | {"k": keys.k, "v": keys.v, "lens": keys.cu_seqlens.contiguous()}

@@ -99,8 +99,8 @@ def split_kernel(
 
     ``steps``: query tokens of each sequence, or (with cu_q) the most that this schedule claims; others return.
     """
-    # Programs over 8-bit keys issue so many instructions that those of masks and maxima count: 8 steps over int8 take
-    # 13 % less so. Others wait for memory, and a second run of tiles begins with a wait.
+    # Programs over 8-bit keys are limited by instructions, of which masks and maxima are a part: 8 steps over int8 take
+    # 13 % less time so. Others wait for memory, and a second run of tiles begins with a wait.
     UNMASKED_FIRST: tl.constexpr = F.pairs
     j = tl.program_id(0) % num_splits
     owner = tl.program_id(0) // num_splits  # the (sequence, row tile, kv head)
@@ -148,8 +148,8 @@ def split_kernel(
     reach = reach_in_list(reach_of(pos, band, window_size, lead, F), walk)
     query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
-    m, l, acc, acc_odd = new_state(BLOCK_M, F)
-    state = m, new_column_sums(BLOCK_M, BLOCK_N, F), acc, acc_odd
+    m, l, acc, acc_odd = new_state(BLOCK_M, F)  # [BLOCK_M], [BLOCK_M], [BLOCK_M, columns] twice
+    state = m, new_column_sums(BLOCK_M, BLOCK_N, F), acc, acc_odd  # l: [BLOCK_M, C]
     if UNMASKED_FIRST:
         m, l, acc, acc_odd = attend_unmasked_first(
             state, page, query, keys, scales, band, cap_log2,

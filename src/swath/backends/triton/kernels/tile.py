@@ -119,7 +119,7 @@ def tile_kernel(
     q_row = seq.q_row + q_index
     at = row_offsets(b, q_index, q_row, q_heads, q_seq, q_token, q_head, cu_q)
     row_scale = query_scale(q_scale, q_row * F.kv_heads * F.group + q_heads, valid, F)
-    reach = reach_in_list(reach_of(seq.q_start + q_index, band, window_size, lead, F), walk)
+    reach = reach_in_list(reach_of(seq.q_start + q_index, band, window_size, lead, F), walk)  # each [BLOCK_M]
     query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
     kv_row = seq.kv_row.to(tl.int64)
     k += kv_head.to(tl.int64) * k_head + kv_row * k_token
@@ -128,10 +128,10 @@ def tile_kernel(
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
     unmasked, unmasked_end = unmasked_tiles(keys, band, walk, first, last, window_size, 0, walk.total, F, BLOCK_N)
     page = tile_pages(keys, band, walk, unmasked, F, BLOCK_N)
-    m, l, acc, acc_odd = attend_unmasked_first(
+    m, l, acc, acc_odd = attend_unmasked_first(  # [BLOCK_M], [BLOCK_M], [BLOCK_M, columns] twice
         new_state(BLOCK_M, F), page, query, keys, scales, band, cap_log2,
         walk, 0, walk.total, unmasked, unmasked_end, F, BLOCK_N, STAGES,
     )  # fmt: skip
-    acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)
+    acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)  # [BLOCK_M, D padded], [D padded]
     at = row_offsets(b, q_index, q_row, q_heads, out_seq, out_token, out_head, cu_q)
     store_output(out, lse, sink, at, q_row, q_heads, valid, m, l, acc, column, F)

@@ -192,8 +192,8 @@ def new_state(BLOCK_M: tl.constexpr, F: tl.constexpr):
 def new_column_sums(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr):
     """An l of 0 that is kept as sums of every C-th column, [BLOCK_M, C], for programs whose warps share the rows.
 
-    Warps stand side by side along the keys, 8 columns each: warp 0 has the columns 0 to 7, C to C + 7 and so on. With C
-    = 8 times the warps each thread adds up its own columns only, and warps need not wait for each other's sums.
+    Each warp has 8 columns of scores in a row: warp 0 the columns 0 to 7, C to C + 7, 2 C to 2 C + 7 and so on, where C
+    is 8 times the number of warps. So each thread adds up its own columns, and no warp waits for the sums of another.
     """
     SIDE_BY_SIDE: tl.constexpr = 8 if F.interpret else 8 * num_warps()
     COLUMNS: tl.constexpr = SIDE_BY_SIDE if SIDE_BY_SIDE < BLOCK_N else BLOCK_N
