@@ -46,13 +46,13 @@ def test_kernels_compile(arch: str, part: int, all_variants: bool) -> None:
     spilled = [r for r in results if r["spills"] > MAX_SPILL_BYTES]
     assert not spilled, spilled
     if arch == hopper.ARCH:
-        from swath.backends.gluon.pipeline import FIRST_NAMED
+        from swath.backends.gluon.pipeline import NamedBarriers
 
         tiles = [r for r in results if r["kernel"] == "hopper_tile_kernel"]
         assert not [r["row"] for r in tiles if r["serialised"]], "products wait for one another"
         used = {number for r in tiles for number in r["barriers"]}
         assert used, "Triton lets warps meet at named barriers, as it did"
-        assert max(used) < FIRST_NAMED.value, used
+        assert max(used) < NamedBarriers.OURS, used
 
 
 def compile_rows(arch: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Where keys are, on the device: page tables, addresses and loads that touch nothing nobody may see."""
+"""Where keys are, on the device: page tables, addresses, and loads of no key that may not be seen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 class Keys(NamedTuple):
-    """The keys of one sequence and kv head. Dense sequences have no table; their rows follow one another."""
+    """The keys of one sequence and kv head. Dense keys have no page table: their rows follow one another."""
 
     k: tl.tensor  # at this kv head (dense: and at the sequence's first row)
     v: tl.tensor
@@ -40,7 +40,7 @@ def flat_row(table, indptr, b, max_pages):
 
 @triton.jit
 def page_in_sight(j, band, page_size):
-    """The ``j``-th page with a key of the band, and whether there is one. Leading keys come first."""
+    """The ``j``-th page with a key of the band, and whether there is one. Leading tokens come first."""
     num_lead = tl.cdiv(band.lead, page_size)
     page = tl.where(j < num_lead, j, tl.maximum(band.left // page_size, num_lead) + j - num_lead)
     return page, (j < num_lead) | (page * page_size < band.right)
@@ -48,7 +48,7 @@ def page_in_sight(j, band, page_size):
 
 @triton.jit
 def pages_in_sight(band, page_size):
-    """How many there are, or one more: a page may have the last of the leading keys and the first of the others."""
+    """How many there are, or one more: one page may have the last leading token and the first of the other keys."""
     return tl.cdiv(band.lead, page_size) + tl.cdiv(band.right, page_size) - band.left // page_size
 
 
@@ -69,7 +69,7 @@ def widen(x):
 
 @triton.jit
 def is_live(keys, page, F: tl.constexpr):
-    """Which table entries are pages of the pool; what stands in others is never read."""
+    """Which table entries name pages of the pool. Others are never followed."""
     if F.page_size == 0:
         return page >= 0
     else:

@@ -1,12 +1,13 @@
 """Stored values on the device: decoding to dot operands, encoding on append, and where scales fold.
 
-The folding table stands in swath/quant.py; this is its device twin. 8-bit values become float16 exactly, so 8-bit
-caches multiply in float16: query rows are divided by their largest magnitude (returned as a factor of the scores), and
-V's token scales are taken relative to the tile's largest.
+The folding table is in swath/quant.py; this is its device twin. 8-bit values become float16 exactly, so that 8-bit
+caches multiply in float16: query rows are divided by their largest magnitude, which becomes a factor of the scores, and
+V's token scales are taken relative to the largest of their tile.
 
-A "pair" is the fast way on NVIDIA: 8-bit pages seen as 16-bit units, so that a dot-operand register of 32 bits holds
-(k: d0, d1; k + 1: d0, d1) and three or four instructions make two float16 operands of it, the even and the odd columns.
-The int8 trick is the well-known one of LLM dequantisation kernels: the byte becomes the low mantissa of 1024 or so.
+On NVIDIA two neighbouring 8-bit values of a row are read as one unit of 16 bits, a "pair". A 32-bit register of a dot
+operand then holds (key k: columns 2d, 2d + 1; key k + 1: the same columns), and three or four instructions make two
+float16 operands of it: one of the even columns, one of the odd ones. The int8 trick is the well-known one of LLM
+dequantisation kernels: the byte becomes the low mantissa of 1024 or so.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ E5M2_ODD = tl.constexpr("{ and.b32 $0, $1, 0xff00ff00; }")
 
 
 @triton.jit
-def half_of_pair(x, ODD: tl.constexpr, F: tl.constexpr):
-    """The even or odd columns of 16-bit units ``x`` as float16."""
+def unpack_pair(x, ODD: tl.constexpr, F: tl.constexpr):
+    """The even or the odd columns of pairs ``x`` as float16."""
     even: tl.constexpr = INT8_EVEN if F.stored == "int8" else E4M3_EVEN if F.stored == "e4m3" else E5M2_EVEN
     odd: tl.constexpr = INT8_ODD if F.stored == "int8" else E4M3_ODD if F.stored == "e4m3" else E5M2_ODD
     code: tl.constexpr = odd if ODD else even
@@ -130,7 +131,7 @@ def encode_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.conste
 
 @triton.jit
 def encode(x, F: tl.constexpr):
-    """float32 values, scale divided out, as stored: int8 clamped to +-127, fp8 as bytes, wider types as they are."""
+    """float32 values, scale divided out, as stored: int8 clamped to +-127, fp8 as bytes, other types as they are."""
     if F.stored == "int8":
         return round_half_even(tl.minimum(tl.maximum(x, -127.0), 127.0)).to(tl.int8)
     elif F.stored == "e4m3":

@@ -1,7 +1,7 @@
-"""The online softmax in base 2: one step over a tile of scores, merging two states, finishing a row.
+"""The online softmax in base 2: taking in a tile of scores, merging two states, normalising a row.
 
-A state is (m, l): the running maximum of the base-2 scores and the sum of ``exp2(score - m)``. ``m`` starts at a finite
-floor, so a row that has seen nothing needs no special case: masked scores are -inf and add exactly 0.
+The state of a row is (m, l): the maximum of its base-2 scores so far, and the sum of ``exp2(score - m)``. ``m`` starts
+at a finite floor, so that a row without keys needs no special case: masked scores are -inf and add exactly 0.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import triton.language as tl
 LN_2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(-1.0e30)
 SLACK = tl.constexpr(8)
-"""In base 2, what a kept maximum may be too small by: p is 256 at most, as precise in any 16-bit type as below 1."""
+"""In base 2, how far a kept maximum may be too small: p is 256 at most, as precise in any 16-bit type as below 1."""
 
 
 @triton.jit
-def step(s, scale, m, l, BY_ROW: tl.constexpr = False):
-    """Take in a tile of scores [M, N] whose product with ``scale`` > 0, a number or (``BY_ROW``) [M], is in base 2.
+def online_softmax(s, scale, m, l, BY_ROW: tl.constexpr = False):
+    """Take in a tile of scores s [M, N], which times ``scale`` > 0, a number or (``BY_ROW``) [M], are in base 2.
 
-    ``l`` may be [M, C]: sums of every C-th column, whose sum is l. Where a thread holds those, they need no exchange.
+    ``l`` is [M], or [M, C] as sums of every C-th column, which need no exchange between threads that hold whole ones.
 
-    Returns p [M, N], the new m and l, and the factor for what came before. Scaling inside the exponent is one fused
-    multiply-add an element.
+    Returns p = exp2(s * scale - m) [M, N], the new m and l, and the factor alpha [M] for what came before. The scale in
+    the exponent is one fused multiply-add an element.
     """
-    m_new = highest(s, scale, m)
-    p = powers(s, scale, m_new, BY_ROW)
+    m_new = row_max(s, scale, m)
+    p = exp_scores(s, scale, m_new, BY_ROW)
     alpha = tl.exp2(m - m_new)
     if len(l.shape) == 2:
         return p, m_new, l * alpha[:, None] + column_sums(p, l), alpha
@@ -34,43 +34,43 @@ def step(s, scale, m, l, BY_ROW: tl.constexpr = False):
 
 
 @triton.jit
-def lazy_step(s, scale, m, l, acc, acc_odd, BY_ROW: tl.constexpr = False):
-    """``step`` with an m of up to ``SLACK`` below the maximum, as in FlashAttention-4, and an ``l`` [M, C].
+def lazy_softmax(s, scale, m, l, acc, acc_odd, BY_ROW: tl.constexpr = False):
+    """``online_softmax`` with an m of up to ``SLACK`` below the maximum, as in FlashAttention-4, and an ``l`` [M, C].
 
-    Maxima are taken where that is not enough: most tiles then have no exchange by row, and nothing to rescale.
+    Maxima are taken only where that is not enough: most tiles then need no exchange by row, and nothing is rescaled.
     Returns p, and m, l and the accumulators, rescaled.
     """
-    p = powers(s, scale, m, BY_ROW)
-    if exceed(p, SLACK):
-        m_new = highest(s, scale, m)
+    p = exp_scores(s, scale, m, BY_ROW)
+    if any_above(p, SLACK):
+        m_new = row_max(s, scale, m)
         m_new = tl.where(m_new > m + SLACK, m_new, m)  # so that rows do not depend on one another
-        p = powers(s, scale, m_new, BY_ROW)
+        p = exp_scores(s, scale, m_new, BY_ROW)
         alpha = tl.exp2(m - m_new)[:, None]
         m, l, acc, acc_odd = m_new, l * alpha, acc * alpha, acc_odd * alpha
     return p, m, l + column_sums(p, l), acc, acc_odd
 
 
 @triton.jit
-def exceed(p, EXPONENT: tl.constexpr):
+def any_above(p, EXPONENT: tl.constexpr):
     """Whether an element of p >= 0 is more than ``2**EXPONENT``, or NaN: their bits compare as they do."""
     return tl.max(p.to(tl.int32, bitcast=True)) > (127 + EXPONENT) << 23
 
 
 @triton.jit
 def column_sums(p, l):
-    """Sums of every C-th column of p, for ``l`` [M, C]."""
+    """Sums [M, C] of the columns c, c + C, c + 2 C and so on of p [M, N], for ``l`` [M, C]."""
     return tl.sum(tl.reshape(p, (p.shape[0], p.shape[1] // l.shape[1], l.shape[1])), 1)
 
 
 @triton.jit
-def highest(s, scale, m):
-    """The maximum m after a tile of scores."""
+def row_max(s, scale, m):
+    """The maximum m [M] after a tile of scores s [M, N]."""
     return tl.maximum(m, tl.max(s, 1) * scale)
 
 
 @triton.jit
-def powers(s, scale, m, BY_ROW: tl.constexpr = False):
-    """p of a tile of scores against the maximum m."""
+def exp_scores(s, scale, m, BY_ROW: tl.constexpr = False):
+    """p = exp2(s * scale - m) [M, N]."""
     return tl.exp2(s * (scale[:, None] if BY_ROW else scale) - m[:, None])
 
 
@@ -106,16 +106,16 @@ def add_sink(m, l, sink):
 
 
 @triton.jit
-def sink_alone(sink):
-    """The state (m, l) of a row that has seen nothing but its sink logit: what ``add_sink`` makes of none, in fewer
-    instructions and registers."""
+def state_of_sink(sink):
+    """The state (m, l) of a row that has only its sink logit: what ``add_sink`` makes of no key, in fewer instructions
+    and registers."""
     m = tl.maximum(sink / LN_2, FLOOR)
     return m, tl.exp2(sink / LN_2 - m)
 
 
 @triton.jit
 def finish(m, l):
-    """The factor that normalises an accumulator, and the natural-log LSE: 0 and -inf for a row that saw nothing.
+    """The factor 1 / l that normalises an accumulator, and the natural-log LSE: 0 and -inf for a row without keys.
 
     A NaN that a row may see stays NaN.
     """

@@ -30,7 +30,7 @@ def with_positive_scale(problem: Problem) -> Problem:
 def operands_of(problem: Problem) -> Operands:
     """The tensors of a call by the names of kernel parameters: what a plan takes anew in every run."""
     problem = with_positive_scale(problem)
-    keys, leading = problem.keys, problem.window.global_tokens
+    keys, lead = problem.keys, problem.window.global_tokens
     operands: dict[str, Tensor | None] = {
         "q": problem.q,
         "out": problem.out,
@@ -39,7 +39,7 @@ def operands_of(problem: Problem) -> Operands:
         "q_scale": _contiguous(problem.q_scale),
         "cu_q": _contiguous(problem.cu_seqlens_q),
         "q_start": _contiguous(problem.q_start),
-        "leading": leading.contiguous() if isinstance(leading, Tensor) else None,
+        "lead": lead.contiguous() if isinstance(lead, Tensor) else None,
     }
     if isinstance(keys, DenseKeys):
         return operands | {"k": keys.k, "v": keys.v, "lens": keys.cu_seqlens.contiguous()}
@@ -62,14 +62,14 @@ def shared_args(work: Work, F: Features) -> dict[str, Any]:
     args: dict[str, Any] = {
         "scale_log2": problem.scale * LOG2_E,
         "cap_log2": problem.softcap * LOG2_E,
-        "size": window.size or 0,
+        "window_size": window.size or 0,
         "num_seqs": problem.num_seqs,
         "F": F,
     }
     if "claimed" not in work.sources:
         args["claimed"] = work.claimed
-    if F.leading != "tensor":
-        args["leading"] = window.global_tokens if F.leading else 0
+    if F.lead != "tensor":
+        args["lead"] = window.global_tokens if F.lead else 0
     for name, x in (("q", problem.q), ("out", problem.out)):
         seq, token, head = _row_strides(problem, x)
         args |= {f"{name}_seq": seq, f"{name}_token": token, f"{name}_head": head}

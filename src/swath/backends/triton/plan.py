@@ -61,7 +61,7 @@ def plan_of(problem: Problem, target: Target, heuristics: H, tiles: Tiles[H]) ->
         copy, rest = dequantise(rest[0], plan.scratch)
         plan.calls.append(copy)
     for part in rest:
-        made = tiles if part.features.stored == "wide" else triton_tiles
+        made = triton_tiles if part.features.quantised else tiles
         plan.calls.append(made(part, plan.scratch, heuristics))
     return plan
 

@@ -10,7 +10,7 @@ from swath.backends.device.quant import channel_scale, encode, head_scale
 
 @triton.jit
 def stored_scale(x, scale, at, kv_head, column, live, OF_V: tl.constexpr, LARGEST: tl.constexpr, F: tl.constexpr):
-    """What divides the row ``x``: its own token scale, written at ``at`` first, or the cache's static scale."""
+    """The scale that divides the row ``x``: its own token scale, stored at ``at``, or the cache's static scale."""
     fold: tl.constexpr = F.v_fold if OF_V else F.k_fold
     if fold == "token":
         largest = tl.max(tl.abs(x), 0)
@@ -43,11 +43,11 @@ def append_kernel(
     row = page * page_stride + head * head_stride + offset * token_stride + column
     x = tl.load(k + token * k_token + head * k_head + column, mask=live, other=0.0).to(tl.float32)
     at = page * ks_page + head * ks_head + offset * ks_token
-    if F.stored != "wide":
+    if F.quantised:
         x = tl.div_rn(x, stored_scale(x, k_scale, at, kv_head, column, live, False, LARGEST, F))
     tl.store(cache_k + row, encode(x, F).to(cache_k.dtype.element_ty), mask=live)
     x = tl.load(v + token * v_token + head * v_head + column, mask=live, other=0.0).to(tl.float32)
     at = page * vs_page + head * vs_head + offset * vs_token
-    if F.stored != "wide":
+    if F.quantised:
         x = tl.div_rn(x, stored_scale(x, v_scale, at, kv_head, column, live, True, LARGEST, F))
     tl.store(cache_v + row, encode(x, F).to(cache_v.dtype.element_ty), mask=live)

@@ -1,4 +1,4 @@
-"""Join two attention states: a program per row."""
+"""Merge two attention states (out, LSE) of the same rows over disjoint keys: a program per row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from swath.backends.device.softmax import FLOOR, LN_2, finish, merge
 
 @triton.jit
 def merge_kernel(out_a, lse_a, out_b, lse_b, out, lse, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of D elements; a state with LSE -inf counts nothing, whatever its out holds."""
+    """Merge rows of D elements. A state whose LSE is -inf counts nothing, whatever its ``out`` holds."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     live = column < D
