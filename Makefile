@@ -31,7 +31,7 @@ TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_6
 # One environment, one installer at a time, also under `make -j test demo`.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton memcheck compile-all lint bench clean
+.PHONY: help demo test test-gpu test-triton hf-sweep memcheck compile-all lint bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,10 @@ test-gpu: ## run the kernels' tests on the GPU with the installed Python, instal
 test-triton: $(DEV_STAMP) $(VENV)/triton-$(OTHER_TRITON) ## test the kernels under another Triton (OTHER_TRITON=3.9.0)
 	$(WITH_OTHER) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -k triton $(INTERPRETED) $(ARGS)
 	$(WITH_OTHER) $(BIN)/python -m pytest tests/test_compile.py -k sm_90 $(ARGS)
+
+# Its table in docs/transformers.md is renewed by ARGS="--docs".
+hf-sweep: $(DEV_STAMP) ## compare every causal model type of Transformers on swath and on eager attention (a minute)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hf_sweep.py $(ARGS)
 
 # Without torch's caching allocator each tensor is an allocation of its own, which memcheck knows the bounds of. Failed
 # CUDA calls do not count: torch makes some on purpose, to ask whether there is a context.

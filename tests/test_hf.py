@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,13 +20,15 @@ from transformers import (
     GenerationConfig,
     ModernBertConfig,
     ModernBertModel,
+    masking_utils,
 )
-from transformers.masking_utils import causal_mask_function, create_causal_mask
+from transformers.masking_utils import and_masks, blockwise_overlay, causal_mask_function, create_causal_mask, or_masks
 
 import swath.hf
 from hf_models import FAMILIES, SLIDING, VOCAB, WINDOW, error, greedy, logits, make, padding, tokens
 from swath.hf import attention as hf_attention
 from swath.hf import masks
+from swath.hf.mask_functions import read
 from swath.hf.masks import band_mask
 from swath.window import Window
 
@@ -91,11 +95,21 @@ def test_standard_masks_are_never_written_out(family: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-@pytest.mark.parametrize("additive", [False, True])
-def test_masks_of_the_caller(side: str, additive: bool) -> None:
+@pytest.mark.parametrize(
+    ("window", "additive"),
+    [
+        (Window(), False),
+        (Window(), True),
+        (Window(9), False),
+        (Window(causal=False), True),
+        (Window(4, causal=False), False),
+    ],
+    ids=["causal", "causal-additive", "sliding", "full-additive", "both-sides"],
+)
+def test_masks_of_the_caller(side: str, window: Window, additive: bool) -> None:
     """4-D masks, bool or additive, are read back to a window and padding."""
     ids, real = tokens(2, LENGTH), padding(side, 2, LENGTH)
-    visible = Window().mask(torch.arange(LENGTH), torch.arange(LENGTH)).expand(2, 1, -1, -1)
+    visible = window.mask(torch.arange(LENGTH), torch.arange(LENGTH)).expand(2, 1, -1, -1)
     if real is not None:
         visible = visible & real.bool()[:, None, None]
     mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min) if additive else visible
@@ -207,26 +221,68 @@ def hidden_middle(mask: Tensor) -> Tensor:
         (hidden_middle(torch.ones(2, LENGTH, dtype=torch.long)), "padding between tokens"),
         (torch.ones(2, 1, LENGTH, LENGTH).tril().log() + 0.5, "a bias between them"),
         (torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril(-1), "a mask of another form"),
-        (torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril().triu(-8), "a mask of another form"),
-        (torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool), "a mask of another form"),
+        (torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril(3).triu(-8), "a mask of another form"),
         (torch.zeros(2, 1, LENGTH, LENGTH, dtype=torch.bool), "a key to see"),
         (torch.ones(2, 4, LENGTH, LENGTH, dtype=torch.bool).tril(), "shape"),
         (torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.long).tril(), "bool or floating point"),
         (torch.ones(2, 1, LENGTH, LENGTH - 2, dtype=torch.bool).tril(), "19 keys"),
     ],
-    ids=["hole", "bias", "strict", "band", "both-ways", "nothing", "per-head", "integers", "short"],
+    ids=["hole", "bias", "strict", "lopsided", "nothing", "per-head", "integers", "short"],
 )
 def test_other_masks_are_refused(mask: Tensor, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         logits(make("llama", "swath"), tokens(2, LENGTH), mask)
 
 
-def test_a_mask_that_a_model_cut_is_refused() -> None:
-    """Then the mask's meaning is lost, and nothing in the tensor passes for a mask."""
-    x, mask = torch.zeros(1, 2, 6, 8), band_mask(1, 6, 8)
-    for cut in (mask[..., :6], mask[..., :6].float(), mask[..., :6].bool(), mask[..., :6] < 1):
-        with pytest.raises((TypeError, ValueError), match="attention_mask"):
-            hf_attention.attention_forward(swath.hf.settings.Settings(), torch.nn.Module(), x, x, x, cut)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda mask, scores: scores + mask,
+        lambda mask, scores: scores.add_(mask),
+        lambda mask, scores: mask + 1,
+        lambda mask, scores: (1.0 - mask) * -1e4,
+        lambda mask, scores: mask * scores,
+        lambda mask, scores: -mask,
+        lambda mask, scores: ~mask,
+        lambda mask, scores: mask == 0,
+        lambda mask, scores: mask < 1,
+        lambda mask, scores: bool(mask),
+        lambda mask, scores: scores.masked_fill(mask, -1.0),
+        lambda mask, scores: torch.where(mask, scores, -1.0),
+        lambda mask, scores: torch.cat([mask, scores]),
+        lambda mask, scores: torch.zeros_like(mask),
+        lambda mask, scores: torch.baddbmm(mask, scores[0], scores[0]),
+        lambda mask, scores: torch.nn.functional.scaled_dot_product_attention(scores, scores, scores, attn_mask=mask),
+        lambda mask, scores: torch.as_tensor(mask),
+        lambda mask, scores: mask.float(),
+        lambda mask, scores: mask.to(torch.bool),
+        lambda mask, scores: mask.expand(-1, 4, -1, -1),
+        lambda mask, scores: mask.dtype,
+        lambda mask, scores: mask.to_dense(),
+        lambda mask, scores: mask[:, 0],
+        lambda mask, scores: mask[None],
+        lambda mask, scores: mask[:, :, -1:],
+        lambda mask, scores: mask[..., :7],
+        lambda mask, scores: mask[:, :, :, 1:],
+        lambda mask, scores: mask[:, :, ::2],
+    ],
+)
+def test_a_carried_mask_takes_part_in_no_arithmetic(use: Callable[[Any, Tensor], object]) -> None:
+    """A model with attention code of its own must not find a mask of ones, of zeros, or any other."""
+    with pytest.raises(TypeError, match=r"mask|CarriedMask|must be"):
+        use(band_mask(1, 8, 8), torch.zeros(1, 1, 8, 8))
+
+
+def test_a_carried_mask_travels() -> None:
+    """What Transformers, accelerate and models do with masks that they hand on."""
+    mask = band_mask(2, 6, 8)
+    assert (mask.shape, mask.ndim, mask.dim(), mask.size(-1), mask.size()) == ((2, 1, 6, 8), 4, 4, 8, (2, 1, 6, 8))
+    for same in (mask[:, :, :, :8], mask[..., :9], mask[:], mask[:, :, 0:6], mask.to("cpu", non_blocking=True)):
+        assert same.band is mask.band
+    assert mask.to("meta").device.type == "meta"
+    assert copy.deepcopy(mask).band.kv_len == pickle.loads(pickle.dumps(mask)).band.kv_len == 8
+    assert not hasattr(mask, "no_such_attribute")
+    assert "kv_len=8" in repr(mask)
 
 
 def test_packed_sequences_are_refused() -> None:
@@ -249,7 +305,7 @@ def test_layers_without_a_mask() -> None:
     settings, module = swath.hf.settings.Settings(), torch.nn.Module()
     x = torch.randn(1, 2, 6, 8, generator=torch.Generator().manual_seed(0))
     out, _ = hf_attention.attention_forward(settings, module, x, x, x, None, sliding_window=3)
-    band = band_mask(1, 6, 6, mask_function=masks.sliding_window_causal_mask_function(3))
+    band = band_mask(1, 6, 6, mask_function=masking_utils.sliding_window_causal_mask_function(3))
     assert torch.equal(out, hf_attention.attention_forward(settings, module, x, x, x, band)[0])
     with pytest.raises(ValueError, match="a mask for 2 causal queries over 6 keys"):
         hf_attention.attention_forward(settings, module, x[:, :, :2], x, x, None)
@@ -282,9 +338,56 @@ def test_window_functions_are_checked() -> None:
         logits(make("llama", "swath-odd"), tokens(1, 4))
 
 
-def test_recognised_mask_functions() -> None:
-    both, causal = masks.sliding_window_bidirectional_mask_function(3), masks.sliding_window_causal_mask_function(3)
-    assert masks.window_of(causal_mask_function) == Window()
-    assert masks.window_of(causal) == Window(3)
-    assert masks.window_of(both) == Window(4, causal=False)
-    assert masks.window_of(lambda b, h, q, k: k <= q) is None
+BLOCKS, TEXT = torch.tensor([[-1, 0, 0, -1]]), torch.full((1, 4), -1)
+PACKED, WHOLE = torch.tensor([[0, 0, 1, 1]]), torch.zeros(1, 4, dtype=torch.long)
+SLIDING = masking_utils.sliding_window_causal_mask_function(3)
+OVERLAY = masking_utils.sliding_window_overlay(3)
+
+
+@pytest.mark.parametrize(
+    ("mask_function", "window", "holds"),
+    [
+        (causal_mask_function, Window(), True),
+        (masking_utils.bidirectional_mask_function, Window(causal=False), True),
+        (SLIDING, Window(3), True),
+        (masking_utils.sliding_window_causal_mask_function(0), Window(0), True),
+        (masking_utils.sliding_window_bidirectional_mask_function(3), Window(4, causal=False), True),
+        (or_masks(causal_mask_function, blockwise_overlay(TEXT)), Window(), True),
+        (or_masks(causal_mask_function, blockwise_overlay(BLOCKS)), Window(), False),
+        (and_masks(or_masks(causal_mask_function, blockwise_overlay(TEXT)), OVERLAY), Window(3), True),
+        (and_masks(SLIDING, masking_utils.packed_sequence_mask_function(WHOLE)), Window(3), True),
+        (and_masks(SLIDING, masking_utils.packed_sequence_mask_function(PACKED)), Window(3), False),
+        (or_masks(SLIDING, causal_mask_function), Window(), True),
+        (or_masks(causal_mask_function, masking_utils.bidirectional_mask_function), Window(causal=False), True),
+    ],
+)
+def test_mask_functions_are_read(mask_function: Any, window: Window, holds: bool) -> None:
+    """What is read is what Transformers writes out."""
+    reading = read(mask_function)
+    assert reading is not None
+    assert reading.reach.window == window
+    assert all(bool(condition.all()) for condition in reading.conditions) is holds
+    written = masking_utils.sdpa_mask(1, 4, 4, mask_function=mask_function, allow_is_causal_skip=False)[0, 0]
+    assert torch.equal(written, window.mask(torch.arange(4), torch.arange(4))) is holds
+
+
+@pytest.mark.parametrize(
+    "mask_function",
+    [
+        lambda b, h, q, k: k <= q,
+        and_masks(causal_mask_function, lambda b, h, q, k: k > 0),
+        masking_utils.chunked_causal_mask_function(2, torch.zeros(1, dtype=torch.long)),
+    ],
+)
+def test_mask_functions_that_are_not_read(mask_function: Any) -> None:
+    assert read(mask_function) is None
+
+
+def test_mask_functions_of_no_window() -> None:
+    """One that reaches far ahead, and blocks alone."""
+    overlay = read(OVERLAY)
+    assert overlay is not None
+    assert overlay.reach.window is None
+    blocks = read(and_masks(causal_mask_function, blockwise_overlay(TEXT)))
+    assert blocks is not None
+    assert blocks.reach.window is None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import CacheLayerMixin
 
 from swath.cache import PagedKV, check_page_size
 from swath.errors import bad_value
@@ -16,6 +16,7 @@ from swath.hf.attention import Scoring
 from swath.hf.masks import BandMask
 from swath.hf.pages import Pages
 from swath.hf.settings import REGISTERED, WindowChoice, check_window_choice, window_of_layer
+from swath.hf.versions import layer_types_and_windows
 from swath.ops.append import append_kv
 from swath.ops.paged import paged_attention
 from swath.quant import KVQuant, calibrate
@@ -259,12 +260,11 @@ class PagedCache(Cache):  # type: ignore[misc]
 
 def _model_windows(config: Any) -> list[Window]:
     """The window of each layer, from its configuration."""
-    layer_types, options = get_layer_types_and_kwargs(config)
-    windows = {"full_attention": Window(), "sliding_attention": Window(options.get("sliding_window"))}
-    unknown = sorted(set(layer_types) - set(windows))
+    layers = layer_types_and_windows(config)
+    unknown = sorted({kind for kind, _ in layers} - {"full_attention", "sliding_attention"})
     if unknown:
         raise bad_value("config", "layers of full_attention or sliding_attention", ", ".join(unknown))
-    return [windows[t] for t in layer_types]
+    return [Window(size if kind == "sliding_attention" else None) for kind, size in layers]
 
 
 def _quant_of(quant: KVQuant | str | None) -> KVQuant | None:
