@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,13 +20,12 @@ from transformers import (
     ModernBertModel,
     masking_utils,
 )
-from transformers.masking_utils import and_masks, blockwise_overlay, causal_mask_function, create_causal_mask, or_masks
+from transformers.masking_utils import create_causal_mask
 
 import swath.hf
 from hf_models import FAMILIES, SLIDING, VOCAB, WINDOW, error, greedy, logits, make, padding, tokens
 from swath.hf import attention as hf_attention
 from swath.hf import masks
-from swath.hf.mask_functions import read
 from swath.hf.masks import band_mask
 from swath.window import Window
 
@@ -234,57 +231,6 @@ def test_other_masks_are_refused(mask: Tensor, message: str) -> None:
         logits(make("llama", "swath"), tokens(2, LENGTH), mask)
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda mask, scores: scores + mask,
-        lambda mask, scores: scores.add_(mask),
-        lambda mask, scores: mask + 1,
-        lambda mask, scores: (1.0 - mask) * -1e4,
-        lambda mask, scores: mask * scores,
-        lambda mask, scores: -mask,
-        lambda mask, scores: ~mask,
-        lambda mask, scores: mask == 0,
-        lambda mask, scores: mask < 1,
-        lambda mask, scores: bool(mask),
-        lambda mask, scores: scores.masked_fill(mask, -1.0),
-        lambda mask, scores: torch.where(mask, scores, -1.0),
-        lambda mask, scores: torch.cat([mask, scores]),
-        lambda mask, scores: torch.zeros_like(mask),
-        lambda mask, scores: torch.baddbmm(mask, scores[0], scores[0]),
-        lambda mask, scores: torch.nn.functional.scaled_dot_product_attention(scores, scores, scores, attn_mask=mask),
-        lambda mask, scores: torch.as_tensor(mask),
-        lambda mask, scores: mask.float(),
-        lambda mask, scores: mask.to(torch.bool),
-        lambda mask, scores: mask.expand(-1, 4, -1, -1),
-        lambda mask, scores: mask.dtype,
-        lambda mask, scores: mask.to_dense(),
-        lambda mask, scores: mask[:, 0],
-        lambda mask, scores: mask[None],
-        lambda mask, scores: mask[:, :, -1:],
-        lambda mask, scores: mask[..., :7],
-        lambda mask, scores: mask[:, :, :, 1:],
-        lambda mask, scores: mask[:, :, ::2],
-    ],
-)
-def test_a_carried_mask_takes_part_in_no_arithmetic(use: Callable[[Any, Tensor], object]) -> None:
-    """A model with attention code of its own must not find a mask of ones, of zeros, or any other."""
-    with pytest.raises(TypeError, match=r"mask|CarriedMask|must be"):
-        use(band_mask(1, 8, 8), torch.zeros(1, 1, 8, 8))
-
-
-def test_a_carried_mask_travels() -> None:
-    """What Transformers, accelerate and models do with masks that they hand on."""
-    mask = band_mask(2, 6, 8)
-    assert (mask.shape, mask.ndim, mask.dim(), mask.size(-1), mask.size()) == ((2, 1, 6, 8), 4, 4, 8, (2, 1, 6, 8))
-    for same in (mask[:, :, :, :8], mask[..., :9], mask[:], mask[:, :, 0:6], mask.to("cpu", non_blocking=True)):
-        assert same.band is mask.band
-    assert mask.to("meta").device.type == "meta"
-    assert copy.deepcopy(mask).band.kv_len == pickle.loads(pickle.dumps(mask)).band.kv_len == 8
-    assert not hasattr(mask, "no_such_attribute")
-    assert "kv_len=8" in repr(mask)
-
-
 def test_packed_sequences_are_refused() -> None:
     positions = torch.cat([torch.arange(9), torch.arange(10)])[None]
     with pytest.raises(ValueError, match="a mask of another form"):
@@ -336,58 +282,3 @@ def test_window_functions_are_checked() -> None:
     swath.hf.register("swath-odd", window=lambda _: 128)
     with pytest.raises(TypeError, match="layer_idx"):
         logits(make("llama", "swath-odd"), tokens(1, 4))
-
-
-BLOCKS, TEXT = torch.tensor([[-1, 0, 0, -1]]), torch.full((1, 4), -1)
-PACKED, WHOLE = torch.tensor([[0, 0, 1, 1]]), torch.zeros(1, 4, dtype=torch.long)
-SLIDING = masking_utils.sliding_window_causal_mask_function(3)
-OVERLAY = masking_utils.sliding_window_overlay(3)
-
-
-@pytest.mark.parametrize(
-    ("mask_function", "window", "holds"),
-    [
-        (causal_mask_function, Window(), True),
-        (masking_utils.bidirectional_mask_function, Window(causal=False), True),
-        (SLIDING, Window(3), True),
-        (masking_utils.sliding_window_causal_mask_function(0), Window(0), True),
-        (masking_utils.sliding_window_bidirectional_mask_function(3), Window(4, causal=False), True),
-        (or_masks(causal_mask_function, blockwise_overlay(TEXT)), Window(), True),
-        (or_masks(causal_mask_function, blockwise_overlay(BLOCKS)), Window(), False),
-        (and_masks(or_masks(causal_mask_function, blockwise_overlay(TEXT)), OVERLAY), Window(3), True),
-        (and_masks(SLIDING, masking_utils.packed_sequence_mask_function(WHOLE)), Window(3), True),
-        (and_masks(SLIDING, masking_utils.packed_sequence_mask_function(PACKED)), Window(3), False),
-        (or_masks(SLIDING, causal_mask_function), Window(), True),
-        (or_masks(causal_mask_function, masking_utils.bidirectional_mask_function), Window(causal=False), True),
-    ],
-)
-def test_mask_functions_are_read(mask_function: Any, window: Window, holds: bool) -> None:
-    """What is read is what Transformers writes out."""
-    reading = read(mask_function)
-    assert reading is not None
-    assert reading.reach.window == window
-    assert all(bool(condition.all()) for condition in reading.conditions) is holds
-    written = masking_utils.sdpa_mask(1, 4, 4, mask_function=mask_function, allow_is_causal_skip=False)[0, 0]
-    assert torch.equal(written, window.mask(torch.arange(4), torch.arange(4))) is holds
-
-
-@pytest.mark.parametrize(
-    "mask_function",
-    [
-        lambda b, h, q, k: k <= q,
-        and_masks(causal_mask_function, lambda b, h, q, k: k > 0),
-        masking_utils.chunked_causal_mask_function(2, torch.zeros(1, dtype=torch.long)),
-    ],
-)
-def test_mask_functions_that_are_not_read(mask_function: Any) -> None:
-    assert read(mask_function) is None
-
-
-def test_mask_functions_of_no_window() -> None:
-    """One that reaches far ahead, and blocks alone."""
-    overlay = read(OVERLAY)
-    assert overlay is not None
-    assert overlay.reach.window is None
-    blocks = read(and_masks(causal_mask_function, blockwise_overlay(TEXT)))
-    assert blocks is not None
-    assert blocks.reach.window is None
