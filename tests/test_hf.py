@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +27,7 @@ from transformers.masking_utils import create_causal_mask
 import swath.hf
 from hf_models import FAMILIES, SLIDING, VOCAB, WINDOW, error, greedy, logits, make, padding, tokens
 from swath.hf import attention as hf_attention
-from swath.hf import masks
+from swath.hf import masks, versions
 from swath.hf.masks import band_mask
 from swath.window import Window
 
@@ -186,25 +188,56 @@ def test_sharded_sinks() -> None:
     assert error(logits(ours, ids), logits(make("gpt_oss", "eager"), ids)) < TOLERANCE
 
 
+def generate_batch(model: Any, prompts: list[list[int]]) -> list[Any]:
+    """The results of requests longer than a batch, prefilled in chunks beside others that decode."""
+    options = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    batching = ContinuousBatchingConfig(block_size=16, num_blocks=32, max_batch_tokens=8)
+    return list(model.generate_batch(prompts, generation_config=options, continuous_batching_config=batching).values())
+
+
+PROMPTS = [tokens(n, seed=n).tolist() for n in (LENGTH, 3, 30)]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_continuous_batching_is_eager(family: str) -> None:
-    """Requests longer than a batch are prefilled in chunks beside others that decode, past the window's ring."""
-    prompts = [tokens(n, seed=n).tolist() for n in (LENGTH, 3, 30)]
-    options = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
-    eager, ours = make(family, "eager"), make(family, "paged|swath")
-    results = ours.generate_batch(
-        prompts,
-        generation_config=options,
-        continuous_batching_config=ContinuousBatchingConfig(block_size=16, num_blocks=32, max_batch_tokens=8),
-    )
-    assert [r.error for r in results.values()] == [None] * len(prompts)
-    for prompt, result in zip(prompts, results.values(), strict=True):
+    """Past the window's ring."""
+    eager, ours = make(family, "eager"), make(family, "eager")
+    swath.hf.set_continuous_batching(ours)
+    results = generate_batch(ours, PROMPTS)
+    assert [r.error for r in results] == [None] * len(PROMPTS)
+    for prompt, result in zip(PROMPTS, results, strict=True):
         assert result.generated_tokens == greedy(eager, torch.tensor([prompt]), new=12)[0, len(prompt) :].tolist()
 
 
-def test_paged_name_outside_continuous_batching() -> None:
-    with pytest.raises(ValueError, match=r"cache: wanted that of model\.generate_batch"):
-        logits(make("llama", "paged|swath"), tokens(1, 4))
+def test_another_window_under_continuous_batching() -> None:
+    """Narrower than the ring is right, wider is refused."""
+    for family, window in (("llama", Window(4, global_tokens=2)), ("mistral", Window(WINDOW - 2))):
+        swath.hf.register("swath-other", window=window)
+        ours = make(family, "eager")
+        swath.hf.set_continuous_batching(ours, "swath-other")
+        for prompt, result in zip(PROMPTS, generate_batch(ours, PROMPTS), strict=True):
+            theirs = greedy(make(family, "swath-other"), torch.tensor([prompt]), new=12)
+            assert result.generated_tokens == theirs[0, len(prompt) :].tolist()
+    swath.hf.register("swath-other", window=Window(WINDOW + 1))
+    for result in generate_batch(ours, PROMPTS):
+        assert "window: wanted keys within Window(5)" in result.error
+
+
+def test_an_older_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.16.1")
+    with pytest.raises(ImportError, match=r"needs Transformers 5\.17 or newer, this is 5\.16\.1"):
+        runpy.run_path(versions.__file__)
+
+
+def test_outside_continuous_batching() -> None:
+    ours = make("llama", "eager")
+    swath.hf.set_continuous_batching(ours)
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q: wanted those of model\.generate_batch"):
+        logits(ours, tokens(1, 4))
+    ours.set_attn_implementation("swath")
+    assert error(logits(ours, tokens(1, 4)), logits(make("llama", "eager"), tokens(1, 4))) < TOLERANCE
+    with pytest.raises(ValueError, match=r"name: wanted a name given to register \(.*swath"):
+        swath.hf.set_continuous_batching(ours, "eager")
 
 
 def hidden_middle(mask: Tensor) -> Tensor:

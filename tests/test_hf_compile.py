@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("transformers", reason="the Transformers integration needs transformers")
 
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
+from transformers.masking_utils import and_masks, causal_mask_function
 
 import swath.hf
 from hf_models import error, greedy, logits, make, padding, tokens
+from swath.hf.masks import band_mask
 
 TOLERANCE = 1e-5
 """Of the largest logit, fp32, as in test_hf.py."""
@@ -79,6 +82,18 @@ def test_masks_that_are_no_window_are_refused_when_the_graph_runs(
 ) -> None:
     with pytest.raises(RuntimeError, match=f"attention_mask: wanted a causal, .* got {message}"), torch.no_grad():
         compiled(family)(tokens(1, 9), **options)
+
+
+@pytest.mark.parametrize("hidden", [0, 3, 8])
+def test_mask_functions_are_checked_when_the_graph_runs(hidden: int) -> None:
+    """The graph takes an unknown one for causal: a column that it hides from all rows is no padding either."""
+
+    def rows(x: Tensor) -> Tensor:
+        mask_function = and_masks(causal_mask_function, lambda b, h, q, k: k != hidden)
+        return x + band_mask(1, 9, 9, mask_function=mask_function, use_vmap=True).band.varlen_on(x.device)[0]
+
+    with pytest.raises(RuntimeError, match="a mask of another form"):
+        torch.compile(rows, backend="eager", fullgraph=True)(torch.zeros(2))
 
 
 def test_masks_of_the_caller_are_checked_when_the_graph_runs() -> None:

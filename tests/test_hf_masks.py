@@ -72,7 +72,14 @@ def test_a_carried_mask_travels() -> None:
     """What Transformers, accelerate and models do with masks that they hand on."""
     mask = band_mask(2, 6, 8)
     assert (mask.shape, mask.ndim, mask.dim(), mask.size(-1), mask.size()) == ((2, 1, 6, 8), 4, 4, 8, (2, 1, 6, 8))
-    for same in (mask[:, :, :, :8], mask[..., :9], mask[:], mask[:, :, 0:6], mask.to("cpu", non_blocking=True)):
+    for same in (
+        mask[:, :, :, :8],
+        mask[..., :9],
+        mask[:],
+        mask[:, :, 0:6],
+        mask.to("cpu", non_blocking=True),
+        mask.contiguous(),
+    ):
         assert same.band is mask.band
     assert mask.to("meta").device.type == "meta"
     assert copy.deepcopy(mask).band.kv_len == pickle.loads(pickle.dumps(mask)).band.kv_len == 8

@@ -58,6 +58,10 @@ class CarriedMask(BlockMask):
             _refuse(f"to({device})")
         return CarriedMask(self.band, device)
 
+    def contiguous(self) -> CarriedMask:
+        """The mask: ``generate`` asks for it beside static caches."""
+        return self
+
     def __getitem__(self, index: Any) -> CarriedMask:
         parts = index if isinstance(index, tuple) else (index,)
         rest = next((i for i, part in enumerate(parts) if part is Ellipsis), len(parts))

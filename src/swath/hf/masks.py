@@ -83,8 +83,7 @@ class BandMask:
         q_len, kv_len = visible.shape[1:]
         real = visible.any(1)  # [B, kv_len]
         _require(real.any(1), "a key to see in every sequence", "a sequence with none")
-        q_pos = torch.arange(q_len, device=mask.device) + q_column
-        k_pos = torch.arange(kv_len, device=mask.device)
+        q_pos, k_pos = _positions(q_len, kv_len, q_column, mask.device)
         if is_tracing(mask):
             _require(guess.mask(q_pos, k_pos) & real[:, None] == visible, *OTHER_FORM)
             return cls.of_padding(guess, real, q_len, q_column, dropped)
@@ -172,7 +171,8 @@ def band_mask(
     window = _window_of(mask_function)
     if window is None and torch.compiler.is_compiling():
         window = _window_named(local_size, bidirectional="allow_is_bidirectional_skip" in others)
-        BandMask.of_dense(sdpa_mask(**written_out), q_column, window)
+        q_pos, k_pos = _positions(q_length, kv_length, q_column, device)
+        _require(window.mask(q_pos, k_pos) == sdpa_mask(**written_out)[:, 0], *OTHER_FORM)
     if window is None:
         dense = sdpa_mask(**written_out, attention_mask=attention_mask)
         return CarriedMask(BandMask.of_dense(dense, q_column, Window(), kv_offset), device)
@@ -204,6 +204,11 @@ def _window_named(local_size: int | None, *, bidirectional: bool) -> Window:
     if not bidirectional or local_size is None:
         return Window(local_size, causal=not bidirectional)
     return Window.from_flash(local_size, local_size)
+
+
+def _positions(q_len: int, kv_len: int, q_column: int | Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Where rows and columns of a mask stand."""
+    return torch.arange(q_len, device=device) + q_column, torch.arange(kv_len, device=device)
 
 
 def _require(condition: Tensor, wanted: str, got: str) -> None:
