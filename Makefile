@@ -11,8 +11,9 @@ SANITIZER ?= compute-sanitizer
 ARGS ?=
 
 # Kernels run in Triton's interpreter here: every option alone and in pairs, at small sizes.
-INTERPRETED := tests/test_operators.py tests/test_append.py tests/test_merge.py tests/test_dequantise.py \
-	tests/test_bench.py tests/test_bench_tune.py tests/test_sections.py
+INTERPRETED := tests/ops/test_operators.py tests/ops/test_append.py tests/ops/test_merge.py tests/ops/test_fuzz.py \
+	tests/backends/test_dequantise.py tests/backends/test_scheduler.py tests/bench/test_bench.py \
+	tests/bench/test_bench_tune.py
 # OpenMP threads that wait without spinning: with another busy process, torch's many small operations are far faster.
 CALM := OMP_WAIT_POLICY=PASSIVE
 
@@ -34,7 +35,8 @@ TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_6
 # One environment, one installer at a time, also under `make -j test demo`.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton test-newest test-hf-newest hf-sweep memcheck compile-all lint bench clean
+.PHONY: help demo test test-gpu test-triton test-newest test-hf-newest hf-sweep memcheck fuzz compile-all lint \
+	bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -54,7 +56,7 @@ test-gpu: ## run the kernels' tests on the GPU with the installed Python, instal
 # Another Triton lies beside the environment's and comes before it on the path.
 test-triton: $(DEV_STAMP) $(VENV)/triton-$(OTHER_TRITON) ## test the kernels under another Triton (OTHER_TRITON=3.9.0)
 	$(WITH_OTHER) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -k triton $(INTERPRETED) $(ARGS)
-	$(WITH_OTHER) $(BIN)/python -m pytest tests/test_compile.py -k sm_90 $(ARGS)
+	$(WITH_OTHER) $(BIN)/python -m pytest tests/backends/test_compile.py -k sm_90 $(ARGS)
 
 # Whatever it finds, the bounds in pyproject.toml say what passes here, and no more.
 test-newest: $(NEWEST)/bin/pip ## run the suite with the newest release of everything, in an environment of its own
@@ -72,11 +74,11 @@ test-hf-newest: $(NEWEST)/bin/pip ## run the tests of the Transformers integrati
 	@$(PIP_NEWEST) install -e '.[hf]' pytest pytest-xdist hypothesis
 	@$(PIP_NEWEST) install --upgrade transformers
 	$(NEWEST)/bin/python -m pip list | grep -E '^(torch|transformers) '
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/test_hf*.py $(ARGS)
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/hf $(ARGS)
 
 # Its table in docs/transformers.md is renewed by ARGS="--docs".
 hf-sweep: $(DEV_STAMP) ## compare every causal model type of Transformers on swath and on eager attention (a minute)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/hf_sweep.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hf/hf_sweep.py $(ARGS)
 
 # Without torch's caching allocator each tensor is an allocation of its own, which memcheck knows the bounds of. Failed
 # CUDA calls do not count: torch makes some on purpose, to ask whether there is a context.
@@ -86,10 +88,14 @@ memcheck: ## look for stray accesses on the GPU: a small sweep under compute-san
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("memcheck needs a GPU that torch can use")'
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src $(SANITIZER) --tool memcheck --error-exitcode 1 \
 	  --target-processes application-only --report-api-errors no \
-	  $(PYTHON) -m pytest tests/test_memcheck.py -k gpu $(ARGS)
+	  $(PYTHON) -m pytest tests/backends/test_memcheck.py -k gpu $(ARGS)
+
+# Without a GPU `--backend triton` runs in the interpreter, which tests/interpreter.py makes quicker.
+fuzz: $(DEV_STAMP) ## random calls against float64 (ARGS="--calls 10000 --backend cpu --seed 0 --processes 2 --minutes 60")
+	PYTHONPATH=src:tests OMP_NUM_THREADS=1 $(BIN)/python -m swath.testing.fuzz $(ARGS)
 
 compile-all: $(DEV_STAMP) ## compile every kernel variant for every GPU target (no GPU needed; long)
-	PYTHONPATH=src $(BIN)/python -m pytest tests/test_compile.py --all-variants $(ARGS)
+	PYTHONPATH=src $(BIN)/python -m pytest tests/backends/test_compile.py --all-variants $(ARGS)
 
 lint: $(DEV_STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

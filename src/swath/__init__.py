@@ -1,14 +1,15 @@
 """swath: attention for serving language models, over sliding windows and paged, quantised key/value caches."""
 
-from swath.cache import PagedKV, PageTable
+from swath.cache import PagedKV
 from swath.ops.append import append_kv
 from swath.ops.attention import attention
+from swath.ops.check import check
+from swath.ops.explain import explain, warmup
 from swath.ops.merge import merge_states
 from swath.ops.paged import paged_attention
-from swath.ops.paged.validate import check
 from swath.ops.slots import slots
+from swath.pages import PageTable
 from swath.quant import KVQuant
-from swath.tooling import explain, warmup
 from swath.window import Window
 
 __version__ = "0.1.0"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -71,52 +71,71 @@ def check_heads(q: Tensor, num_kv_heads: int, head_dim: int) -> None:
         raise bad_value("q", f"a head_dim that is a multiple of 8, at most {MAX_HEAD_DIM}", head_dim)
 
 
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """The checked values of how scores are made."""
+OTHER_WORDS = {
+    "softmax_scale": "scale=",
+    "sm_scale": "scale=",
+    "scaling": "scale=",
+    "window_size": "window=, Window.from_flash(left, right, causal=...)",
+    "window_left": "window=, Window.from_flash(left, 0, causal=True)",
+    "sliding_window": "window=",
+    "causal": "window=, Window(size, causal=...)",
+    "is_causal": "window=, Window(size, causal=...)",
+    "logits_soft_cap": "softcap=",
+    "logit_cap": "softcap=",
+    "sinks": "sink=",
+    "s_aux": "sink=",
+    "block_tables": "block_table",
+    "page_table": "block_table",
+    "cache_seqlens": "seq_lens",
+    "context_lens": "seq_lens",
+    "seqused_k": "seq_lens",
+    "max_seqlen_q": "max_q_len=",
+    "max_seqlen_k": "max_kv_len=",
+    "return_softmax_lse": "return_lse=",
+    "num_splits": "split_size=, keys and not a number of splits",
+    "q_descale": "q_scale=",
+    "k_descale": "k_scale of the PagedKV",
+    "v_descale": "v_scale of the PagedKV",
+    "k_scale": "k_scale of the PagedKV",
+    "v_scale": "v_scale of the PagedKV",
+    "cu_seqlens": "cu_seqlens_q=",
+}
+"""What other libraries call an argument, and what swath does."""
 
-    scale: float
-    softcap: float
-    interleaved: bool
+
+def check_names(options: dict[str, Any], known: Iterable[str], function: str) -> None:
+    """Keywords that the function has; for a word of another library the error says swath's.
+
+    Raises:
+        TypeError: naming the keyword.
+    """
+    for name in options.keys() - set(known):
+        wanted = f"{OTHER_WORDS[name]}, as swath calls it" if name in OTHER_WORDS else f"a keyword of {function}"
+        raise bad_type(name, wanted, f"{name}=")
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """What the checks found about a call, and with it about every call of the same signature."""
-
-    scoring: Scoring
-    max_q_len: int
-    max_kv_len: int
-    memo: dict[str, Any] = field(default_factory=dict)
-    """What backends remember of such calls, by backend."""
-
-
-def check_scoring(
-    q: Tensor, num_seqs: int, window: object, scale: object, softcap: object, sink: object, gqa: object
-) -> Scoring:
-    """The arguments that say how scores are made: window, scale, soft cap, sink logits and GQA layout."""
-    if not isinstance(window, Window):
-        raise bad_type("window", "a Window or None", type(window).__name__)
+def check_options(q: Tensor, num_seqs: int, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that both attention operators have: the checked numbers and words among them, by name."""
+    window, scale, sink = Window.of(options["window"]), options["scale"], options["sink"]
     if isinstance(window.global_tokens, Tensor):
         check_int32("window.global_tokens", window.global_tokens, num_seqs, q.device)
-    if scale is None:
-        scale = float(q.shape[-1]) ** -0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise bad_type("scale", "a float or None", type(scale).__name__)
-    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
-        raise bad_type("softcap", "a float >= 0", type(softcap).__name__)
+    scale = float(q.shape[-1]) ** -0.5 if scale is None else check_float("scale", scale, "a float or None")
+    softcap = check_float("softcap", options["softcap"], "a float >= 0")
     if not softcap >= 0:
         raise bad_value("softcap", "a float >= 0", softcap)
     if sink is not None:
         _check_sink(sink, q)
-    check_choice("gqa", gqa, GQA_LAYOUTS)
-    return Scoring(float(scale), float(softcap), gqa == "interleaved")
+    check_choice("gqa", options["gqa"], GQA_LAYOUTS)
+    if options["q_start"] is not None:
+        check_int32("q_start", options["q_start"], num_seqs, q.device)
+    check_outputs(q, options["out"], options["return_lse"])
+    return {"scale": scale, "softcap": softcap, "gqa": options["gqa"]}
 
 
 def _check_sink(sink: object, q: Tensor) -> None:
     sink = check_tensor("sink", sink, 1, q.device)
-    if sink.dtype not in (torch.float32, output_dtype(q)):
-        raise bad_type("sink", f"float32 or {output_dtype(q)}", sink.dtype)
+    if sink.dtype not in WIDE:
+        raise bad_type("sink", "bfloat16, float16 or float32", sink.dtype)
     if sink.shape[0] != q.shape[-2]:
         raise bad_value("sink", f"shape [{q.shape[-2]}], one logit per query head", tuple(sink.shape))
 
@@ -128,20 +147,30 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_int(name: str, value: object, wanted: str) -> int:
-    """An int, which a bool is not."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """An int, which a bool is not; a traced one is."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise bad_type(name, wanted, type(value).__name__)
-    return value
+    return value  # type: ignore[return-value]
 
 
-def check_bound(name: str, value: object, default: int) -> int:
-    """A host bound, an int >= 0, or ``default`` where none is given."""
+def check_float(name: str, value: object, wanted: str) -> float:
+    """A number, which a bool is not, that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise bad_type(name, wanted, type(value).__name__)
+    try:
+        return float(value)
+    except OverflowError:
+        raise bad_value(name, wanted, value) from None
+
+
+def check_bound(name: str, value: object, most: int) -> int:
+    """A host bound, an int >= 0: no more than ``most``, what the shapes allow, and that where none is given."""
     if value is None:
-        return default
+        return most
     bound = check_int(name, value, "an int or None")
     if bound < 0:
         raise bad_value(name, "an int >= 0", value)
-    return bound
+    return min(bound, most)
 
 
 def output_dtype(q: Tensor) -> torch.dtype:
@@ -160,10 +189,3 @@ def check_outputs(q: Tensor, out: object, return_lse: object) -> None:
         check_rows("out", out)
     if not isinstance(return_lse, bool):
         raise bad_type("return_lse", "a bool", type(return_lse).__name__)
-
-
-def make_outputs(q: Tensor, out: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """The given ``out`` or a new one, and a new LSE if asked for."""
-    if out is None:
-        out = torch.empty_like(q, dtype=output_dtype(q), memory_format=torch.contiguous_format)
-    return out, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None

@@ -15,7 +15,7 @@ BACKENDS = ("hopper", "triton", "cpu", "reference")
 
 
 class Backend(Protocol):
-    """What a backend module of an op folder offers: swath/ops/<op>/<backend>.py."""
+    """What a backend offers for an operator: the module swath/backends/<backend>/<operator>.py."""
 
     def why_not(self, case: Any) -> str | None:
         """The reason this backend cannot run the case, or None."""
@@ -33,8 +33,8 @@ class Backend(Protocol):
 @cache
 def backends(op: str) -> dict[str, Backend]:
     """The backends that exist for an op, fastest first."""
-    names = [n for n in BACKENDS if find_spec(f"swath.ops.{op}.{n}") is not None]
-    return {n: cast(Backend, importlib.import_module(f"swath.ops.{op}.{n}")) for n in names}
+    names = [n for n in BACKENDS if find_spec(f"swath.backends.{n}.{op}") is not None]
+    return {n: cast(Backend, importlib.import_module(f"swath.backends.{n}.{op}")) for n in names}
 
 
 def choose(op: str, case: Any, impl: str) -> Backend:
@@ -81,9 +81,9 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain_case(op: str, case: Any, impl: str) -> Explanation:
-    """Explain without raising for a backend that cannot run the case."""
+def explain_case(name: str, op: str, case: Any, impl: str) -> Explanation:
+    """Explain a call of the public function ``name`` without raising for a backend that cannot run the case."""
     why = reasons(op, case)
-    able = [name for name, reason in why.items() if reason is None and impl in ("auto", name)]
+    able = [backend for backend, reason in why.items() if reason is None and impl in ("auto", backend)]
     launch = backends(op)[able[0]].plan(case) if able else ""
-    return Explanation(op, able[0] if able else None, launch, why)
+    return Explanation(name, able[0] if able else None, launch, why)

@@ -1,4 +1,4 @@
-"""One checked attention call, dense or paged, in the form that every backend reads."""
+"""Checked calls in the form that every backend reads: ``Problem`` is attention, dense or paged."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swath.cache import DenseKeys, PagedKeys
-from swath.window import Window
+from swath.cache import DenseKeys, PagedKeys, PagedKV
+from swath.checks import output_dtype
+from swath.window import FULL, Window
 
 LOG2_E = 1.4426950408889634
 
@@ -22,29 +23,35 @@ class Problem:
     q: [B, Hq, D] (decode), [B, S, Hq, D] (every sequence has S query tokens), or [T, Hq, D] with cu_seqlens_q [B + 1].
     out: as q (bf16 for fp8 queries); lse: None or fp32 as q without D. Both are written in place.
     max_q_len, max_kv_len: host bounds for launch and scratch; no result depends on them.
-    memo: what backends remember of calls with this signature; None where nobody knows the signature, as after
+    The other fields are the options of ``paged_attention`` (see there), checked.
+    memo: what backends remember of calls with this signature; None where the signature is not known, as after
         ``dataclasses.replace``.
 
-    Nobody changes one; a frozen dataclass would cost each call 2.5 us more.
+    No field is changed once it is made; a frozen dataclass would cost each call 2.5 us more.
     """
 
     q: Tensor
-    cu_seqlens_q: Tensor | None
     keys: DenseKeys | PagedKeys
-    q_start: Tensor | None
-    window: Window
-    scale: float
-    q_scale: Tensor | None
-    softcap: float
-    sink: Tensor | None
-    interleaved: bool
     out: Tensor
     lse: Tensor | None
+    scale: float
     max_q_len: int
     max_kv_len: int
+    window: Window = FULL
+    cu_seqlens_q: Tensor | None = None
+    q_start: Tensor | None = None
+    q_scale: Tensor | None = None
+    softcap: float = 0.0
+    sink: Tensor | None = None
+    gqa: str = "grouped"
     compute: str = "float"
     split_size: int | None = None
     memo: dict[str, Any] | None = field(default=None, init=False)
+
+    @property
+    def result(self) -> Tensor | tuple[Tensor, Tensor]:
+        """What the public function returns: out, or (out, lse) where an LSE was asked for."""
+        return self.out if self.lse is None else (self.out, self.lse)
 
     def remembered(self, key: str, find: Callable[[], Any]) -> Any:
         """What was found under ``key`` for a call of this signature, or what ``find`` returns."""
@@ -67,6 +74,11 @@ class Problem:
     def head_dim(self) -> int:
         """Elements of a head, D."""
         return self.q.shape[-1]
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether query head h has the kv head ``h % Hkv``, not ``h // group``."""
+        return self.gqa == "interleaved"
 
     @property
     def steps(self) -> int:
@@ -140,3 +152,60 @@ class SequenceRows:
             return q
         scale = self.q_scale.to(dtype)
         return q * (scale[first:end, :, None] if scale.dim() else scale)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class AppendCase:
+    """New tokens k, v [T, Hkv, D] and their slots int64 [T] in ``cache``."""
+
+    cache: PagedKV
+    k: Tensor
+    v: Tensor
+    slot_mapping: Tensor
+
+    @property
+    def result(self) -> None:
+        """Nothing: the cache is written in place."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class MergeCase:
+    """Two attention states over disjoint keys, and where their union goes."""
+
+    out_a: Tensor
+    lse_a: Tensor
+    out_b: Tensor
+    lse_b: Tensor
+    out: Tensor
+    lse: Tensor
+
+    @property
+    def result(self) -> tuple[Tensor, Tensor]:
+        """The union."""
+        return self.out, self.lse
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What the checks found about a call, and with it about every call of the same signature."""
+
+    values: dict[str, Any]
+    """Checked numbers and words, by the names of Problem's fields."""
+    memo: dict[str, Any] = field(default_factory=dict)
+    """What backends remember of such calls, by backend."""
+
+    def problem(self, q: Tensor, keys: DenseKeys | PagedKeys, options: dict[str, Any]) -> Problem:
+        """The call with the tensors of ``options``, and its outputs made."""
+        fields = {**options, **self.values}
+        out, lse = make_outputs(q, fields.pop("out", None), fields.pop("return_lse", False))
+        fields["window"] = Window.of(fields.get("window"))
+        problem = Problem(q, keys, out, lse, **fields)
+        problem.memo = self.memo
+        return problem
+
+
+def make_outputs(q: Tensor, out: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """The given ``out`` or a new one, and a new LSE if asked for."""
+    if out is None:
+        out = torch.empty_like(q, dtype=output_dtype(q), memory_format=torch.contiguous_format)
+    return out, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from swath.errors import bad_type, bad_value
+
+LARGEST_SIZE = 2**31 - 1
+"""Positions are int32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +26,8 @@ class Window:
 
     Args:
         size: keys in the window, the query's own included, as Hugging Face and vLLM configurations count.
-            None is no limit. With ``causal=False`` the window reaches ``size - 1`` keys to each side.
+            None is no limit, and 2**31 - 1 the largest. With ``causal=False`` the window reaches ``size - 1`` keys
+            to each side.
         global_tokens: leading keys of the sequence that stay visible: an int, or an int32 tensor [B] with one
             count per sequence. (gpt-oss "sinks" are something else: logits, see ``sink=`` of the operators.)
         causal: whether keys after the query are hidden.
@@ -40,6 +45,8 @@ class Window:
     def __post_init__(self) -> None:
         if self.size is not None:
             _check_count("size", self.size, "an int >= 0 or None")
+            if self.size > LARGEST_SIZE:
+                raise bad_value("size", f"at most {LARGEST_SIZE}, or None for no limit", self.size)
         if not isinstance(self.causal, bool):
             raise bad_type("causal", "a bool", type(self.causal).__name__)
         if isinstance(self.global_tokens, Tensor):
@@ -51,31 +58,54 @@ class Window:
                 _check_count("max_global_tokens", self.max_global_tokens, "an int >= 0 or None")
         else:
             _check_count("global_tokens", self.global_tokens, "an int >= 0 or an int32 tensor [B]")
+            if self.global_tokens > LARGEST_SIZE:
+                raise bad_value("global_tokens", f"at most {LARGEST_SIZE}", self.global_tokens)
             if self.max_global_tokens is not None:
                 raise bad_value("max_global_tokens", "None unless global_tokens is a tensor", self.max_global_tokens)
 
     def __eq__(self, other: object) -> bool:
         """Field by field; tensors are the same only if they are the same object."""
-        return isinstance(other, Window) and self._key() == other._key()
+        return isinstance(other, Window) and self.key == other.key
 
     def __hash__(self) -> int:
-        return hash(self._key())
+        return hash(self.key)
 
-    def _key(self) -> tuple[object, ...]:
+    @cached_property
+    def key(self) -> tuple[object, ...]:
+        """What makes two windows the same: the fields, a tensor by its identity."""
         g = self.global_tokens
         return self.size, id(g) if isinstance(g, Tensor) else g, self.causal, self.max_global_tokens
 
     @classmethod
-    def from_flash(cls, left: int, right: int = 0) -> Window:
-        """From ``window_size=(left, right)`` of FlashAttention, torch varlen_attn, FlashInfer's ``window_left``.
+    def of(cls, window: object) -> Window:
+        """The argument ``window`` of an operator: a Window, a size for ``Window(size)``, or None for full attention.
 
-        There ``left`` excludes the query itself and -1 is no limit: ``from_flash(127)`` is ``Window(128)``;
-        ``(-1, -1)`` is full non-causal attention; ``right == left`` is a symmetric window.
+        Raises:
+            TypeError: anything else.
+        """
+        if window is None:
+            return FULL
+        if isinstance(window, Window):
+            return window
+        if isinstance(window, int) and not isinstance(window, bool):
+            return cls(window)
+        raise bad_type("window", "a Window, an int or None", type(window).__name__)
+
+    @classmethod
+    def from_flash(cls, left: int, right: int, *, causal: bool) -> Window:
+        """From ``window_size=(left, right)`` and ``causal`` of FlashAttention, FlashInfer's ``window_left``.
+
+        There ``left`` excludes the query itself, -1 is no limit, and ``causal=True`` hides all keys after the query,
+        whatever ``right`` says: ``(127, 0)`` and ``(127, 127)`` with ``causal=True`` are ``Window(128)``, and
+        ``(-1, -1)`` with ``causal=True`` is ``Window()``. Without it ``(-1, -1)`` is ``Window(causal=False)``, and
+        ``right == left`` is a window to both sides.
         """
         _check_count("left", left, "an int >= -1", least=-1)
         _check_count("right", right, "an int >= -1", least=-1)
+        if not isinstance(causal, bool):
+            raise bad_type("causal", "a bool", type(causal).__name__)
         size = None if left == -1 else left + 1
-        if right == 0:
+        if causal or right == 0:
             return cls(size)
         if right == left:
             return cls(size, causal=False)

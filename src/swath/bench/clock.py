@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from swath.features import FUSED
+from swath.backends.triton.features import FUSED
 
 Run = Callable[[], Tensor]
 

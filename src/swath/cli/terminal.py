@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import ConsoleOptions
 from rich.text import Text
 
-from swath.draw import Cell, Picture, runs, stride_for
+from swath.cli.draw import Cell, Picture, runs, stride_for
 
 NAMES = {Cell.WINDOW: "window", Cell.LEADING: "leading tokens", Cell.SKIPPED: "skipped"}
 # Mid tones, with a contrast of at least 3 against black and against white.

@@ -203,7 +203,7 @@ def _window_named(local_size: int | None, *, bidirectional: bool) -> Window:
     """The window that the mask builders of Transformers name beside their mask function."""
     if not bidirectional or local_size is None:
         return Window(local_size, causal=not bidirectional)
-    return Window.from_flash(local_size, local_size)
+    return Window(local_size + 1, causal=False)
 
 
 def _positions(q_len: int, kv_len: int, q_column: int | Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:

@@ -1,1 +1,1 @@
-"""The operators: a folder each, holding the public function and one file per backend."""
+"""The public functions, one a file, and their way to a backend, eager (operator.py) or traced (torch_ops.py)."""

@@ -12,27 +12,15 @@ from swath.bench.case import BenchCase
 from swath.bench.inputs import Inputs
 from swath.bench.providers.provider import Provider
 from swath.dispatch import backends
-from swath.ops.attention import attention
-from swath.ops.paged import paged_attention
+from swath.ops.explain import explain
 from swath.target import interpreting
-from swath.tooling import explain
 
 GPU_BACKENDS = ("hopper", "triton")
 
 
 def call_of(inputs: Inputs) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """The public function, its positional arguments and its options."""
-    case = inputs.case
-    options: dict[str, Any] = {"window": inputs.window, "max_q_len": inputs.max_q, "max_kv_len": inputs.max_kv}
-    if inputs.sink is not None:
-        options["sink"] = inputs.sink
-    if case.page_size == 0:
-        return attention, (inputs.q, *inputs.dense, inputs.cu_q, inputs.cu_k), options
-    options["compute"] = case.compute
-    q = inputs.q_steps if case.op == "steps" else inputs.q
-    if not case.is_decode:
-        options["cu_seqlens_q"] = inputs.cu_q
-    return paged_attention, (q, inputs.cache, inputs.pages, inputs.seq_lens), options
+    return inputs.call.function, inputs.call.args, inputs.call.options
 
 
 def _launch(impl: str, inputs: Inputs) -> str:
@@ -40,9 +28,8 @@ def _launch(impl: str, inputs: Inputs) -> str:
     return explain(function, *args, **options, impl=impl).launch
 
 
-def _why_not(impl: str, case: BenchCase) -> str | None:
-    op = "attention" if case.page_size == 0 else "paged"
-    return None if impl in backends(op) else f"has no {op}"
+def _why_not(_case: BenchCase) -> None:
+    """Every backend has attention, dense and paged; what else it lacks, ``_prepare`` finds out."""
 
 
 def _prepare(impl: str, inputs: Inputs) -> Callable[[], Tensor]:
@@ -62,12 +49,12 @@ def _devices(name: str) -> tuple[str, ...]:
 PROVIDERS = tuple(
     Provider(
         f"swath-{name}",
-        partial(_why_not, name),
+        _why_not,
         partial(_prepare, name),
         module="triton" if name in GPU_BACKENDS else None,
         devices=_devices(name),
         launch=partial(_launch, name),
     )
-    for name in backends("paged")
+    for name in backends("attention")
     if name != "reference"
 )

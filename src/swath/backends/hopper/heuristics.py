@@ -1,0 +1,217 @@
+"""How tiles are launched on Hopper: launch rows, all measured on an H200, and what is for tiles and what for splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from swath.backends.triton.features import Features
+from swath.backends.triton.heuristics import Heuristics
+from swath.backends.triton.heuristics.splits import (
+    FULL,
+    MAX_STEPS,
+    ceil_div,
+    filled,
+    is_mixed,
+    keys_in_sight,
+    split_steps,
+)
+from swath.backends.triton.heuristics.tiles import SHORT_WINDOW, is_short, pack_heads
+from swath.backends.triton.work import Work
+from swath.cache import PagedKeys
+from swath.problem import Problem
+from swath.window import LARGEST_SIZE
+
+
+@dataclass(frozen=True)
+class HopperLaunch:
+    """Tile shape and pipeline of kernel.py."""
+
+    block_n: int
+    stages: int  # of keys and of values
+    q_stages: int  # of query rows; from two of them results leave as boxes (epilogue.py)
+    consumers: int = 2  # warpgroups of 64 rows in a program
+    programs: int = 1  # that run at once on a multiprocessor
+    consumer_registers: int = 240  # a thread's
+    producer_registers: int = 24
+    registers: int | None = None  # before they are shared out so, where the compiler's choice lets fewer programs run
+    pack: int = 1
+    box_rows: int = 0
+    uniform: bool = False
+    first_n: int = 0  # keys of a narrow tile: it and one of ``block_n`` hold all that a row tile sees
+
+    @property
+    def first_rows(self) -> int:
+        """Keys of the narrow tile that are fetched at once."""
+        return min(self.first_n, self.box_rows)
+
+
+TILE_ROWS = 128
+"""Rows of a tile of two consumers."""
+FEW_KEYS = 1024
+"""Keys that a row tile sees up to which programs of one consumer win: short runs leave the tensor cores idle at their
+ends, and two consumers of one program reach theirs together. 32 ragged sequences of up to 1,024 keys took 274 us so and
+348 with two consumers; windows of 257 in sequences of up to 4,096 keys 709 and 1,127; a window of 1,024 1,058 and 972.
+"""
+SOME_KEYS = 1280
+"""Keys that a row tile sees under a window of 1,024, at most."""
+FEW_ROWS = 1 << 16
+"""Query rows (tokens x heads) up to which one consumer wins with ``SOME_KEYS`` too, as it does over pages, whose tables
+are read before a row tile: under a window of 1,024 2,048 tokens of 32 heads took 64 us so and 72 with two, 4,096 tokens
+129 and 130, four chunks of 2,048 tokens over pages of 16 304 and 312."""
+PACKED_TOKENS = 2048
+"""Mean query tokens of a sequence up to which the heads of a group are packed: rows of a half-empty last tile are then
+positions of all its heads. 32 ragged sequences took, packed and not: 227 and 275 us (up to 511 tokens each), 2,786 and
+3,118 (up to 2,047), 8,340 and 8,900 (up to 4,095); one of 8,192 tokens 788 and 781. Chunks that are all whole tiles
+have no such rows: four of 2,048 tokens under a window of 1,024 took 277 and 267."""
+VERY_FEW_KEYS = 256
+"""Of rows of 64: a window of 128 took 340 us in four programs with tiles of 32 keys, 406 in three with tiles of 64."""
+ONE_PASS = (
+    HopperLaunch(128, 2, 2, consumers=2, programs=2, consumer_registers=104, registers=80, first_n=16),
+    HopperLaunch(128, 1, 2, consumers=1, programs=3, consumer_registers=136, registers=80, first_n=16),
+)
+"""For heads of 64 whose row tiles see 144 keys at most, as under a window of 128 with 8 heads packed. Two consumers
+load keys once for both, one sees fewer. Two took 244 us, one 289, and five tiles of 32 keys 329."""
+
+
+def one_pass(F: Features, problem: Problem, pack: int) -> HopperLaunch | None:
+    """The first of ``ONE_PASS`` that holds all keys that the rows of a tile see, by the window alone.
+
+    Bounds of lengths and of leading keys are promises of the caller, on which no result may hang. Pages widen the list
+    of keys to whole boxes: 143 keys may touch ten boxes of 16, so those stay with the loop over tiles.
+    """
+    if F.head_dim != 64 or F.leading != "":
+        return None
+    for launch in ONE_PASS:
+        keys = problem.window.visible_bound(64 * launch.consumers // pack, LARGEST_SIZE)
+        if F.page_size > 0:
+            box = box_rows(F, launch)
+            keys = (ceil_div(max(keys - 1, 0), box) + 1) * box
+        if keys <= launch.block_n + launch.first_n:
+            return launch
+    return None
+
+
+def hopper_launch(work: Work) -> HopperLaunch:
+    """Prefill on sm_90: as many stages and registers as a multiprocessor has, in one program or several."""
+    problem, F = work.problem, work.features
+    # Few leading keys fit into the last tile of a window, if that is not full: packed rows see fewer keys.
+    packed = is_short(problem.window) or F.leading != "" or few_tokens(problem) or problem.max_q_len <= MAX_STEPS
+    pack = heads_in_tile(problem, packed)
+    launch = one_pass(F, problem, pack) or looped_launch(F, problem)
+    return replace(launch, pack=pack, box_rows=box_rows(F, launch), uniform=problem.q.dim() == 4)
+
+
+def heads_in_tile(problem: Problem, pays: bool) -> int:
+    """Heads of a kv head's group in a row tile: all where that pays, if they are neighbours, as in a box of q."""
+    return 1 if problem.interleaved else pack_heads(problem.group, pays, 64)
+
+
+def keys_of_tile(problem: Problem) -> int:
+    """Keys that a row tile may see, if its heads are not packed."""
+    return keys_in_sight(problem, TILE_ROWS)
+
+
+def looped_launch(F: Features, problem: Problem) -> HopperLaunch:
+    """For row tiles that may see any number of key tiles."""
+    keys = keys_of_tile(problem)
+    few = keys <= (SOME_KEYS if F.page_size > 0 or few_rows(problem) else FEW_KEYS)
+    if F.head_dim > 128:
+        return HopperLaunch(64, 2, 1)
+    if F.head_dim == 128 and (few or problem.max_q_len <= MAX_STEPS):
+        return HopperLaunch(
+            64, 2, 2, consumers=1, programs=2, consumer_registers=216, producer_registers=40, registers=128
+        )
+    if keys <= VERY_FEW_KEYS:
+        return HopperLaunch(32, 3, 2, consumers=1, programs=4, consumer_registers=104, registers=64)
+    if few:
+        return HopperLaunch(64, 2, 2, consumers=1, programs=3, consumer_registers=136, registers=80)
+    return HopperLaunch(128, 2 if F.head_dim > 64 else 4, 2)
+
+
+def few_rows(problem: Problem) -> bool:
+    """Whether a call has few rows of 128; never with split_size, when no bit may depend on how many."""
+    return problem.head_dim == 128 and problem.split_size is None and problem.q.shape[:-1].numel() <= FEW_ROWS
+
+
+def few_tokens(problem: Problem) -> bool:
+    """Whether a ragged batch has short sequences on average, not all whole tiles; never with split_size, when no bit
+    may depend on that."""
+    if problem.cu_seqlens_q is None or problem.split_size is not None:
+        return False
+    tokens, longest = problem.q.shape[0], problem.max_q_len
+    whole = tokens == longest * problem.num_seqs and longest % TILE_ROWS == 0
+    return not whole and tokens <= PACKED_TOKENS * problem.num_seqs
+
+
+def mixed_steps(problem: Problem) -> int:
+    """Query tokens of a sequence up to which splits take it: those of a mixed batch alone, the others are for tiles."""
+    return split_steps(problem) if is_mixed(problem) else 0
+
+
+@dataclass(frozen=True)
+class HopperHeuristics(Heuristics):
+    """Triton's for decode in a mixed batch, and the launch of Hopper's tiles."""
+
+    split_steps: Callable[[Problem], int] = mixed_steps
+    hopper_launch: Callable[[Work], HopperLaunch] = hopper_launch
+
+
+HOPPER = HopperHeuristics()
+"""The rows and rules as they are."""
+
+MOST_SPLIT_ROWS = 16
+"""Query rows (tokens x group) of a sequence up to which splits keep up over 16-bit keys."""
+
+
+def decodes_in_tiles(problem: Problem, num_sms: int) -> bool:
+    """Whether sequences of a few query tokens run as tiles: those that see about 1,024 keys, as under a window, or have
+    many rows, where they are enough to fill all places without being cut, and a row tile has all heads of a group.
+
+    Programs that stay ask for the keys of the next owner while they attend those of one; as splits each begins with
+    three trips to memory in turn. 128 sequences under a window of 1,024 took 131 us so and 135 as splits, 4 tokens each
+    in groups of 8 134 and 153, and over up to 8,192 keys 587 and 642; with heads of 64 under a window of 128 19 and 16,
+    and 64 sequences of 8,192 keys 495 and 494.
+    """
+    keys = problem.keys
+    if not isinstance(keys, PagedKeys) or problem.head_dim != 128 or problem.split_size is not None:
+        return False  # with split_size no bit may depend on how large the batch is
+    if heads_in_tile(problem, pays=True) == 1:
+        return False  # each head would read the keys anew; groups of one are not measured
+    keys_seen = keys_of_tile(problem)
+    if keys.cache.k.dtype != problem.q.dtype or keys_seen <= SHORT_WINDOW:
+        return False
+    places = 2 * num_sms  # of the two programs that ``looped_launch`` lets in
+    owners = problem.num_seqs * keys.num_kv_heads
+    if owners < places or filled(owners, places) < FULL:
+        return False
+    return keys_seen <= SOME_KEYS or problem.max_q_len * problem.group > MOST_SPLIT_ROWS
+
+
+def draws_tiles(problem: Problem) -> bool:
+    """Whether programs draw their tiles from a counter. In decode under a window they take them in turn, as if all had
+    as much to do: the host has no counter to clear then, which costs it 23 us."""
+    return problem.max_q_len > MAX_STEPS or keys_of_tile(problem) > SOME_KEYS
+
+
+BOX_ROWS = 64
+"""Keys that are fetched at once at most: fewer than a tile, so that what nobody sees of a tile is not fetched."""
+
+
+def box_rows(F: Features, launch: HopperLaunch) -> int:
+    """Keys that are fetched at once: of a page, the largest power of two that divides it, and no more than a tile."""
+    if F.page_size == 0:
+        return min(launch.block_n, BOX_ROWS)
+    return min(launch.first_n or launch.block_n, BOX_ROWS, F.page_size & -F.page_size)
+
+
+BOX_BYTES = 16
+"""What addresses and strides of a tensor must be multiples of for the tensor memory accelerator."""
+
+
+def in_boxes(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can fetch or write boxes of ``x``."""
+    strides = all(s > 0 and s * x.element_size() % BOX_BYTES == 0 for s in x.stride()[:-1])
+    return strides and x.data_ptr() % BOX_BYTES == 0 and x.numel() > 0

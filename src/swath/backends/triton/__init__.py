@@ -1,0 +1,1 @@
+"""GPUs that Triton supports, and Triton's interpreter: every operator with every option."""

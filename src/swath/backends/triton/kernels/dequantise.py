@@ -1,0 +1,101 @@
+"""Dequantise the pages that a prefill sees into 16-bit scratch pages, once, so that its tiles run the 16-bit kernel.
+
+The scratch is a paged cache of its own, for sequences that splits do not claim: the j-th page in sight of the r-th of
+them goes to page ``r * pages + j``, and a new table says so, or -1 of a dead page. What it says of pages out of sight
+is undefined, and not read, so nothing else changes for the tiles. Sequences without room in the scratch are for a
+launch of tiles over the cache.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from swath.backends.device.cache import page_in_sight, table_row
+from swath.backends.device.quant import channel_scale, decode, head_scale
+from swath.backends.device.window import band_of
+from swath.backends.triton.kernels.query import leading_of, ranked_sequence, sequence_of, store_claim
+
+
+@triton.jit
+def copy_page(source, target, scale, scale_at, scale_token, kv_head, token_stride, OF_V: tl.constexpr,
+              F: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
+    """One kv head of a page: stored [page_size, D] at ``source`` to values at ``target``."""
+    BLOCK_D: tl.constexpr = F.block_d
+    fold: tl.constexpr = F.v_fold if OF_V else F.k_fold
+    column = tl.arange(0, BLOCK_D)
+    live = column < F.head_dim
+    for first in range(0, F.page_size, BLOCK_T):
+        token = first + tl.arange(0, BLOCK_T)
+        mask = (token < F.page_size)[:, None] & live[None, :]
+        x = tl.load(source + token[:, None] * token_stride + column[None, :], mask=mask, other=0)
+        x = decode(x, F).to(tl.float32)
+        if fold == "token":
+            at = scale + scale_at + token * scale_token
+            x *= tl.load(at, mask=token < F.page_size, other=0.0).to(tl.float32)[:, None]
+        elif fold == "channel":
+            x *= channel_scale(scale, kv_head, column, F.head_dim, live)[None, :]
+        else:
+            x *= head_scale(scale, kv_head, OF_V, F)
+        place = target + token[:, None] * F.head_dim + column[None, :]
+        tl.store(place, x.to(target.dtype.element_ty), mask=mask)
+
+
+RUN_TIME = (
+    "leading",
+    "size",
+    "steps",
+    "claimed",
+    "num_seqs",
+    "pages",
+    "width",
+    "max_pages",
+    "num_pages",
+    "table_stride",
+)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def dequantise_kernel(
+    k, v, k_scale, v_scale, table, indptr, lens, cu_q, q_start, leading, new_k, new_v, new_table, copied, others,
+    size, steps, claimed, num_seqs, pages, width, max_pages, num_pages, kv_page, kv_head_stride, kv_token, table_stride,
+    ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
+    F: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """One program per (sequence not claimed, page in sight, kv head), heads fastest; ``pages`` of scratch each, and
+    ``width`` entries of the new table.
+
+    Where there may be more such sequences than the grid has, the first program writes which ones the launch over the
+    scratch takes (``copied``) and which the one over the cache (``others``).
+    """
+    kv_head = tl.program_id(0) % F.kv_heads
+    j = tl.program_id(0) // F.kv_heads % pages
+    rank = tl.program_id(0) // F.kv_heads // pages
+    if copied is not None:
+        if tl.program_id(0) == 0:
+            end = ranked_sequence(tl.num_programs(0) // F.kv_heads // pages, cu_q, num_seqs, claimed)
+            store_claim(copied, claimed, 0, end)
+            store_claim(others, claimed, end, num_seqs)
+    b = ranked_sequence(rank, cu_q, num_seqs, claimed)
+    if b >= num_seqs:
+        return
+    seq = sequence_of(b, cu_q, steps, lens, q_start, F)
+    entries, own_pages = table_row(table, indptr, b, table_stride, max_pages)
+    kv_len = tl.minimum(seq.kv_len, own_pages * F.page_size)
+    band = band_of(seq.start, seq.start + seq.q_len - 1, kv_len, size, leading_of(b, leading, F), F)
+    page, seen = page_in_sight(j, band, F.page_size)
+    seen &= page < tl.minimum(own_pages, width)
+    entry = tl.load(entries + page, mask=seen, other=-1)
+    live = (entry >= 0) & (entry < num_pages)
+    place = rank * pages + j
+    if kv_head == 0:
+        tl.store(new_table + b * width + page, tl.where(live, place, -1), mask=seen)
+    if not live:
+        return
+    entry, head = entry.to(tl.int64), kv_head.to(tl.int64)
+    source = entry * kv_page + head * kv_head_stride
+    target = (place.to(tl.int64) * F.kv_heads + head) * F.page_size * F.head_dim
+    scale_at = entry * ks_page + head * ks_head
+    copy_page(k + source, new_k + target, k_scale, scale_at, ks_token, kv_head, kv_token, False, F, BLOCK_T)
+    scale_at = entry * vs_page + head * vs_head
+    copy_page(v + source, new_v + target, v_scale, scale_at, vs_token, kv_head, kv_token, True, F, BLOCK_T)

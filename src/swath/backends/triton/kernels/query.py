@@ -1,0 +1,209 @@
+"""From sequences and query rows in memory to the dot operands of a program, and from its accumulators back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from swath.backends.device.quant import channel_scale, decode_e4m3, head_scale, unit_rows
+from swath.backends.device.softmax import add_sink, finish
+from swath.backends.triton.kernels.walk import Rows, TokenScales
+
+SMALLEST_FACTOR = tl.constexpr(1.0e-30)
+"""Of scores that are all 0, or that a scale makes so."""
+
+
+class Sequence(NamedTuple):
+    """One sequence: its first query token, how many there are, the position of the first, and how many keys."""
+
+    token: tl.tensor
+    q_len: tl.tensor
+    start: tl.tensor
+    kv_len: tl.tensor
+    key_row: tl.tensor  # dense: the first key's row
+
+
+@triton.jit
+def tokens_of(b, cu_q, steps):
+    """The first query token of sequence ``b`` and how many there are; a negative number counts as 0."""
+    if cu_q is None:
+        return b * steps, steps
+    else:
+        token = tl.load(cu_q + b)
+        return token, tl.maximum(tl.load(cu_q + b + 1) - token, 0)
+
+
+RANKED = tl.constexpr(256)
+"""Sequences whose lengths are looked at together."""
+
+
+@triton.jit
+def ranked_sequence(rank, cu_q, num_seqs, claimed):
+    """The ``rank``-th sequence, from 0 on, of more than ``claimed`` query tokens; ``num_seqs`` where there is none.
+
+    Without ``cu_q`` all sequences have more.
+    """
+    if cu_q is None:
+        return rank
+    else:
+        found, before = rank * 0, rank * 0
+        for first in range(0, num_seqs, RANKED):
+            b = first + tl.arange(0, RANKED)
+            inside = b < num_seqs
+            q_len = tl.load(cu_q + b + 1, mask=inside, other=0) - tl.load(cu_q + b, mask=inside, other=0)
+            longer = (q_len > claimed).to(tl.int32)
+            found += tl.sum((inside & (before + tl.cumsum(longer, 0) <= rank)).to(tl.int32), 0)
+            before += tl.sum(longer, 0)
+        return found
+
+
+@triton.jit
+def store_claim(claim, claimed, first, end):
+    """Write a tensor of three that ``takes`` reads as its ``claimed``."""
+    tl.store(claim, claimed)
+    tl.store(claim + 1, first)
+    tl.store(claim + 2, end)
+
+
+@triton.jit
+def takes(b, q_len, claimed):
+    """Whether a launch of tiles takes sequence ``b``: those of at most ``claimed`` query tokens belong to the splits.
+
+    Where two launches share the others, ``claimed`` is a tensor: that number, the launch's first sequence, and the end.
+    """
+    if claimed.dtype.is_ptr():
+        inside = (b >= tl.load(claimed + 1)) & (b < tl.load(claimed + 2))
+        return inside & (q_len > tl.load(claimed))
+    else:
+        return q_len > claimed
+
+
+@triton.jit
+def sequence_of(b, cu_q, steps, lens, q_start, F: tl.constexpr):
+    """Read the lengths of sequence ``b``; negative ones count as 0."""
+    token, q_len = tokens_of(b, cu_q, steps)
+    key_row = b * 0
+    if F.page_size == 0:
+        key_row = tl.load(lens + b)
+        kv_len = tl.maximum(tl.load(lens + b + 1) - key_row, 0)
+    else:
+        kv_len = tl.maximum(tl.load(lens + b), 0)
+    start = kv_len - q_len if q_start is None else tl.load(q_start + b)
+    return Sequence(token, q_len, start, kv_len, key_row)
+
+
+@triton.jit
+def leading_of(b, leading, F: tl.constexpr):
+    """How many leading keys sequence ``b`` keeps."""
+    if F.leading == "tensor":
+        return tl.load(leading + b)
+    else:
+        return leading
+
+
+@triton.jit
+def q_head_of(kv_head, member, F: tl.constexpr):
+    """The query head that is ``member`` of a kv head's group."""
+    if F.interleaved:
+        return member * F.kv_heads + kv_head
+    else:
+        return kv_head * F.group + member
+
+
+@triton.jit
+def row_offsets(b, step, token, q_head, seq_stride, token_stride, head_stride, cu_q):
+    """Element offsets (int64) of rows in q or out: [B, S, Hq, D], or [T, Hq, D] where there is a ``cu_q``."""
+    if cu_q is None:
+        row = b.to(tl.int64) * seq_stride + step.to(tl.int64) * token_stride
+    else:
+        row = token.to(tl.int64) * token_stride
+    return row + q_head.to(tl.int64) * head_stride
+
+
+@triton.jit
+def query_scale(q_scale, row, valid, F: tl.constexpr):
+    """The scale of fp8 query rows: one for all, one a row, or 1."""
+    if F.q_scale == "row":
+        return tl.load(q_scale + row, mask=valid, other=0.0)
+    elif F.q_scale == "tensor":
+        return tl.load(q_scale)
+    else:
+        return 1.0
+
+
+@triton.jit
+def token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F: tl.constexpr):
+    """The token scales of one kv head; for other granularities a number that nobody reads."""
+    k = k_scale + kv_head.to(tl.int64) * ks_head if F.k_fold == "token" else kv_head
+    v = v_scale + kv_head.to(tl.int64) * vs_head if F.v_fold == "token" else kv_head
+    return TokenScales(k, v, ks_page, ks_token, vs_page, vs_token)
+
+
+@triton.jit
+def load_half(q, offset, valid, column, k_scale, kv_head, F: tl.constexpr):
+    """Query elements [M, N] in float32 at the ``column`` indices, K's channel scale folded in."""
+    live = column < F.head_dim
+    x = tl.load(q + offset[:, None] + column[None, :], mask=valid[:, None] & live[None, :], other=0)
+    if q.dtype.element_ty == tl.uint8:
+        x = decode_e4m3(x)
+    x = x.to(tl.float32)
+    if F.k_fold == "channel":
+        x *= channel_scale(k_scale, kv_head, column, F.head_dim, live)[None, :]
+    return x
+
+
+@triton.jit
+def load_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach, F: tl.constexpr):
+    """Query rows as dot operands with their score factors, K's scales folded in (all but a token scale)."""
+    if F.unit_q:
+        return load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
+    else:
+        column = tl.arange(0, F.block_d)
+        mask = valid[:, None] & (column < F.head_dim)[None, :] if F.padded else valid[:, None]
+        x = tl.load(q + offset[:, None] + column[None, :], mask=mask, other=0.0)
+        return Rows(x, x, scale_log2, reach)
+
+
+@triton.jit
+def load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach, F: tl.constexpr):
+    """``load_query`` over an 8-bit cache: rows divided by their largest magnitude, which goes into the factors."""
+    column = tl.arange(0, F.block_d)
+    even = 2 * column if F.pairs else column
+    x_even = load_half(q, offset, valid, even, k_scale, kv_head, F)
+    x_odd = load_half(q, offset, valid, even + 1, k_scale, kv_head, F) if F.pairs else x_even
+    largest = tl.max(tl.maximum(tl.abs(x_even), tl.abs(x_odd)), 1)
+    factor = largest * row_scale * (scale_log2 * head_scale(k_scale, kv_head, False, F))
+    if F.compute_int8:
+        factor *= 1.0 / 127.0
+    # Masked scores are -inf and must stay so: a sign goes into the rows, and no factor is 0.
+    divisor = tl.where(factor < 0, -largest, largest)
+    factor = tl.where(factor == 0, SMALLEST_FACTOR, tl.abs(factor))
+    return Rows(unit_rows(x_even, divisor, F), unit_rows(x_odd, divisor, F), factor, reach)
+
+
+@triton.jit
+def join_columns(acc, acc_odd, v_scale, kv_head, F: tl.constexpr):
+    """The accumulator [M, D padded] with V's scale folded in (all but a token scale), and its column indices."""
+    if F.pairs:
+        acc = tl.interleave(acc, acc_odd)
+    column = tl.arange(0, 2 * F.block_d if F.pairs else F.block_d)
+    if F.v_fold == "channel":
+        acc *= channel_scale(v_scale, kv_head, column, F.head_dim, column < F.head_dim)[None, :]
+    else:
+        acc *= head_scale(v_scale, kv_head, True, F)
+    return acc, column
+
+
+@triton.jit
+def store_rows(out, lse, sink, at, token, q_head, valid, m, l, acc, column, F: tl.constexpr):
+    """Finish rows and write them: ``at`` holds output offsets; an LSE stands at [token, q_head]."""
+    if sink is not None:
+        m, l, weight = add_sink(m, l, tl.load(sink + q_head, mask=valid, other=0.0).to(tl.float32))
+        acc *= weight[:, None]
+    inverse, log_sum = finish(m, l)
+    mask = valid[:, None] & (column < F.head_dim)[None, :]
+    tl.store(out + at[:, None] + column[None, :], (acc * inverse[:, None]).to(out.dtype.element_ty), mask=mask)
+    if lse is not None:
+        tl.store(lse + token * (F.kv_heads * F.group) + q_head, log_sum, mask=valid)

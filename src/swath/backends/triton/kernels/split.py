@@ -1,0 +1,171 @@
+"""Splits: decode and n-step decode. A program owns rows (steps x group) of one kv head and a slice of their keys.
+
+Partials (m, l, acc) are kept in float32 and joined by reduce.py; a sequence whose keys fill one slice is finished here.
+With ``split_size`` slices end at its multiples, so that a row's bits depend neither on the batch nor on the bounds.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from swath.backends.device.cache import Keys, table_row
+from swath.backends.device.window import band_of, reach_of
+from swath.backends.triton.kernels.query import (
+    join_columns,
+    leading_of,
+    load_query,
+    q_head_of,
+    query_scale,
+    row_offsets,
+    sequence_of,
+    store_rows,
+    token_scales,
+)
+from swath.backends.triton.kernels.walk import (
+    attend,
+    attend_clear_first,
+    clear_tiles,
+    listed,
+    new_partial_sums,
+    new_state,
+    plan_walk,
+    tile_pages,
+)
+
+
+class Slices(NamedTuple):
+    """How the tiles of a program's rows are cut: slice j has tiles ``first .. end - 1``, of ``count`` slices."""
+
+    first: tl.tensor
+    end: tl.tensor
+    count: tl.tensor
+
+
+@triton.jit
+def slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N: tl.constexpr):
+    """Slice ``j`` of a walk: an even cut, or (slice_tiles > 0) one at multiples of ``slice_tiles``.
+
+    Even slices are at most ``num_splits``, of ``least_tiles`` or more.
+    """
+    if slice_tiles == 0:
+        each = tl.maximum(tl.cdiv(walk.total, num_splits), least_tiles)
+        first = tl.minimum(j * each, walk.total)
+        return Slices(first, tl.minimum(first + each, walk.total), tl.cdiv(walk.total, each))
+    # The list is in whole tiles then.
+    num_lead = walk.lead // BLOCK_N
+    origin = num_lead + walk.gap // BLOCK_N
+    lead_slices = tl.cdiv(num_lead, slice_tiles)
+    band_slice = tl.maximum(origin // slice_tiles, lead_slices)
+    num_band = walk.total - num_lead
+    band_end = tl.maximum(tl.cdiv(origin + num_band, slice_tiles), band_slice)
+    cut = tl.where(j < lead_slices, j, band_slice + j - lead_slices) * slice_tiles
+    # Tiles of the list that stand before a cut: leading ones, then those of the band.
+    first = tl.minimum(cut, num_lead) + tl.minimum(tl.maximum(cut - origin, 0), num_band)
+    cut += slice_tiles
+    end = tl.minimum(cut, num_lead) + tl.minimum(tl.maximum(cut - origin, 0), num_band)
+    count = lead_slices + tl.where(num_band > 0, band_end - band_slice, 0)
+    return Slices(first, end, tl.where(num_band > 0, count, lead_slices))
+
+
+RUN_TIME = (
+    "leading",
+    "size",
+    "steps",
+    "num_splits",
+    "least_tiles",
+    "slice_tiles",
+    "max_pages",
+    "num_pages",
+    "table_stride",
+)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def split_kernel(
+    q, k, v, out, lse, partial, partial_state, counts, sink, q_scale, k_scale, v_scale,
+    table, indptr, lens, cu_q, q_start, leading,
+    scale_log2, cap_log2, size, steps, num_splits, least_tiles, slice_tiles, max_pages, num_pages,
+    q_seq, q_token, q_head, out_seq, out_token, out_head, kv_page, kv_head_stride, kv_token, table_stride,
+    ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
+    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program per (sequence, row tile, kv head, slice), slices fastest.
+
+    ``steps``: query tokens of each sequence, or (with cu_q) the most that this schedule claims; others return.
+    """
+    # Programs over 8-bit keys issue so many instructions that those of masks and maxima count: 8 steps over int8 take
+    # 13 % less so. Others wait for memory, and a second run of tiles begins with a wait.
+    CLEAR_FIRST: tl.constexpr = F.pairs
+    j = tl.program_id(0) % num_splits
+    owner = tl.program_id(0) // num_splits
+    row_tiles = tl.cdiv(steps * F.group, BLOCK_M)
+    kv_head = owner % F.kv_heads
+    tile = owner // F.kv_heads % row_tiles
+    b = owner // F.kv_heads // row_tiles
+    if F.pdl and partial is not None:
+        gdc_launch_dependents()
+    seq = sequence_of(b, cu_q, steps, lens, q_start, F)
+    r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.where(seq.q_len > steps, 0, seq.q_len * F.group)
+    if tile * BLOCK_M >= rows:
+        if partial is not None and j == 0:
+            tl.store(counts + owner, 0)
+        return
+    entries, pages = table_row(table, indptr, b, table_stride, max_pages)
+    p = seq.start + r // F.group
+    first = seq.start + tile * BLOCK_M // F.group
+    last = seq.start + (tl.minimum((tile + 1) * BLOCK_M, rows) - 1) // F.group
+    lead = leading_of(b, leading, F)
+    band = band_of(first, last, tl.minimum(seq.kv_len, pages * F.page_size), size, lead, F)
+    align = tl.where(slice_tiles > 0, BLOCK_N, 1)
+    walk = plan_walk(band, align, align, BLOCK_N)
+    cut = slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N)
+    if partial is not None:
+        if j == 0:
+            tl.store(counts + owner, cut.count)
+        if j >= tl.maximum(cut.count, 1):
+            return
+    base = kv_head.to(tl.int64) * kv_head_stride
+    keys = Keys(k + base, v + base, entries, num_pages, kv_page, kv_token, kv_page, kv_token)
+    begin, end = cut.first, cut.end
+    if CLEAR_FIRST:
+        begin, end = clear_tiles(keys, band, walk, first, last, size, cut.first, cut.end, F, BLOCK_N)
+    page = tile_pages(keys, band, walk, begin, F, BLOCK_N)
+    tl.debug_barrier()  # or ptxas asks for the pages only when the query is there: one more trip to memory before K
+    member = q_head_of(kv_head, r % F.group, F)
+    token = seq.token + r // F.group
+    valid = r < rows
+    at = row_offsets(b, r // F.group, token, member, q_seq, q_token, q_head, cu_q)
+    row_scale = query_scale(q_scale, token * F.kv_heads * F.group + member, valid, F)
+    reach = listed(reach_of(p, band, size, lead, F), walk)
+    query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
+    scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
+    m, l, acc, acc_odd = new_state(BLOCK_M, F)
+    state = m, new_partial_sums(BLOCK_M, BLOCK_N, F), acc, acc_odd
+    if CLEAR_FIRST:
+        m, l, acc, acc_odd = attend_clear_first(
+            state, page, query, keys, scales, band, cap_log2,
+            walk, cut.first, cut.end, begin, end, F, BLOCK_N, STAGES,
+        )  # fmt: skip
+    else:
+        m, l, acc, acc_odd = attend(
+            state, page, query, keys, scales, band, cap_log2,
+            walk, cut.first, cut.end, cut.end, 0, F, BLOCK_N, STAGES, MASKED=True,
+        )  # fmt: skip
+    l = tl.sum(l, 1)
+    acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)
+    if partial is not None:
+        if cut.count > 1:
+            tile_rows = tl.minimum(steps * F.group, BLOCK_M)
+            place = (owner.to(tl.int64) * num_splits + j) * tile_rows + tl.arange(0, BLOCK_M)
+            mask = valid[:, None] & (column < F.head_dim)[None, :]
+            tl.store(partial + place[:, None] * F.head_dim + column[None, :], acc, mask=mask)
+            tl.store(partial_state + 2 * place, m, mask=valid)
+            tl.store(partial_state + 2 * place + 1, l, mask=valid)
+            return
+    at = row_offsets(b, r // F.group, token, member, out_seq, out_token, out_head, cu_q)
+    store_rows(out, lse, sink, at, token, member, valid, m, l, acc, column, F)

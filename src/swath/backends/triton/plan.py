@@ -1,0 +1,149 @@
+"""From a call to a plan of kernel launches: which of them takes which sequences, and with what tiles and scratch.
+
+A launch is made in two steps: heuristics say how (rows of tables, sizes), a function here or in a backend's own plan.py
+turns that into a ``KernelCall``. ``plan_of`` puts them in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+import torch
+
+from swath.backends.triton.arguments import shared_args, shared_views, with_positive_scale
+from swath.backends.triton.heuristics import Heuristics
+from swath.backends.triton.heuristics.dequantise import (
+    dequantises,
+    most_unclaimed,
+    scratch_pages,
+    scratch_rows,
+    table_pages,
+)
+from swath.backends.triton.heuristics.splits import Slices, ceil_div, even_slices, fixed_slices, in_step, is_mixed
+from swath.backends.triton.heuristics.tiles import is_short, pack_heads, tile_slots
+from swath.backends.triton.kernels.dequantise import dequantise_kernel
+from swath.backends.triton.kernels.reduce import reduce_kernel
+from swath.backends.triton.kernels.split import split_kernel
+from swath.backends.triton.kernels.tile import tile_kernel
+from swath.backends.triton.runtime import KernelCall, Plan, Scratch
+from swath.backends.triton.work import Work
+from swath.cache import PagedKeys, PagedKV
+from swath.pages import PageTable
+from swath.problem import Problem
+from swath.target import Target
+
+REDUCE_CHUNK = 16
+DEQUANTISE_TOKENS = 16
+
+H = TypeVar("H", bound=Heuristics)
+Tiles = Callable[[Work, Scratch, H], KernelCall]
+"""Makes the launch of a backend's tiles, and adds what scratch they take, as ``triton_tiles`` does."""
+
+
+def plan_of(problem: Problem, target: Target, heuristics: H, tiles: Tiles[H]) -> Plan:
+    """The launches of a call, in order: splits and their reduce, or tiles, or all of them in a mixed batch.
+
+    ``tiles``: the backend's. They take 16-bit keys; 8-bit ones that are decoded in the tiles are for Triton's.
+    """
+    plan = Plan()
+    if problem.num_seqs == 0 or problem.q.numel() == 0:
+        return plan
+    work = Work(with_positive_scale(problem), target)
+    steps = heuristics.split_steps(problem)
+    if steps:
+        plan.calls.extend(splits(work, steps, plan.scratch, heuristics))
+    if steps and not is_mixed(problem):
+        return plan
+    rest = [replace(work, claimed=steps)]
+    if dequantises(problem):
+        copy, rest = dequantise(rest[0], plan.scratch)
+        plan.calls.append(copy)
+    for part in rest:
+        made = tiles if part.features.stored == "wide" else triton_tiles
+        plan.calls.append(made(part, plan.scratch, heuristics))
+    return plan
+
+
+def splits(work: Work, steps: int, scratch: Scratch, heuristics: Heuristics) -> list[KernelCall]:
+    """Splits for the sequences of at most ``steps`` query tokens, and the reduce where they are cut."""
+    F = work.features
+    block_m = heuristics.split_rows(work, steps)
+    owners = work.problem.num_seqs * ceil_div(steps * F.group, block_m) * F.kv_heads
+    slices = slices_of(work, steps, block_m, owners, heuristics)
+    launch = slices.launch
+    args = shared_args(work, F) | {"steps": steps, "num_splits": slices.count}
+    args |= {"least_tiles": slices.least_tiles, "slice_tiles": slices.tiles}
+    args |= {"BLOCK_M": block_m, "BLOCK_N": launch.block_n, "STAGES": launch.stages}
+    options: dict[str, Any] = {"num_warps": launch.warps}
+    calls = [KernelCall(split_kernel, owners * slices.count, args, options, views=shared_views(work, F))]
+    if slices.count > 1:
+        tile_rows = min(block_m, steps * F.group)
+        rows = owners * slices.count * tile_rows
+        scratch.add("partial", torch.float32, rows * F.head_dim)
+        scratch.add("partial_state", torch.float32, rows * 2)
+        scratch.add("counts", torch.int32, owners)
+        args = args | {"BLOCK_D": 1 << (F.head_dim - 1).bit_length(), "CHUNK": REDUCE_CHUNK}
+        options = {"num_warps": 1} | ({"launch_pdl": True} if F.pdl else {})
+        calls.append(KernelCall(reduce_kernel, owners * tile_rows, args, options))
+    return calls
+
+
+def slices_of(work: Work, steps: int, block_m: int, owners: int, heuristics: Heuristics) -> Slices:
+    """How splits of ``block_m`` rows cut the keys of ``owners`` (sequences x row tiles x kv heads)."""
+    problem, target, F = work.problem, work.target, work.features
+    launch = heuristics.split_launch(work, block_m)
+    visible = problem.window.visible_bound(steps, problem.max_kv_len)
+    if problem.split_size is not None:
+        return fixed_slices(launch, problem.split_size, visible)
+    busy = problem.num_seqs * F.kv_heads if is_mixed(problem) else owners  # programs for later rows mostly return
+    tiles = ceil_div(visible, launch.block_n)
+    count = heuristics.num_splits(busy, tiles, launch, target.num_sms)
+    return even_slices(in_step(launch, F, block_m, busy * count, target), count, tiles)
+
+
+def triton_tiles(work: Work, _scratch: Scratch, heuristics: Heuristics) -> KernelCall:
+    """Triton's tiles for the sequences that no other launch claims."""
+    F, problem = work.features, work.problem
+    launch = heuristics.tile_launch(work)
+    block_m = launch.block_m
+    pack = pack_heads(F.group, is_short(problem.window), block_m)
+    steps, slots = tile_slots(problem, block_m // pack)
+    args = shared_args(work, F) | {"steps": steps, "BLOCK_M": block_m, "PACK": pack}
+    args |= {"BLOCK_N": launch.block_n, "STAGES": launch.stages}
+    grid, options = slots * (F.kv_heads * F.group // pack), {"num_warps": launch.warps}
+    return KernelCall(tile_kernel, grid, args, options, work.sources, shared_views(work, F))
+
+
+def dequantise(work: Work, scratch: Scratch) -> tuple[KernelCall, list[Work]]:
+    """The launch that copies visible pages into 16-bit scratch, and what tiles then see: the scratch as a cache.
+
+    Where more sequences may need it than have room there, a second work is for the others, over the cache itself.
+    """
+    problem = work.problem
+    keys = cast(PagedKeys, problem.keys)
+    cache = keys.cache
+    pages, rows, width = scratch_pages(problem, keys), scratch_rows(problem, keys), table_pages(problem, keys)
+    shape = (rows * pages, cache.num_kv_heads, cache.page_size, cache.head_dim)
+    scratch.add("new_k", problem.q.dtype, *shape)
+    scratch.add("new_v", problem.q.dtype, *shape)
+    scratch.add("new_table", torch.int32, problem.num_seqs, width)
+    made = scratch.tensors("meta")
+    copied = PagedKeys(PagedKV(made["new_k"], made["new_v"]), PageTable(made["new_table"]), keys.seq_lens)
+    names = {"k": "new_k", "v": "new_v", "table": "new_table"} | dict.fromkeys(("k_scale", "v_scale", "indptr"), "")
+    parts = [replace(work, problem=replace(problem, keys=copied), sources=names)]
+    if rows < most_unclaimed(problem):
+        scratch.add("copied", torch.int32, 3)
+        scratch.add("others", torch.int32, 3)
+        parts = [replace(parts[0], sources=names | {"claimed": "copied"}), replace(work, sources={"claimed": "others"})]
+    return copying(work, pages, rows, width), parts
+
+
+def copying(work: Work, pages: int, rows: int, width: int) -> KernelCall:
+    """The launch that fills ``rows`` rows of ``pages`` pages, and a table of ``width`` entries for each sequence."""
+    problem, F = work.problem, replace(work.features, pairs=False)
+    steps = 0 if problem.cu_seqlens_q is not None else problem.steps
+    args = shared_args(work, F) | {"pages": pages, "width": width, "steps": steps, "BLOCK_T": DEQUANTISE_TOKENS}
+    grid = rows * pages * F.kv_heads
+    return KernelCall(dequantise_kernel, grid, args, {"num_warps": 4}, views=shared_views(work, F))

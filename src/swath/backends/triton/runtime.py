@@ -1,0 +1,216 @@
+"""Kernel launches as values: a plan says everything about the launches of a call but which tensors they get.
+
+Triton works out at every call what an argument specialises: 50 us and more for entries as wide as ours. What it would
+find is fixed by the signature of a call (see ops/signature.py), and so is everything else about its launches. A plan
+is therefore made once for a signature, learns its compiled kernels in its first run, and from then on only puts the
+addresses of tensors in their places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from swath.backends.triton.arguments import Operands
+from swath.backends.triton.features import FUSED
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class KernelCall:
+    """One launch: kernel, grid, fixed arguments by name, and the compiler's options.
+
+    A parameter of the kernel that ``args`` does not name takes the operand of its name, or of the name that ``sources``
+    gives it, seen as the dtype in ``views``. ``args`` may hold names that the kernel does not take.
+    """
+
+    kernel: Any
+    grid: int
+    args: dict[str, Any]
+    options: dict[str, Any]
+    sources: dict[str, str] = field(default_factory=dict)
+    views: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def launch(self, operands: Operands) -> Any:
+        """Launch it the ordinary way; the compiled kernel, or None from the interpreter."""
+        return self.kernel[(self.grid,)](**self.arguments(operands), **self.options, **FUSED)
+
+    def compile(self, operands: Operands) -> Any:
+        """Compile it without running."""
+        return self.kernel.warmup(**self.arguments(operands), **self.options, **FUSED, grid=(self.grid,))
+
+    def arguments(self, operands: Operands) -> dict[str, Any]:
+        """All arguments of the kernel by name."""
+        return {p: self.args[p] if p in self.args else self._operand(p, operands) for p in self.kernel.arg_names}
+
+    def boxed(self, _parameter: str) -> str | None:
+        """The operand that a parameter takes as boxes of the tensor memory accelerator, if it does."""
+        return None
+
+    def _operand(self, parameter: str, operands: Operands) -> Tensor | None:
+        x = operands.get(self.sources.get(parameter, parameter))
+        return x.view(self.views[parameter]) if x is not None and parameter in self.views else x
+
+    def __str__(self) -> str:
+        shape = ", ".join(f"{p} {self.args[p]}" for p in self.kernel.arg_names if p.isupper() and p != "F")
+        return f"{self.kernel.fn.__name__} x {self.grid} ({shape}, warps {self.options['num_warps']})"
+
+
+class Scratch:
+    """Tensors that live for one run, in one allocation of the caching allocator."""
+
+    ALIGNMENT = 256
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._parts: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
+        self._zeroed: list[slice] = []
+
+    def add(self, name: str, dtype: torch.dtype, *shape: int, zeroed: bool = False) -> None:
+        """One more tensor, with zeros in it where asked for."""
+        self._parts[name] = self.nbytes, dtype, shape
+        end = self.nbytes + prod(shape) * dtype.itemsize
+        if zeroed:
+            self._zeroed.append(slice(self.nbytes, end))
+        self.nbytes = -(-end // self.ALIGNMENT) * self.ALIGNMENT
+
+    def allocate(self, device: torch.device | str) -> Tensor:
+        """The bytes of all of them."""
+        block = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        for part in self._zeroed:
+            block[part].zero_()
+        return block
+
+    def tensors(self, device: torch.device | str) -> dict[str, Tensor]:
+        """All of them, allocated."""
+        block = self.allocate(device)
+        return {
+            name: block[at : at + prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for name, (at, dtype, shape) in self._parts.items()
+        }
+
+    def offsets(self) -> dict[str, int]:
+        """Where in the allocation each of them begins, in bytes."""
+        return {name: at for name, (at, _, _) in self._parts.items()}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Plan:
+    """The launches of a call, in order, for one device."""
+
+    calls: list[KernelCall] = field(default_factory=list)
+    scratch: Scratch = field(default_factory=Scratch)
+    _ready: list[ReadyLaunch] = field(default_factory=list)
+
+    def run(self, operands: Operands, device: torch.device) -> None:
+        """Launch on ``device``, which is the current one."""
+        if self._ready and not _watched():
+            block = self.scratch.allocate(device) if self.scratch.nbytes else None
+            base = 0 if block is None else block.data_ptr()
+            stream = driver.active.get_current_stream(device.index)
+            for launch in self._ready:
+                launch(operands, base, stream)
+            return
+        operands = {**operands, **self.scratch.tensors(device)}
+        offsets = self.scratch.offsets()
+        launches = [ready_launch(call, call.launch(operands), operands, offsets) for call in self.calls]
+        ready = [launch for launch in launches if launch is not None]
+        if len(ready) == len(self.calls):
+            self._ready[:] = ready
+
+    def compile(self, operands: Operands) -> list[Any]:
+        """Compile every kernel without running or allocating anything."""
+        operands = {**operands, **self.scratch.tensors("meta")}
+        return [call.compile(operands) for call in self.calls]
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.calls))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ReadyLaunch:
+    """A launch of a compiled kernel through Triton's own launcher, past its lookups (50 us for our entries).
+
+    The launcher takes addresses for tensors: of operands by name, and of scratch by its offset in the allocation.
+    """
+
+    run: Callable[..., None]
+    compiled: Any
+    grid: int
+    values: list[Any]
+    operands: list[tuple[int, str]]
+    scratch: list[tuple[int, int]]
+    boxes: list[tuple[int, str, int | None]]  # place, operand, and its offset where it is scratch
+
+    def __call__(self, operands: Operands, scratch: int, stream: int) -> None:
+        """Launch on ``stream`` with the addresses of ``operands``, and scratch that begins at ``scratch``."""
+        values = self.values.copy()
+        for place, name in self.operands:
+            values[place] = operands[name].data_ptr()  # type: ignore[union-attr]
+        for place, offset in self.scratch:
+            values[place] = scratch + offset
+        for place, name, at in self.boxes:
+            address = operands[name].data_ptr() if at is None else scratch + at  # type: ignore[union-attr]
+            values[place] = box_at(address, values[place])
+        kernel = self.compiled
+        self.run(self.grid, 1, 1, stream, kernel.function, kernel.packed_metadata, *UNWATCHED, *values)
+
+
+def box_at(address: int, box: Any) -> Any:
+    """A tensor descriptor like ``box`` at an address, in a quarter of the time of ``copy.copy``."""
+    other = object.__new__(type(box))
+    other.__dict__ = box.__dict__ | {"base": Address(address)}
+    return other
+
+
+@dataclass(slots=True)
+class Address:
+    """What a tensor is to a box that is encoded anew: an address."""
+
+    value: int
+
+    def data_ptr(self) -> int:
+        """The address, by the name that tensors give it."""
+        return self.value
+
+
+UNWATCHED = (None, None, None)
+"""No launch metadata, no hook before a launch, none after it."""
+
+
+def ready_launch(call: KernelCall, compiled: Any, operands: Operands, offsets: dict[str, int]) -> ReadyLaunch | None:
+    """The launch of a call that ran; None for the interpreter, and for a Triton that keeps its kernels otherwise."""
+    parts = ("run", "function", "packed_metadata")
+    if not isinstance(call.kernel, JITFunction) or not all(hasattr(compiled, part) for part in parts):
+        return None
+    parameters = call.kernel.arg_names
+    boxed = [(i, p, call.boxed(p)) for i, p in enumerate(parameters)]
+    boxes = [(i, name, offsets.get(name)) for i, _, name in boxed if name is not None]
+    taken = [(i, call.sources.get(p, p)) for i, p, name in boxed if p not in call.args and name is None]
+    values: list[Any] = [call.args.get(p) for p in parameters]
+    if boxes:
+        arguments = call.arguments(operands)
+        for i, _, _ in boxes:
+            values[i] = box_at(0, arguments[parameters[i]])  # a tensor here would be kept from being freed
+    return ReadyLaunch(
+        run=compiled.run,
+        compiled=compiled,
+        grid=call.grid,
+        values=values,
+        operands=[(i, name) for i, name in taken if name not in offsets and operands.get(name) is not None],
+        scratch=[(i, offsets[name]) for i, name in taken if name in offsets],
+        boxes=boxes,
+    )
+
+
+def _watched() -> bool:
+    """Whether somebody, a profiler say, asks Triton to be told of launches."""
+    before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))

@@ -1,0 +1,57 @@
+"""``append_kv``: write new tokens into a paged cache, quantising on the way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from swath import checks
+from swath.cache import PagedKV
+from swath.errors import bad_type, bad_value
+from swath.ops.operator import Operator
+from swath.problem import AppendCase
+
+
+def append_kv(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor, *, impl: str = "auto") -> None:
+    """Write new tokens into their slots, in place.
+
+    Token scales are computed (max|x| / 127 for int8, / 448 or / 57344 for fp8; 1 for a zero row) and written
+    beside the values; other granularities use the cache's static scale. Rounding is half to even, saturated.
+
+    Args:
+        cache: the cache to write to.
+        k, v: [T, Hkv, D], bf16, fp16 or fp32; any strides with the last one 1.
+        slot_mapping: int64 [T], ``page * page_size + offset`` (see ``slots``). A slot outside the cache, -1 among
+            them, is skipped. No slot may occur twice.
+        impl: "auto" or the backend to use.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came.
+    """
+    APPEND_KV((cache, k, v, slot_mapping), {}, impl)
+
+
+def prepare(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> AppendCase:
+    """Check the arguments of ``append_kv`` (see there)."""
+    if not isinstance(cache, PagedKV):
+        raise bad_type("cache", "a PagedKV", type(cache).__name__)
+    device = cache.k.device
+    for name, x in (("k", k), ("v", v)):
+        checks.check_tensor(name, x, 3, device)
+        if x.dtype not in checks.Q_DTYPES:
+            raise bad_type(name, "bfloat16, float16 or float32", x.dtype)
+        if tuple(x.shape[1:]) != (cache.num_kv_heads, cache.head_dim):
+            raise bad_value(name, f"shape [tokens, {cache.num_kv_heads}, {cache.head_dim}]", tuple(x.shape))
+        checks.check_rows(name, x)
+    checks.check_alike("v", v, "k", k)
+    checks.check_tensor("slot_mapping", slot_mapping, 1, device)
+    if slot_mapping.dtype != torch.int64:
+        raise bad_type("slot_mapping", "int64", slot_mapping.dtype)
+    if slot_mapping.shape[0] != k.shape[0]:
+        raise bad_value("slot_mapping", f"shape [{k.shape[0]}], as k's tokens", tuple(slot_mapping.shape))
+    checks.check_no_grad(k=k, v=v)
+    return AppendCase(cache, k, v, slot_mapping)
+
+
+ARGUMENTS = {"cache": PagedKV, "k": Tensor, "v": Tensor, "slot_mapping": Tensor}
+APPEND_KV = Operator("append_kv", "append", prepare, lambda case: case.result, ARGUMENTS, {}, "()", ("cache",))

@@ -1,0 +1,89 @@
+"""An operator: the way of a public function from its arguments to a checked case and to a backend, eager or traced."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from swath import dispatch
+from swath.ops.torch_ops import TorchOp, must_dispatch
+
+
+class Case(Protocol):
+    """A checked call in the form that backends read."""
+
+    @property
+    def result(self) -> Any:
+        """What the public function returns, once a backend has run it."""
+
+
+C = TypeVar("C", bound=Case)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Operator(Generic[C]):
+    """A public function that backends implement.
+
+    Args:
+        name: of the public function.
+        module: of each backend that implements it: ``swath.backends.<backend>.<module>``.
+        prepare: from the arguments of the public function, all but ``impl``, to a checked case with its outputs made.
+        results: what a case that has run gives back, as the schema has it.
+        arguments: types by name, as ``torch_ops.PARTS`` has them.
+        defaults: values of arguments that may be left out.
+        returns: the results in the schema's language.
+        mutates: names of arguments that are written into.
+    """
+
+    def __init__(
+        self, name: str, module: str, prepare: Callable[..., C], results: Callable[[C], Any],
+        arguments: dict[str, Any], defaults: dict[str, Any], returns: str, mutates: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self.name, self.module, self.prepare, self.results = name, module, prepare, results
+        self.arguments, self.defaults = {**arguments, "impl": str}, defaults
+        self.torch_op = TorchOp(name, self.arguments, returns, self._run, self._fake, mutates)
+
+    def __call__(self, operands: tuple[Any, ...], options: dict[str, Any], impl: str) -> Any:
+        """What the public function returns."""
+        if not must_dispatch(operands):
+            return self.execute(self.prepare(*operands, **options), impl).result
+        if not torch.compiler.is_compiling():
+            self.prepare(*operands, **options)  # so that a wrong call is named as everywhere, and not by the schema
+        named = dict(zip(self.arguments, operands, strict=False))
+        return self.dispatched({**self.defaults, **named, **options, "impl": impl})
+
+    def execute(self, case: C, impl: str) -> C:
+        """Run a prepared case."""
+        dispatch.choose(self.module, case, impl).run(case)
+        return case
+
+    def dispatched(self, named: dict[str, Any]) -> Any:
+        """What the public function returns, through the dispatcher."""
+        return self.torch_op(**named)
+
+    def _run(self, impl: str, **arguments: Any) -> Any:
+        return self.results(self.execute(self.prepare(**arguments), impl))
+
+    def _fake(self, impl: str, **arguments: Any) -> Any:
+        """The results, made and not computed. A backend that does not exist is named when the call runs."""
+        del impl
+        return self.results(self.prepare(**arguments))
+
+
+def spelled_out(options: type, defaults: dict[str, Any]) -> Callable[[F], F]:
+    """Give a function that takes ``**options`` a signature with their names, for ``help`` and for completion."""
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        named = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
+            for name, annotation in options.__annotations__.items()
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *named])  # type: ignore[attr-defined]
+        return function
+
+    return decorate

@@ -1,0 +1,190 @@
+"""``paged_attention``: decode, n-step decode, chunked prefill and mixed batches over a paged cache."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from swath import checks
+from swath.cache import PagedKeys, PagedKV
+from swath.errors import bad_type, bad_value
+from swath.ops.attention import AttentionOperator, AttentionOptions, defaults_of
+from swath.ops.operator import spelled_out
+from swath.ops.signature import Memory, coarse
+from swath.pages import BlockTable, PageTable
+from swath.problem import Accepted, Problem
+from swath.quant import LARGEST
+
+SPLIT_STEP = 64
+
+
+class PagedOptions(AttentionOptions, total=False):
+    """The options of ``paged_attention``, which says what they mean."""
+
+    cu_seqlens_q: Tensor | None
+    q_scale: Tensor | None
+    compute: str
+    split_size: int | None
+
+
+DEFAULTS = defaults_of(PagedOptions)
+
+
+@overload
+def paged_attention(
+    q: Tensor, cache: PagedKV, block_table: BlockTable, seq_lens: Tensor, *,
+    return_lse: Literal[False] = False, impl: str = "auto", **options: Unpack[PagedOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def paged_attention(
+    q: Tensor, cache: PagedKV, block_table: BlockTable, seq_lens: Tensor, *,
+    return_lse: Literal[True], impl: str = "auto", **options: Unpack[PagedOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def paged_attention(
+    q: Tensor, cache: PagedKV, block_table: BlockTable, seq_lens: Tensor, *,
+    return_lse: bool, impl: str = "auto", **options: Unpack[PagedOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+@spelled_out(PagedOptions, DEFAULTS)
+def paged_attention(
+    q: Tensor,
+    cache: PagedKV,
+    block_table: BlockTable,
+    seq_lens: Tensor,
+    *,
+    return_lse: bool = False,
+    impl: str = "auto",
+    **options: Unpack[PagedOptions],
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of query tokens over the paged keys of their sequence, the query tokens' own keys included.
+
+    Args:
+        q: [B, Hq, D] (decode), [B, S, Hq, D] (n-step decode), or [T, Hq, D] with ``cu_seqlens_q`` (chunked
+            prefill, decode and mixed batches). bf16, fp16, fp32, or float8_e4m3fn over an int8 or fp8 cache. Any
+            strides with the last one 1. An unquantised cache has q's dtype.
+        cache: keys and values, new tokens already appended (see ``append_kv``).
+        block_table: int32 [B, max_pages], or flat ``(page_ids [N], page_indptr [B + 1])``. Entries outside the pool
+            (freed pages, -1) are never read; their keys are not visible.
+        seq_lens: int32 [B], keys of each sequence; negative counts as 0.
+        cu_seqlens_q: int32 [B + 1]; sequence b owns query rows ``cu[b] .. cu[b + 1] - 1``.
+        max_q_len, max_kv_len: host bounds of the lengths, for launch and scratch only; None: what the shapes allow.
+        window: who sees whom (see ``Window``); an int n is ``Window(n)``, None is full causal attention.
+        scale: multiplies q . k; None is ``D ** -0.5``.
+        q_scale: fp32 scale of fp8 queries, [] or as q without D; None is 1.
+        softcap: scores become ``softcap * tanh(s / softcap)``; 0 is none.
+        sink: [Hq] logits, bf16, fp16 or fp32, that join the softmax's denominator and nothing else (gpt-oss).
+        gqa: "grouped" (kv head = q head // group) or "interleaved" (kv head = q head % Hkv).
+        q_start: int32 [B], position of each sequence's first query; None: the queries are the last keys.
+        out: as q (bf16 for fp8 queries), to write into; rows past ``cu_seqlens_q[-1]`` stay untouched.
+        return_lse: also return the log of the softmax denominator: natural log, fp32, as q without D.
+        compute: "float", or "int8" to multiply in int8 (int8 cache with tensor, head or channel scales).
+        split_size: a multiple of 64: cut the keys at its multiples, so that no bit of a row depends on the batch.
+        impl: "auto" or the backend to use.
+
+    Returns:
+        out, or (out, lse). A row that sees no key is 0 and its LSE -inf (the sink logit with sinks).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came.
+    """
+    made: Tensor | tuple[Tensor, Tensor] = PAGED_ATTENTION(
+        (q, cache, block_table, seq_lens), {"return_lse": return_lse, **options}, impl
+    )
+    return made
+
+
+_memory: Memory[Accepted] = Memory()
+
+
+def prepare(q: Tensor, cache: PagedKV, block_table: BlockTable, seq_lens: Tensor, **options: Any) -> Problem:
+    """Check the arguments of ``paged_attention`` (see there) and make its outputs."""
+    accepted = _memory.recall(_accept, (q, cache, block_table, seq_lens), options)
+    return accepted.problem(q, PagedKeys(cache, PageTable.of(block_table), seq_lens), options)
+
+
+def _accept(q: Tensor, cache: PagedKV, block_table: Any, seq_lens: Tensor, **options: Any) -> Accepted:
+    """Every check of a call whose signature was not met before."""
+    checks.check_names(options, DEFAULTS, "paged_attention")
+    options = DEFAULTS | options
+    if not isinstance(cache, PagedKV):
+        raise bad_type("cache", "a PagedKV", type(cache).__name__)
+    cu_seqlens_q = options["cu_seqlens_q"]
+    checks.check_tensor("q", q, 3 if cu_seqlens_q is not None or getattr(q, "ndim", 3) != 4 else 4, cache.k.device)
+    checks.check_int32("seq_lens", seq_lens, None, q.device)
+    num_seqs = seq_lens.shape[0]
+    _check_queries(q, options["q_scale"], cache, num_seqs, cu_seqlens_q)
+    table = _table(block_table, num_seqs, q.device)
+    values = checks.check_options(q, num_seqs, options)
+    values |= {"compute": options["compute"], "split_size": options["split_size"]}
+    _check_compute(options["compute"], cache)
+    _check_split_size(options["split_size"])
+    written = {"sink": options["sink"], "out": options["out"]}
+    checks.check_no_grad(q=q, k=cache.k, v=cache.v, k_scale=cache.k_scale, v_scale=cache.v_scale, **written)
+    most = q.shape[0] if cu_seqlens_q is not None else q.shape[1] if q.dim() == 4 else 1
+    values["max_q_len"] = checks.check_bound("max_q_len", options["max_q_len"], most)
+    capacity = table.max_pages * cache.page_size
+    values["max_kv_len"] = checks.check_bound("max_kv_len", coarse(options["max_kv_len"]), capacity)
+    return Accepted(values)
+
+
+def _table(block_table: object, num_seqs: int, device: torch.device) -> PageTable:
+    table = PageTable.checked(block_table, num_seqs)
+    for part in (table.entries, table.indptr):
+        if part is not None and part.device != device:
+            raise bad_value("block_table", f"tensors on {device}, as q", part.device)
+    return table
+
+
+def _check_queries(
+    q: Tensor, q_scale: Tensor | None, cache: PagedKV, num_seqs: int, cu_seqlens_q: Tensor | None
+) -> None:
+    checks.check_rows("q", q)
+    quantised = cache.k.dtype in LARGEST
+    if q.dtype == torch.float8_e4m3fn:
+        if not quantised:
+            raise bad_type("q", f"the cache's dtype {cache.k.dtype}; fp8 queries need an int8 or fp8 cache", q.dtype)
+    elif q.dtype not in checks.Q_DTYPES:
+        raise bad_type("q", "bfloat16, float16, float32 or float8_e4m3fn", q.dtype)
+    elif not quantised and q.dtype != cache.k.dtype:
+        raise bad_type("q", f"the unquantised cache's dtype {cache.k.dtype}", q.dtype)
+    checks.check_heads(q, cache.num_kv_heads, cache.head_dim)
+    if cu_seqlens_q is not None:
+        checks.check_int32("cu_seqlens_q", cu_seqlens_q, num_seqs + 1, q.device)
+    elif q.shape[0] != num_seqs:
+        raise bad_value("q", f"shape [{num_seqs}, ...], as seq_lens (or cu_seqlens_q)", tuple(q.shape))
+    _check_q_scale(q, q_scale)
+
+
+def _check_q_scale(q: Tensor, q_scale: Tensor | None) -> None:
+    if q_scale is None:
+        return
+    if q.dtype != torch.float8_e4m3fn:
+        raise bad_value("q_scale", f"None for {q.dtype} queries", "a tensor")
+    if not isinstance(q_scale, Tensor) or q_scale.dtype != torch.float32:
+        raise bad_type("q_scale", "a float32 tensor", getattr(q_scale, "dtype", type(q_scale).__name__))
+    if q_scale.dim() and q_scale.shape != q.shape[:-1]:
+        raise bad_value("q_scale", f"shape [] or {tuple(q.shape[:-1])}", tuple(q_scale.shape))
+    if q_scale.device != q.device:
+        raise bad_value("q_scale", f"a tensor on {q.device}, as q", q_scale.device)
+
+
+def _check_compute(compute: str, cache: PagedKV) -> None:
+    checks.check_choice("compute", compute, checks.COMPUTES)
+    if compute == "int8" and (cache.k.dtype != torch.int8 or "token" in (cache.quant.k, cache.quant.v_granularity)):
+        came = f"{cache.k.dtype} with {cache.quant.k!r} and {cache.quant.v_granularity!r} scales"
+        raise bad_value("compute", "'float', or an int8 cache with tensor, head or channel scales for 'int8'", came)
+
+
+def _check_split_size(split_size: int | None) -> None:
+    if split_size is None:
+        return
+    checks.check_int("split_size", split_size, "an int or None")
+    if split_size < SPLIT_STEP or split_size % SPLIT_STEP:
+        raise bad_value("split_size", f"a multiple of {SPLIT_STEP}", split_size)
+
+
+OPERANDS = {"q": Tensor, "cache": PagedKV, "block_table": BlockTable, "seq_lens": Tensor}
+PAGED_ATTENTION = AttentionOperator("paged_attention", prepare, OPERANDS, PagedOptions)

@@ -1,0 +1,165 @@
+"""The operators as ``torch.library`` ops, for torch.compile, torch.export, dispatch modes, and fake and meta tensors.
+
+A schema holds tensors and plain values only. So each type of argument says here how it is taken apart into such values
+and put together again; which arguments an operator has is read from its annotations. Eager calls do not pass here: the
+dispatcher would cost them several microseconds each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from swath.cache import PagedKV
+from swath.errors import bad_type
+from swath.pages import BlockTable, PageTable
+from swath.window import Window
+
+_lib = torch.library.Library("swath", "DEF")
+
+
+def must_dispatch(operands: tuple[object, ...]) -> bool:
+    """Whether a call must go through the dispatcher: tracing, a dispatch mode (fake tensors among them), a subclass.
+
+    Or all operands are on "meta", and only shapes are asked for. Operands may be of any type (a PagedKV stands for its
+    K): what cannot be one is for the checks to name.
+    """
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return True
+    all_meta = None
+    for x in operands:
+        x = x.k if isinstance(x, PagedKV) else x
+        if isinstance(x, Tensor):
+            if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+                return True
+            all_meta = x.is_meta and all_meta is not False
+    return bool(all_meta)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How values of a type pass through a schema.
+
+    schema: the type in the schema's language of each part, by the suffix of its name.
+    apart, together: from a value to its parts, and back.
+    """
+
+    schema: dict[str, str]
+    apart: Callable[[str, Any], tuple[Any, ...]]
+    together: Callable[..., Any]
+
+
+def _as_it_is(schema: str) -> Parts:
+    return Parts({"": schema}, lambda _name, x: (x,), lambda x: x)
+
+
+def _cache_apart(name: str, cache: Any) -> tuple[Any, ...]:
+    if not isinstance(cache, PagedKV):
+        raise bad_type(name, "a PagedKV", type(cache).__name__)
+    return cache.tensors
+
+
+def _window_apart(_name: str, window: Any) -> tuple[Any, ...]:
+    window = Window.of(window)
+    g = window.global_tokens
+    per_seq = isinstance(g, Tensor)
+    return window.size, 0 if per_seq else g, g if per_seq else None, window.causal, window.max_global_tokens
+
+
+def _window(size: int | None, count: int, per_seq: Tensor | None, causal: bool, most: int | None) -> Window:
+    return Window(size, count if per_seq is None else per_seq, causal, most)
+
+
+def _table_apart(name: str, table: Any) -> tuple[Any, ...]:
+    if isinstance(table, PageTable):
+        return table.entries, table.indptr
+    if isinstance(table, Tensor):
+        return table, None
+    if not isinstance(table, (tuple, list)) or len(table) != 2:
+        raise bad_type(name, "a tensor, a pair (page_ids, page_indptr) or a PageTable", type(table).__name__)
+    return tuple(table)
+
+
+PARTS: dict[Any, Parts] = {
+    Tensor: _as_it_is("Tensor"),
+    Tensor | None: _as_it_is("Tensor?"),
+    int: _as_it_is("SymInt"),
+    int | None: _as_it_is("SymInt?"),
+    float: _as_it_is("float"),
+    float | None: _as_it_is("float?"),
+    bool: _as_it_is("bool"),
+    str: _as_it_is("str"),
+    PagedKV: Parts(
+        {"_k": "Tensor", "_v": "Tensor", "_k_scale": "Tensor?", "_v_scale": "Tensor?"}, _cache_apart, PagedKV
+    ),
+    Window | int | None: Parts(
+        {
+            "_size": "int?",
+            "_global_tokens": "int",
+            "_global_tokens_per_seq": "Tensor?",
+            "_causal": "bool",
+            "_max_global_tokens": "int?",
+        },
+        _window_apart,
+        _window,
+    ),
+    BlockTable: Parts({"": "Tensor", "_indptr": "Tensor?"}, _table_apart, PageTable),
+}
+"""By annotation."""
+
+
+@dataclass(frozen=True)
+class TorchOp:
+    """An operator of ``torch.ops.swath``: the arguments of a public function, by name and type, taken apart.
+
+    name: with the overload, if it is not the default one.
+    arguments: types by name, in the order of the schema.
+    returns: the results in the schema's language.
+    run, fake: take the arguments by name and return the results; ``fake`` makes them without computing.
+    mutates: names of arguments that ``run`` writes into.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    returns: str
+    run: Callable[..., Any]
+    fake: Callable[..., Any]
+    mutates: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        letters = iter("abcdefgh")
+        written = [self._parameter(*p, letters) for p in self._schema()]
+        _lib.define(f"{self.name}({', '.join(written)}) -> {self.returns}")
+        _lib.impl(self.name, lambda *parts: self.run(**self._together(parts)), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"swath::{self.name}", lambda *parts: self.fake(**self._together(parts)), lib=_lib)
+
+    def __call__(self, **arguments: Any) -> Any:
+        """Through the dispatcher."""
+        op, _, overload = self.name.partition(".")
+        parts = [p for name, kind in self.arguments.items() for p in PARTS[kind].apart(name, arguments[name])]
+        return getattr(getattr(torch.ops.swath, op), overload or "default")(*parts)
+
+    def _schema(self) -> list[tuple[str, str, str]]:
+        """The parts of all arguments: argument, name of the part, its type in the schema."""
+        return [
+            (name, name + suffix, schema)
+            for name, kind in self.arguments.items()
+            for suffix, schema in PARTS[kind].schema.items()
+        ]
+
+    def _parameter(self, argument: str, part: str, schema: str, letters: Any) -> str:
+        if argument in self.mutates and schema.startswith("Tensor"):
+            schema = f"Tensor({next(letters)}!){schema.removeprefix('Tensor')}"
+        return f"{schema} {part}"
+
+    def _together(self, parts: tuple[Any, ...]) -> dict[str, Any]:
+        left = iter(parts)
+        return {
+            name: PARTS[kind].together(*(next(left) for _ in PARTS[kind].schema))
+            for name, kind in self.arguments.items()
+        }

@@ -1,0 +1,192 @@
+"""Kernel variants as option values, and a program that compiles them for one target: rows in, results out, as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+
+from conftest import plan_for
+from swath import KVQuant, PagedKV, Window
+from swath.backends.hopper import attention as hopper
+from swath.backends.triton.heuristics.dequantise import SCRATCH_BYTES
+from swath.ops import attention as attention_call
+from swath.ops import paged as paged_call
+from swath.problem import Problem
+from swath.target import Target
+from swath.testing import pairwise
+
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+
+OPTIONS: dict[str, list[str]] = {
+    "queries": ["decode", "steps", "ragged", "dense", "many steps", "long ragged"],
+    "storage": ["bf16", "fp16", "fp32", "int8 channel", "int8 token", "e4m3 head", "e5m2 tensor", "int8 compute"],
+    "head_dim": ["128", "64", "80", "256"],
+    "window": ["none", "size", "size+count", "size+tensor", "both sides"],
+    "scoring": ["plain", "softcap", "sink+lse", "interleaved"],
+    "paging": ["16", "544", "flat 16", "split 256"],
+}
+
+PAIRED_TARGET = "sm_90"
+"""It compiles every pair of values; the others some rows of the same list."""
+ONE_PASS = [
+    ("dense", "bf16", "64", "both sides", "sink+lse", "16"),
+    ("ragged", "fp16", "64", "both sides", "softcap", "16"),
+]
+"""What pairs need not meet and a kernel of its own is compiled for: prefill of the paired target in one pass."""
+
+
+def rows_of(arch: str) -> list[dict[str, Any]]:
+    """The variants that the suite compiles for a target."""
+    rows = pairwise(OPTIONS)
+    if arch != PAIRED_TARGET:
+        return rows[::4]
+    return rows + [dict(zip(OPTIONS, values, strict=True)) for values in ONE_PASS]
+
+
+WINDOWS = {
+    "none": Window(),
+    "size": Window(1024),
+    "size+count": Window(1024, global_tokens=4),
+    "size+tensor": Window(1024, torch.zeros(2, dtype=torch.int32), max_global_tokens=64),
+    "both sides": Window(60, causal=False),
+}
+
+
+def problem_of(row: dict[str, str]) -> Problem:
+    """A call that needs the variant; its tensors are never read."""
+    head_dim, num_seqs, group, kv_heads, capacity = int(row["head_dim"]), 2, 8, 2, 8192
+    storage, _, granularity = row["storage"].partition(" ")
+    dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(storage, torch.bfloat16)
+    lse = row["scoring"] == "sink+lse"
+    options: dict[str, Any] = {
+        "window": WINDOWS[row["window"]],
+        "softcap": 30.0 if row["scoring"] == "softcap" else 0.0,
+        "sink": torch.empty(group * kv_heads) if lse else None,
+        "gqa": "interleaved" if row["scoring"] == "interleaved" else "grouped",
+        "return_lse": lse,
+    }
+    tokens, cu = 512, torch.zeros(num_seqs + 1, dtype=torch.int32)
+    if row["queries"] == "dense":
+        q, k, v = (torch.empty(tokens, h, head_dim, dtype=dtype) for h in (group * kv_heads, kv_heads, kv_heads))
+        return attention_call.prepare(q, k, v, cu, cu, **options)
+    page_size = int(row["paging"].split()[-1]) if row["paging"] != "split 256" else 16
+    if row["queries"] == "long ragged":  # so many 8-bit keys that only one sequence has room when dequantised
+        capacity = options["max_kv_len"] = (3 * SCRATCH_BYTES // 4) // (kv_heads * head_dim * 4)
+    table: Any = torch.zeros(num_seqs, -(-capacity // page_size), dtype=torch.int32)
+    if row["paging"].startswith("flat"):
+        table = (table.reshape(-1), cu)
+    if row["paging"] == "split 256":
+        options["split_size"] = 256
+    if granularity == "compute":
+        granularity, options["compute"] = "channel", "int8"
+    cache = _cache(storage, granularity, kv_heads, page_size, head_dim, dtype)
+    uniform = {"decode": (num_seqs,), "steps": (num_seqs, 4), "many steps": (num_seqs, 20)}
+    q = torch.empty(*uniform.get(row["queries"], (tokens,)), group * kv_heads, head_dim, dtype=dtype)
+    if row["queries"] not in uniform:
+        options["cu_seqlens_q"] = cu
+    return paged_call.prepare(q, cache, table, torch.zeros(num_seqs, dtype=torch.int32), **options)
+
+
+def _cache(storage: str, granularity: str, heads: int, page_size: int, head_dim: int, dtype: torch.dtype) -> PagedKV:
+    stored = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}.get(storage, dtype)
+    scales = {"channel": torch.ones(heads, head_dim), "head": torch.ones(heads), "tensor": torch.ones(())}
+    scale = scales.get(granularity)
+    quant = KVQuant(stored, granularity or "none")
+    return PagedKV.empty(quant, 2, heads, page_size, head_dim, k_scale=scale, v_scale=scale)
+
+
+def main() -> None:
+    """Compile the rows on standard input for the target of the command line; one JSON line a kernel."""
+    arch = sys.argv[1]
+    for row, call, operands in compiled_calls(arch, json.load(sys.stdin)):
+        result = {"row": row, "kernel": call.kernel.fn.__name__} | _compiled(call, operands, arch)
+        print(json.dumps(result), flush=True)
+
+
+def compiled_calls(arch: str, rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Any, Any]]:
+    """The launches that the rows need on a target, each kernel variant once: row, launch, operands."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
+    triton.runtime.driver.set_active(_Driver(target))
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True  # what comes from Triton's cache has no report
+    from swath.backends.triton.arguments import operands_of
+
+    seen = set()
+    for row in rows:
+        problem = problem_of(row)
+        for tiles in tiles_of(problem, arch):
+            plan = plan_for(tiles, problem, Target(arch, num_sms=132))
+            operands = operands_of(problem) | plan.scratch.tensors("meta")
+            for call in plan.calls:
+                constants = (call.args[p] for p in call.kernel.arg_names if p.isupper())
+                key = (call.kernel.fn.__name__, "claimed" in call.sources, *constants)
+                if key not in seen:
+                    seen.add(key)
+                    yield row, call, operands
+
+
+def tiles_of(problem: Problem, arch: str) -> tuple[str, ...]:
+    """Whose prefill tiles the target has for a call."""
+    return ("triton", "hopper") if arch == hopper.ARCH and hopper.why_not_tiles(problem, 132) is None else ("triton",)
+
+
+def _compiled(call: Any, operands: Any, arch: str) -> dict[str, Any]:
+    try:
+        with redirect_stdout(io.StringIO()) as said:  # there Triton prints what ptxas says
+            kernel = call.compile(operands)
+    except Exception as error:  # noqa: BLE001 -- whatever the compiler says is the result
+        return {"error": f"{type(error).__name__}: {str(error)[-500:]}"}
+    barriers = re.findall(r"\bbar(?:rier)?\.\w+\s+(\d+)", kernel.asm.get("ptx", ""))
+    return {
+        "shared": kernel.metadata.shared,
+        "spills": _amd_spills(kernel) if arch.startswith("gfx") else _spills(said.getvalue()),
+        "barriers": sorted({int(number) for number in barriers}),  # that Triton chose: ours are in registers
+        "serialised": "wgmma.mma_async instructions are serialized" in said.getvalue(),
+    }
+
+
+def _spills(report: str) -> int:
+    """Spilled bytes a thread, by the report of ptxas."""
+    if "Used" not in report:
+        raise RuntimeError(f"ptxas reported no registers: {report!r}")
+    found = re.search(r"(\d+) bytes spill stores", report)
+    return int(found[1]) if found else 0
+
+
+def _amd_spills(kernel: Any) -> int:
+    """The same by AMD's metadata, which counts registers of 4 bytes."""
+    found = re.search(r"vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])
+    return 4 * int(found[1]) if found else 0
+
+
+class _Driver:
+    """Stands for a GPU that is not there."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Long sequences over an 8-bit cache: tiles walk a 16-bit copy of those that have room, the cache of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+
+from conftest import plan_for
+from swath import KVQuant, target
+from swath.backends.triton.heuristics import dequantise as launch
+from swath.backends.triton.heuristics.splits import MAX_STEPS
+from swath.cache import PagedKeys
+from swath.ops import explain as tooling
+from swath.ops import paged as paged_call
+from swath.ops.signature import Memory
+from swath.problem import Problem
+from swath.testing import Case, Inputs
+
+Prepare = Callable[[Case], Inputs]
+
+on_gpu_backends = pytest.mark.parametrize("impl", ["triton", "hopper"], indirect=True)
+
+INT8_TOKEN, INT8_CHANNEL = KVQuant(torch.int8, "token"), KVQuant(torch.int8, "channel")
+MIXED = Case((90, 70, 0, 130, 30, 40, 85, 66), (80, 1, 0, 75, 17, 16, 70, 3), num_kv_heads=1, quant=INT8_TOKEN)
+LONG = {0, 3, 4, 6}
+"""Sequences of ``MIXED`` that are for tiles; the others have no more query tokens than splits take."""
+CASES = {
+    "token scales": MIXED,
+    "channel scales, flat table, holes": replace(MIXED, quant=INT8_CHANNEL, table="flat", holes=True),
+    "fp8 by head, fp16": replace(MIXED, quant=KVQuant(torch.float8_e4m3fn, "head"), dtype=torch.float16, page_size=8),
+    "window and leading tokens": replace(
+        MIXED, quant=INT8_CHANNEL, size=30, global_tokens=(0, 3, 20, 5, 1, 40, 7, 2), holes=True, spiked=True
+    ),
+    "positions, rows of nobody": replace(
+        MIXED, q_start=(0, 5, 0, -9, 200, 7, 30, 63), tail=5, strided=True, sink="fp32", size=50
+    ),
+    "as many tokens each": replace(MIXED, kv_lens=(90, -2, 100), q_lens=64, group=8),
+}
+
+
+def leave_room(inputs: Inputs, rows: int, monkeypatch: pytest.MonkeyPatch) -> Problem:
+    """Bound the scratch to ``rows`` sequences of the call, forget what was planned before, and prepare the call."""
+    problem = tooling.prepare(inputs.op, *inputs.args, **inputs.options)
+    keys = problem.keys
+    assert isinstance(keys, PagedKeys)
+    pages = launch.scratch_pages(problem, keys)
+    row = 2 * pages * keys.cache.page_size * keys.num_kv_heads * problem.head_dim * problem.q.element_size()
+    table = 4 * problem.num_seqs * launch.table_pages(problem, keys)
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", rows * row + table)
+    monkeypatch.setattr(paged_call, "_memory", Memory())
+    return tooling.prepare(inputs.op, *inputs.args, **inputs.options)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", CASES)
+@on_gpu_backends
+def test_sequences_beyond_the_scratch(
+    name: str, rows: int, prepare: Prepare, impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = prepare(CASES[name])
+    leave_room(inputs, rows, monkeypatch)
+    canary = inputs.canary()
+    inputs.check(*inputs.run(impl, out=canary.out))
+    assert canary.broken() == 0
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@on_gpu_backends
+def test_each_launch_takes_its_own(rows: int, prepare: Prepare, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever takes a sequence of another would write the right rows all the same, and take longer."""
+    from swath.backends.triton.arguments import operands_of
+
+    problem = leave_room(prepare(MIXED), rows, monkeypatch)
+    plan = plan_for(impl, problem, target.target_of(problem.q.device))
+    operands = {**operands_of(problem), **plan.scratch.tensors(problem.q.device)}
+    bounds = list(pairwise(accumulate(MIXED.row_counts, initial=0)))
+    written = []
+    for call in plan.calls:
+        problem.out.fill_(torch.nan)
+        call.launch(operands)
+        written.append({b for b, (first, end) in enumerate(bounds) if not problem.out[first:end].isnan().all()})
+    kernels = [call.kernel.fn.__name__ for call in plan.calls]
+    at = kernels.index("dequantise_kernel")
+    assert set().union(*written[:at]) == {b for b, n in enumerate(MIXED.row_counts) if n} - LONG
+    assert written[at] == set()
+    expected = [set(sorted(LONG)[:rows]), set(sorted(LONG)[rows:])]
+    assert written[at + 1 :] == (expected if rows < MIXED.num_seqs else expected[:1])
+
+
+@pytest.mark.parametrize("impl", ["triton"], indirect=True)
+def test_sequences_are_ranked_among_hundreds(prepare: Prepare, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 are looked at together. The long ones are the first of all, the last and first beside that edge, the last."""
+    from swath.backends.triton.arguments import operands_of
+
+    long = (0, 255, 256, 299)
+    kv_lens, q_lens = zip(*((70, 70) if b in long else (5, 1) for b in range(300)), strict=True)
+    problem = leave_room(prepare(replace(MIXED, kv_lens=kv_lens, q_lens=q_lens)), 3, monkeypatch)
+    plan = plan_for(impl, problem, target.target_of(problem.q.device))
+    operands = {**operands_of(problem), **plan.scratch.tensors(problem.q.device)}
+    operands["new_table"].fill_(-7)
+    (call,) = (call for call in plan.calls if call.kernel.fn.__name__ == "dequantise_kernel")
+    call.launch(operands)
+    assert operands["copied"].tolist() == [MAX_STEPS, 0, 299]
+    assert operands["others"].tolist() == [MAX_STEPS, 299, 300]
+    pages = launch.scratch_pages(problem, problem.keys)
+    expected = torch.full((300, operands["new_table"].shape[1]), -7, dtype=torch.int32)
+    for rank, b in enumerate(long[:3]):
+        expected[b, :5] = rank * pages + torch.arange(5, dtype=torch.int32)
+    assert torch.equal(operands["new_table"].cpu(), expected)

@@ -1,0 +1,368 @@
+"""Launch rules: pure functions of the case and the target."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from compile_variants import OPTIONS, TARGETS, problem_of
+
+from swath import Window
+from swath.backends.hopper.heuristics import decodes_in_tiles, draws_tiles, hopper_launch
+from swath.backends.triton.features import features_of
+from swath.backends.triton.heuristics import TRITON, amd, nvidia
+from swath.backends.triton.heuristics.dequantise import (
+    SCRATCH_BYTES,
+    dequantises,
+    most_unclaimed,
+    scratch_pages,
+    scratch_rows,
+)
+from swath.backends.triton.heuristics.launch import UNMEASURED, SplitLaunch, fitting
+from swath.backends.triton.heuristics.splits import even_slices, keys_in_sight, num_splits
+from swath.backends.triton.heuristics.tiles import pack_heads
+from swath.backends.triton.work import Work
+from swath.cache import DenseKeys, PagedKeys, PagedKV
+from swath.pages import PageTable
+from swath.problem import Problem
+from swath.target import SHARED_BYTES, Target
+
+ROW = {name: values[0] for name, values in OPTIONS.items()}
+
+
+def problem(**row: str) -> Problem:
+    return problem_of(ROW | row)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("storage", OPTIONS["storage"])
+@pytest.mark.parametrize("head_dim", OPTIONS["head_dim"])
+def test_a_launch_fits_the_target(arch: str, storage: str, head_dim: str) -> None:
+    for window in ("none", "size"):
+        work = Work(problem(storage=storage, head_dim=head_dim, window=window), Target(arch, 132))
+        tile = TRITON.tile_launch(work)
+        for block_m, launch in [(tile.block_m, tile)] + [(m, TRITON.split_launch(work, m)) for m in (16, 32, 64)]:
+            assert launch.block_n >= 16
+            assert launch.stages >= 1
+            assert fitting(launch, work.features, block_m, work.target) == launch, "what fits stays"
+
+
+@pytest.mark.parametrize("head_dim", OPTIONS["head_dim"])
+def test_a_row_says_where_it_was_measured(head_dim: str) -> None:
+    F = features_of(problem(head_dim=head_dim), Target("sm_90", 132))
+    for block_m, short in itertools.product((16, 32, 64), (False, True)):
+        assert nvidia.split_row(F, block_m, short).source == nvidia.H200
+        assert amd.split_row(F, block_m, short).source == amd.tile_row(F, short).source == UNMEASURED
+    assert (nvidia.tile_row(F, short_window=False).source == nvidia.H200) == (int(head_dim) <= 128)
+
+
+def test_rows_come_from_the_table_of_the_vendor() -> None:
+    call = problem()
+    sources = {arch: TRITON.split_launch(Work(call, Target(arch)), 16).source for arch in (*TARGETS, "interpreter")}
+    assert {arch for arch, source in sources.items() if source == UNMEASURED} == {"gfx942", "gfx950"}
+    assert sources["interpreter"] == "interpreter"
+
+
+def test_an_unknown_target_gets_the_least_shared_memory() -> None:
+    assert Target("sm_77").shared_bytes == min(SHARED_BYTES.values())
+
+
+@pytest.mark.parametrize(
+    ("owners", "tiles", "resident", "slices"),
+    [
+        (8, 2048, 2, 33),  # one full round
+        (64, 64, 2, 4),
+        (256, 256, 2, 1),
+        (256, 512, 2, 2),  # no slice is longer than 256 tiles where two run on a multiprocessor
+        (256, 256, 4, 2),
+        (512, 128, 2, 1),  # two full rounds
+        (512, 256, 4, 2),  # no slice is longer than 128 tiles where four do
+        (1024, 16, 2, 1),
+        (100, 1024, 2, 5),  # two rounds, for one would leave a quarter of the places empty
+        (1, 1, 2, 1),
+        (10**6, 256, 2, 1),
+        (10**6, 4096, 2, 16),
+        (1, 12, 2, 3),  # no slice under four tiles
+    ],
+)
+def test_slices_fill_their_rounds(owners: int, tiles: int, resident: int, slices: int) -> None:
+    launch = SplitLaunch(64, 4, 3, "here", resident=resident)
+    assert num_splits(owners, tiles, launch, 132) == slices
+
+
+def test_the_bound_of_a_slice_counts_keys() -> None:
+    """Tiles half as wide are no reason to cut twice."""
+    narrow, wide = (SplitLaunch(keys, 2, 4, "here", resident=4) for keys in (32, 64))
+    assert num_splits(512, 256, narrow, 132) == num_splits(512, 128, wide, 132) == 1
+
+
+@pytest.mark.parametrize(("tiles", "count", "least"), [(1024, 8, 16), (64, 33, 2), (12, 3, 4), (0, 1, 1)])
+def test_short_sequences_beside_long_ones_stay_whole(tiles: int, count: int, least: int) -> None:
+    assert even_slices(SplitLaunch(64, 4, 3), count, tiles).least_tiles == least
+
+
+@pytest.mark.parametrize(
+    ("group", "short", "packed"), [(8, True, 8), (8, False, 1), (3, True, 1), (64, True, 1), (1, True, 1)]
+)
+def test_heads_are_packed_for_short_windows(group: int, short: bool, packed: int) -> None:
+    assert pack_heads(group, short, 64) == packed
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"queries": "ragged", "storage": "int8 token"}, True),
+        ({"queries": "decode", "storage": "int8 token"}, False),
+        ({"queries": "ragged", "storage": "bf16"}, False),
+        ({"queries": "ragged", "storage": "int8 compute"}, False),
+        ({"queries": "dense", "storage": "bf16"}, False),
+        ({"queries": "ragged", "storage": "int8 token", "paging": "split 256"}, False),  # bits depend on no batch
+    ],
+)
+def test_long_prefills_over_8_bit_caches_dequantise_once(row: dict[str, str], expected: bool) -> None:
+    assert dequantises(problem(**row)) is expected
+
+
+def long_batch(seqs: int, tokens: int, pages: int) -> Problem:
+    """A ragged call over int8 keys in tables of ``pages`` pages of 16 x 2 heads of 128."""
+    call = problem(queries="ragged", storage="int8 token")
+    assert isinstance(call.keys, PagedKeys)
+    table = PageTable(torch.zeros(seqs, pages, dtype=torch.int32))
+    keys = replace(call.keys, table=table, seq_lens=torch.zeros(seqs, dtype=torch.int32))
+    q = torch.empty(tokens, 16, 128, dtype=torch.bfloat16)
+    return replace(call, q=q, keys=keys, max_kv_len=keys.capacity)
+
+
+MOST_PAGES = SCRATCH_BYTES // (2 * 16 * 2 * 128 * 2)
+"""That the bound has room for, as K and V in bf16."""
+
+
+@pytest.mark.parametrize(
+    ("seqs", "tokens", "pages", "rows"),
+    [
+        (2, 512, 64, 2),
+        (64, 17 * 64, 64, 64),
+        (64, 17 * 5 + 16, 64, 5),  # five sequences of 17 tokens; one of 16 is for splits
+        (64, 16, 64, 0),
+        (64, 4096, MOST_PAGES // 3, 2),  # the table takes room as well
+        (64, 4096, MOST_PAGES // 3 - 64, 3),
+        (1, 4096, MOST_PAGES, 0),
+        (1, 4096, MOST_PAGES - 16, 1),
+        (64, 4096, 0, 0),
+    ],
+)
+def test_scratch_has_rows_for_who_may_need_one_as_far_as_they_fit(
+    seqs: int, tokens: int, pages: int, rows: int
+) -> None:
+    call = long_batch(seqs, tokens, pages)
+    assert isinstance(call.keys, PagedKeys)
+    assert scratch_rows(call, call.keys) == rows
+    assert dequantises(call) == (rows > 0)
+
+
+def test_max_kv_len_bounds_the_scratch() -> None:
+    call = long_batch(64, 4096, MOST_PAGES)
+    assert not dequantises(call)
+    assert dequantises(replace(call, max_kv_len=1024))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("page_size", [1, 8, 16, 48])
+def test_scratch_holds_the_pages_that_neighbouring_queries_see(page_size: int, causal: bool) -> None:
+    draw = random.Random(page_size)
+    call = long_batch(1, 4096, 2048 // page_size)
+    assert isinstance(call.keys, PagedKeys)
+    shape = (1, 2, page_size, 128)
+    keys = replace(call.keys, cache=PagedKV(torch.empty(shape), torch.empty(shape)))
+    room, most = [], []
+    for _ in range(300):
+        window = Window(draw.randint(0, 60), global_tokens=draw.randint(0, 60), causal=causal)
+        queries, first = draw.randint(1, 60), draw.randint(-70, 2000)
+        room.append(scratch_pages(replace(call, keys=keys, window=window, max_q_len=queries, max_kv_len=2000), keys))
+        lead, left, right = window.key_ranges(first, first + queries - 1, 2000)
+        seen = {page for span in (range(lead), range(left, right)) for page in (k // page_size for k in span)}
+        most.append(len(seen))
+    assert all(pages >= seen for pages, seen in zip(room, most, strict=True))
+    assert any(pages == seen for pages, seen in zip(room, most, strict=True)) or page_size == 1
+
+
+def test_a_window_leaves_room_for_more_sequences() -> None:
+    call = replace(long_batch(64, 4096, MOST_PAGES // 3), max_q_len=100)
+    assert isinstance(call.keys, PagedKeys)
+    windowed = replace(call, window=Window(1000, global_tokens=4))
+    assert scratch_pages(windowed, call.keys) == (999 + 100 + 4 + 15) // 16 + 2
+    assert scratch_rows(call, call.keys) == 2
+    assert scratch_rows(windowed, call.keys) == 64
+
+
+def test_where_all_have_as_many_tokens_each_may_need_a_row() -> None:
+    call = replace(long_batch(40, 1, 64), q=torch.empty(40, 20, 16, 128), cu_seqlens_q=None)
+    assert most_unclaimed(call) == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "value"),
+    [
+        ({"window": "none"}, "window", False),
+        ({"window": "size+tensor"}, "leading", "tensor"),
+        ({"storage": "int8 token"}, "pairs", True),
+        ({"storage": "int8 compute"}, "pairs", False),
+        ({"storage": "fp32"}, "fp32", True),
+        ({"paging": "544"}, "page_size", 544),
+        ({"queries": "dense"}, "page_size", 0),
+    ],
+)
+def test_features_name_what_a_kernel_is_compiled_for(change: dict[str, str], field: str, value: Any) -> None:
+    assert getattr(features_of(problem(**change), Target("sm_90", 132)), field) == value
+
+
+def test_pairs_need_even_rows_and_a_target_that_converts() -> None:
+    e4m3 = problem(storage="e4m3 head")
+    assert not features_of(e4m3, Target("sm_80")).pairs, "fp8 conversion came with sm_89"
+    assert features_of(e4m3, Target("sm_89")).pairs
+    assert not features_of(e4m3, Target("gfx942")).pairs
+
+
+@pytest.mark.parametrize(
+    ("row", "window", "consumers"),
+    [
+        ({"queries": "dense"}, Window(129), 2),  # 16 queries see 144 keys
+        ({"queries": "dense"}, Window(130), 1),
+        ({"queries": "dense"}, Window(137), 1),  # 8 queries see 144
+        ({"queries": "dense"}, Window(138), 0),
+        ({"queries": "dense", "scoring": "interleaved"}, Window(128), 0),  # 64 queries see 191
+        ({"queries": "dense", "head_dim": "128"}, Window(128), 0),
+        ({"queries": "dense"}, Window(65, causal=False), 2),
+        ({"queries": "dense"}, Window(69, causal=False), 1),
+        ({"queries": "dense"}, Window(70, causal=False), 0),
+        ({"queries": "dense"}, Window(64, global_tokens=4), 0),
+        ({"queries": "dense"}, Window(), 0),
+        ({"queries": "dense"}, Window(0), 2),
+        ({"queries": "ragged", "paging": "16"}, Window(114), 2),
+        ({"queries": "ragged", "paging": "16"}, Window(122), 1),
+        ({"queries": "ragged", "paging": "16"}, Window(123), 0),
+    ],
+)
+def test_hopper_takes_one_pass_where_two_tiles_hold_all_keys(
+    row: dict[str, str], window: Window, consumers: int
+) -> None:
+    one = replace(problem(**{"head_dim": "64"} | row), window=window)
+    work = Work(one, Target("sm_90", 132))
+    launch = hopper_launch(work)
+    assert (launch.consumers if launch.first_n else 0) == consumers
+    assert launch.box_rows <= (launch.first_n if launch.first_n and work.features.page_size else launch.block_n)
+    unbounded = hopper_launch(replace(work, problem=replace(one, max_kv_len=1 << 20)))
+    assert (unbounded.consumers if unbounded.first_n else 0) == consumers, "no bound of lengths decides"
+
+
+def decode(num_seqs: int, steps: int, group: int, window: Window) -> Problem:
+    """``steps`` tokens each over 16,384 keys in pages of 16 x 8 heads of 128."""
+    kv_heads, head_dim, page_size, pages = 8, 128, 16, 1024
+    pool = torch.empty(pages, kv_heads, page_size, head_dim, dtype=torch.bfloat16, device="meta")
+    table = torch.empty(num_seqs, pages, dtype=torch.int32, device="meta")
+    keys = PagedKeys(PagedKV(pool, pool), PageTable(table), torch.empty(num_seqs, dtype=torch.int32, device="meta"))
+    q = torch.empty(num_seqs, steps, group * kv_heads, head_dim, dtype=torch.bfloat16, device="meta")
+    return replace(problem(queries="steps"), q=q, keys=keys, window=window, max_kv_len=16384, max_q_len=steps)
+
+
+@pytest.mark.parametrize(
+    ("window", "num_seqs", "steps", "group", "in_tiles"),
+    [
+        (Window(1024), 128, 1, 4, True),
+        (Window(1024, global_tokens=64), 128, 1, 4, True),
+        (Window(1024), 33, 1, 4, True),
+        (Window(1024), 32, 1, 4, False),  # not enough for all places
+        (Window(1024), 36, 1, 4, False),  # a second round that is nearly empty
+        (Window(128), 128, 1, 4, False),
+        (Window(4096), 128, 1, 4, False),
+        (Window(), 128, 1, 4, False),
+        (Window(1024), 128, 1, 16, True),
+        (Window(1024), 128, 1, 1, False),  # not measured
+        (Window(1024), 128, 1, 3, False),  # its heads do not share a row tile
+        (Window(1024), 128, 1, 32, False),
+        (Window(), 128, 4, 8, True),
+        (Window(4096), 128, 4, 8, True),
+        (Window(128), 128, 4, 8, False),
+        (Window(), 128, 4, 4, False),  # 16 rows, which splits take as fast
+        (Window(), 32, 4, 8, False),
+        (Window(1024), 128, 4, 4, True),
+    ],
+)
+def test_decode_in_tiles_fills_its_places(
+    window: Window, num_seqs: int, steps: int, group: int, in_tiles: bool
+) -> None:
+    num_sms = 132
+    one = decode(num_seqs, steps, group, window)
+    assert decodes_in_tiles(one, num_sms) == in_tiles
+    assert not decodes_in_tiles(replace(one, split_size=256), num_sms), "bits would depend on the batch"
+    assert not decodes_in_tiles(replace(one, gqa="interleaved"), num_sms)
+
+
+def test_decode_draws_its_tiles_where_they_differ_much() -> None:
+    assert not draws_tiles(decode(128, 4, 8, Window(1024)))
+    assert draws_tiles(decode(128, 4, 8, Window()))
+    assert draws_tiles(problem(queries="ragged"))
+
+
+def chunks(lengths: Sequence[int], window: Window, **more: Any) -> Problem:
+    """A ragged call of 32 heads over 4 of 128, with so many query tokens."""
+    total = sum(lengths)
+    q = torch.empty(total, 32, 128, dtype=torch.bfloat16, device="meta")
+    kv = torch.empty(total, 4, 128, dtype=torch.bfloat16, device="meta")
+    cu = torch.empty(len(lengths) + 1, dtype=torch.int32, device="meta")
+    bounds = {"max_q_len": max(lengths), "max_kv_len": 16384}
+    one = problem(queries="dense")
+    return replace(one, q=q, cu_seqlens_q=cu, keys=DenseKeys(kv, kv, cu), window=window, **bounds, **more)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "window", "pack", "consumers"),
+    [
+        ((2048,) * 4, Window(), 1, 2),  # whole tiles: no row of a last one is lost
+        ((2048,) * 4, Window(1024), 1, 2),
+        ((2048, 2000, 2048, 2048), Window(1024), 8, 2),
+        ((1000,) * 8, Window(), 8, 2),
+        ((9000,), Window(1024), 1, 2),
+        ((2048,), Window(1024), 1, 1),  # few rows
+        ((2048,), Window(4096), 1, 2),
+        ((2048,) * 4, Window(512), 8, 1),
+    ],
+)
+def test_hopper_packs_short_sequences_and_halves_few_rows(
+    lengths: tuple[int, ...], window: Window, pack: int, consumers: int
+) -> None:
+    one = chunks(lengths, window)
+    launch = hopper_launch(Work(one, Target("sm_90", 132)))
+    assert (launch.pack, launch.consumers) == (pack, consumers)
+
+
+def test_hopper_launches_do_not_depend_on_the_batch_with_split_size() -> None:
+    launches = set()
+    for lengths in ((2048,), (1000,) * 8, (9000,) * 4):
+        one = chunks(lengths, Window(1024), split_size=256)
+        launches.add(hopper_launch(Work(one, Target("sm_90", 132))))
+    assert len(launches) == 1
+
+
+def test_the_window_size_is_no_feature() -> None:
+    target = Target("sm_90", 132)
+    one = features_of(problem(window="size"), target)
+    assert one == features_of(replace(problem(window="size"), window=Window(7)), target)
+
+
+@pytest.mark.parametrize("split_size", [None, 256])
+@pytest.mark.parametrize("most", [None, 0, 4000, 2**31 - 1])
+def test_bounds_size_launches_but_decide_no_bit_with_split_size(split_size: int | None, most: int | None) -> None:
+    """How many leading keys a tensor counts is bounded by a promise: slices whose bits must not change ignore it."""
+    counts = torch.zeros(2, dtype=torch.int32)
+    one = replace(problem(), window=Window(1024, global_tokens=counts, max_global_tokens=most), split_size=split_size)
+    if split_size is None:
+        assert keys_in_sight(one, 1) == min(1024 + (8192 if most is None else most), 8192)
+    else:
+        assert keys_in_sight(one, 1) == 1024
+        assert keys_in_sight(replace(one, window=Window(1024, global_tokens=9)), 1) == 1033, "a number is no promise"

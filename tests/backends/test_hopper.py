@@ -1,0 +1,148 @@
+"""The Hopper backend where sweeps of small cases do not reach: many row tiles, key tiles and pages, and its queue."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from swath import target
+from swath.backends.hopper import attention as hopper
+from swath.quant import KVQuant
+from swath.testing import Case, make
+
+pytestmark = pytest.mark.gpu
+
+LONG = Case((700, 1300, 261, 40), (700, 513, 130, 40), num_kv_heads=2, group=4, head_dim=128, dense=True, spiked=True)
+PAGED = replace(LONG, dense=False)
+
+DECODE = replace(PAGED, kv_lens=tuple(1300 - 40 * i for i in range(33)), q_lens=1, num_kv_heads=8, size=1024)
+"""As many sequences as an H200 has places for their kv heads, under a window that tiles are faster with."""
+
+ONCE = replace(LONG, head_dim=64, group=8, size=128)
+"""Rows of which 128 see 144 keys at most: two consumers attend them in one pass."""
+ONCE_PAGED = replace(ONCE, dense=False, page_size=8, size=122)
+
+CASES = {
+    "full": LONG,
+    "full, heads in sections": replace(
+        LONG, kv_lens=(5000, 700, 12000), q_lens=(300, 700, 261), num_kv_heads=8, group=2
+    ),
+    "pages of 16, heads in sections": replace(PAGED, kv_lens=(6000, 6100, 5800), q_lens=200, num_kv_heads=6, group=2),
+    "full, rows of nobody": replace(LONG, kv_lens=(700, 1300, 261, 300), q_lens=(700, 513, 130, 300), tail=400),
+    "full, few keys": replace(LONG, kv_lens=(300, 500, 61, 40), q_lens=(300, 130, 61, 17)),
+    "full of 64, few keys": replace(LONG, kv_lens=(300, 500, 61, 40), q_lens=(300, 130, 61, 17), head_dim=64),
+    "not causal": replace(LONG, causal=False),
+    "window of a tile": replace(LONG, size=128),
+    "window of many tiles": replace(LONG, size=400),
+    "window and leading keys": replace(LONG, size=200, global_tokens=70),
+    "leading keys of each sequence": replace(LONG, size=150, global_tokens=(0, 300, 5, 64)),
+    "window to both sides": replace(LONG, size=170, causal=False),
+    "both sides and leading keys": replace(LONG, size=90, causal=False, global_tokens=200),
+    "nothing but leading keys": replace(LONG, size=0, global_tokens=150),
+    "soft cap, sink and LSE": replace(LONG, softcap=5.0, sink="fp32"),
+    "positions given": replace(LONG, q_start=(0, 200, -60, 10), size=300),
+    "fp16 of 64": replace(LONG, dtype=torch.float16, head_dim=64),
+    "bf16 of 256": replace(LONG, head_dim=256, size=300),
+    "packed heads": replace(ONCE, sink="q"),
+    "one pass, few keys": replace(ONCE, kv_lens=(3, 15, 130, 40, 0), q_lens=(3, 15, 130, 17, 9)),
+    "one pass, window of 5": replace(ONCE, size=5),
+    "one pass, window of 1": replace(ONCE, size=1),
+    "one pass, last key": replace(ONCE, size=129),
+    "one pass, last key of one consumer": replace(ONCE, size=137, sink="q"),
+    "one pass, one key too many": replace(ONCE, size=138),
+    "one pass to both sides": replace(ONCE, size=65, causal=False),
+    "one pass to both sides, one consumer": replace(ONCE, size=69, causal=False),
+    "one pass, heads apart": replace(ONCE, group=3, size=17),
+    "one pass, heads apart, one consumer": replace(ONCE, group=3, size=81),
+    "one pass, soft cap, sink and LSE": replace(ONCE, softcap=5.0, sink="fp32", dtype=torch.float16),
+    "one pass, positions given": replace(ONCE, q_start=(0, 200, -60, 10)),
+    "one pass, rows of nobody": replace(ONCE, q_lens=(700, 0, 130, 1), tail=150),
+    "one pass, a uniform batch": replace(ONCE, kv_lens=(300, 300, 150), q_lens=150, dense=False),
+    "one pass, pages of 8": ONCE_PAGED,
+    "one pass, pages of 8, one consumer": replace(ONCE_PAGED, size=130),
+    "one pass, pages of 16": replace(ONCE_PAGED, page_size=16, size=114),
+    "one pass, pages of 16, one consumer": replace(ONCE_PAGED, page_size=16, size=122),
+    "one pass, pages of 48": replace(ONCE_PAGED, page_size=48, size=114, sink="fp32"),
+    "one pass, pages to both sides": replace(ONCE_PAGED, size=60, causal=False),
+    "one pass, holes": replace(ONCE_PAGED, holes=True),
+    "one pass, int8 pages": replace(ONCE_PAGED, quant=KVQuant(torch.int8, "channel"), bounds="tight"),
+    "few leading keys": replace(ONCE, size=100, global_tokens=4),
+    "interleaved heads": replace(LONG, gqa="interleaved", size=128),
+    "a group of three": replace(LONG, group=3),
+    "pages of 16": PAGED,
+    "pages of 16, window": replace(PAGED, size=200),
+    "pages of 8": replace(PAGED, page_size=8, size=333),
+    "pages of 48": replace(PAGED, page_size=48, size=333, global_tokens=33),
+    "pages of 544": replace(PAGED, page_size=544),
+    "flat table": replace(PAGED, table="flat", layout="nhd"),
+    "holes": replace(PAGED, holes=True),
+    "holes among few keys": replace(
+        PAGED, kv_lens=(300, 700, 61, 40), q_lens=(300, 130, 61, 17), bounds="tight", holes=True
+    ),
+    "holes in a window": replace(PAGED, holes=True, size=300, global_tokens=20),
+    "int8 pages": replace(PAGED, quant=KVQuant(torch.int8, "channel"), size=400, bounds="tight"),
+    "rows of nobody": replace(PAGED, q_lens=(700, 0, 130, 1), tail=150),
+    "decode": DECODE,
+    "decode, soft cap, sink and LSE": replace(DECODE, softcap=5.0, sink="fp32", dtype=torch.float16),
+    "decode of 4 steps": replace(DECODE, q_lens=4),
+    "decode of 4 steps in large groups, from a counter": replace(DECODE, q_lens=4, group=8, size=None),
+    "decode of some steps": replace(DECODE, q_lens=tuple(i % 5 for i in range(33)), tail=3, bounds="tight"),
+    "decode, leading keys and holes": replace(DECODE, size=960, global_tokens=40, holes=True),
+    "decode of a large group, pages of 64": replace(DECODE, group=16, page_size=64),
+    "decode, positions given": replace(DECODE, q_lens=2, q_start=tuple(1100 - 31 * i for i in range(33))),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_hopper() -> None:
+    if target.target_of(torch.device("cuda")).arch != hopper.ARCH:
+        pytest.skip(f"needs {hopper.ARCH}")
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_against_the_truth(case: Case) -> None:
+    inputs = make(case, "cuda")
+    canary = inputs.canary()
+    out, lse = inputs.run("hopper", out=canary.out)
+    inputs.check(out, lse)
+    assert canary.broken() == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "full",
+        "full, heads in sections",
+        "full, rows of nobody",
+        "full, few keys",
+        "packed heads",
+        "one pass, few keys",
+        "one pass, last key of one consumer",
+        "one pass, pages of 8",
+        "pages of 16, window",
+        "holes",
+        "rows of nobody",
+    ],
+)
+def test_no_tile_is_lost_or_done_otherwise(name: str) -> None:
+    """Programs draw tiles from a counter: over 100 launches each row is written, and always with the same bits."""
+    inputs = make(CASES[name], "cuda")
+    first, _ = inputs.run("hopper")
+    rows = sum(inputs.case.row_counts)
+    for _ in range(100):
+        out = torch.full_like(first, float("nan"))
+        inputs.run("hopper", out=out)
+        assert torch.equal(out[:rows], first[:rows])
+
+
+@pytest.mark.parametrize("name", ["full", "packed heads"])
+def test_an_output_that_no_box_fits(name: str) -> None:
+    """Strides that are no multiple of 16 bytes: rows are stored by the threads, with the same bits."""
+    inputs = make(CASES[name], "cuda")
+    wanted, _ = inputs.run("hopper")
+    out = wanted.new_empty(*wanted.shape[:-1], wanted.shape[-1] + 1)[..., :-1]
+    inputs.run("hopper", out=out)
+    rows = sum(inputs.case.row_counts)
+    assert torch.equal(out[:rows], wanted[:rows])

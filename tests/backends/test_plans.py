@@ -1,0 +1,351 @@
+"""What is remembered of a call: its signature covers all that decides, and a later call gets its own tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from compile_variants import OPTIONS, problem_of, tiles_of
+from torch import Tensor
+
+from conftest import plan_for
+from swath import KVQuant, PagedKV, Window, attention, paged_attention, target
+from swath.backends.triton.heuristics.dequantise import SCRATCH_BYTES, dequantises
+from swath.ops import attention as attention_call
+from swath.ops import paged as paged_call
+from swath.ops import signature
+from swath.ops.signature import Memory, coarse
+from swath.problem import Problem
+from swath.target import Target
+from swath.testing import Case, Inputs, pairwise
+
+Prepare = Callable[..., Inputs]
+
+has_triton = pytest.mark.skipif(not target.has_triton(), reason="Triton is not installed")
+INT8 = KVQuant(torch.int8, "token")
+SCALE = torch.ones(8, 128)
+FAMILIES = [
+    Case((170, 33, 129), size=30),
+    Case((170, 33, 129), 3, split_size=64),
+    Case((170, 33, 129), 1, quant=INT8, sink="fp32"),
+    Case((60, 70, 50), (45, 1, 20), quant=INT8, dtype=torch.float16, group=8, num_kv_heads=1),
+    Case((70, 100, 69), (5, 33, 40), size=40, dense=True),
+]
+"""Splits, splits at fixed places, 8-bit decode, a mixed batch that is dequantised, dense tiles."""
+
+
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_later_calls_are_right_whatever_changed(case: Case, prepare: Prepare, impl: str) -> None:
+    """Same shapes throughout, so that whatever a plan wrongly kept would show."""
+    lengths = tuple(n - 9 for n in case.kv_lens) if not isinstance(case.q_lens, tuple) else case.kv_lens
+    changes: list[dict[str, Any]] = [
+        {},
+        {"kv_lens": lengths},
+        {"size": 18},
+        {"size": None},
+        {"size": 18, "global_tokens": 4},
+        {"size": 18, "global_tokens": (0, 3, 40)},
+        {"scale": 0.03},
+        {"scale": -0.25},
+        {"strided": True},
+        {"q_start": (30, 40, 3)},
+        {},
+    ]
+    for seed, change in enumerate(changes):
+        inputs = prepare(replace(case, **change), seed)
+        out = inputs.canary().out if inputs.case.strided else None
+        inputs.check(*inputs.run(impl, out=out))
+
+
+@pytest.mark.parametrize("case", FAMILIES[:3], ids=str)
+def test_tensors_at_other_alignments(case: Case, prepare: Prepare, impl: str) -> None:
+    inputs = prepare(case)
+    for shift in (0, 1, 4, 8, 0):
+        moved = torch.empty(inputs.q.numel() + 8, dtype=inputs.q.dtype, device=inputs.q.device)
+        q = moved[shift : shift + inputs.q.numel()].view(inputs.q.shape).copy_(inputs.q)
+        replace(inputs, q=q).check(*replace(inputs, q=q).run(impl))
+
+
+def decode(**changes: Any) -> dict[str, Any]:
+    """The arguments of a decode call, all tensors new."""
+    pool = torch.zeros(4, 2, 16, 64)
+    arguments: dict[str, Any] = dict(
+        q=torch.zeros(3, 4, 64), cache=PagedKV(pool, pool.clone()), block_table=torch.zeros(3, 8, dtype=torch.int32),
+        seq_lens=torch.full((3,), 100, dtype=torch.int32), max_kv_len=128, window=Window(40), scale=0.5,
+    )  # fmt: skip
+    return arguments | changes
+
+
+def memo(**changes: Any) -> Any:
+    return paged_call.prepare(**decode(**changes)).memo
+
+
+def wide(*shape: int) -> Tensor:
+    """Rows with a padded stride."""
+    return torch.zeros(*shape[:-1], shape[-1] + 16)[..., :-16]
+
+
+def shifted(*shape: int) -> Tensor:
+    """A tensor that begins 4 bytes into an allocation."""
+    return torch.zeros(torch.Size(shape).numel() + 1)[1:].view(shape)
+
+
+LENS = torch.full((3,), 100, dtype=torch.int32)
+DIFFERENT: dict[str, dict[str, Any]] = {
+    "steps": {"q": torch.zeros(3, 1, 4, 64)},
+    "heads": {"q": torch.zeros(3, 2, 64)},
+    "q strides": {"q": wide(3, 4, 64)},
+    "q alignment": {"q": shifted(3, 4, 64)},
+    "cache strides": {"cache": PagedKV(wide(4, 2, 16, 64), wide(4, 2, 16, 64))},
+    "v alignment": {"cache": PagedKV(torch.zeros(4, 2, 16, 64), shifted(4, 2, 16, 64))},
+    "page size": {"cache": PagedKV(torch.zeros(4, 2, 32, 64), torch.zeros(4, 2, 32, 64))},
+    "pages": {"cache": PagedKV(torch.zeros(5, 2, 16, 64), torch.zeros(5, 2, 16, 64))},
+    "storage": {"cache": PagedKV.empty(INT8, 4, 2, 16, 64)},
+    "table width": {"block_table": torch.zeros(3, 9, dtype=torch.int32)},
+    "flat table": {"block_table": (torch.zeros(24, dtype=torch.int32), torch.arange(0, 25, 8, dtype=torch.int32))},
+    "lens strides": {"seq_lens": torch.full((6,), 100, dtype=torch.int32)[::2]},
+    "ragged": {"cu_seqlens_q": torch.arange(4, dtype=torch.int32)},
+    "max_q_len": {"cu_seqlens_q": torch.arange(4, dtype=torch.int32), "max_q_len": 2},
+    "max_kv_len": {"max_kv_len": 1024},
+    "no window": {"window": None},
+    "window size": {"window": Window(41)},
+    "not causal": {"window": Window(40, causal=False)},
+    "leading": {"window": Window(40, global_tokens=1)},
+    "leading tensor": {"window": Window(40, global_tokens=LENS)},
+    "leading bound": {"window": Window(40, global_tokens=LENS, max_global_tokens=7)},
+    "scale": {"scale": 0.25},
+    "scale sign": {"scale": -0.5},
+    "softcap": {"softcap": 3.0},
+    "sink": {"sink": torch.zeros(4)},
+    "gqa": {"gqa": "interleaved"},
+    "q_start": {"q_start": LENS},
+    "out strides": {"out": wide(3, 4, 64)},
+    "out alignment": {"out": shifted(3, 4, 64)},
+    "lse": {"return_lse": True},
+    "split_size": {"split_size": 64},
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_what_decides_a_launch_is_in_the_signature(what: str) -> None:
+    assert memo(**DIFFERENT[what]) is not memo()
+    assert len({id(memo(**change)) for change in DIFFERENT.values()}) == len(DIFFERENT)
+
+
+def test_other_tensors_and_contents_keep_the_signature() -> None:
+    assert memo() is memo()
+    assert memo() is memo(seq_lens=LENS - 70, q=torch.ones(3, 4, 64))
+    assert memo() is memo(max_kv_len=127), "bounds count in steps, so that growing sequences stay known"
+
+
+def test_a_changed_problem_forgets_what_was_remembered() -> None:
+    problem = paged_call.prepare(**decode())
+    assert problem.memo is not None
+    assert replace(problem, window=Window(3)).memo is None
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ({"softcap": 1.0}, {"softcap": True}),
+        ({"max_kv_len": 1}, {"max_kv_len": True}),
+        ({"max_kv_len": 64}, {"max_kv_len": 64.0}),
+        ({"return_lse": True}, {"return_lse": 1}),
+        ({"scale": 1}, {"scale": True}),
+        ({}, {"scale": [0.5]}),
+        ({}, {"gqa": ["grouped"]}),
+        ({}, {"window": 40.0}),
+        ({}, {"q": torch.zeros(3, 4, 64, requires_grad=True)}),
+        ({}, {"block_table": torch.zeros(3, 8, dtype=torch.int32).tolist()}),
+        ({}, {"seq_lens": LENS.tolist()}),
+        ({}, {"cache": (torch.zeros(4, 2, 16, 64),) * 2}),
+    ],
+    ids=str,
+)
+def test_what_equals_an_accepted_value_is_still_checked(good: dict[str, Any], bad: dict[str, Any]) -> None:
+    paged_attention(**decode(**good), impl="reference")
+    with pytest.raises((TypeError, ValueError), match=f"^{next(iter(bad))}: wanted"):
+        paged_attention(**decode(**bad), impl="reference")
+
+
+def test_grad_mode_is_part_of_it() -> None:
+    q = torch.zeros(3, 4, 64, requires_grad=True)
+    with torch.no_grad():
+        paged_attention(**decode(q=q), impl="reference")
+    with pytest.raises(ValueError, match=r"^q: wanted a tensor without grad"):
+        paged_attention(**decode(q=q), impl="reference")
+
+
+def test_dense_calls_are_remembered_too() -> None:
+    q, k, cu = torch.zeros(8, 4, 64), torch.zeros(8, 2, 64), torch.tensor([0, 8], dtype=torch.int32)
+    first = attention_call.prepare(q, k, k.clone(), cu, cu)
+    assert attention_call.prepare(q.clone(), k.clone(), k, cu.clone(), cu).memo is first.memo
+    assert attention_call.prepare(q, k, wide(8, 2, 64), cu, cu).memo is not first.memo
+    with pytest.raises(ValueError, match=r"^v: wanted"):
+        attention(q, k, k[:7], cu, cu)
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signature, "MOST_SIGNATURES", 3)
+    memory, checked = Memory[int](), []
+
+    def check(i: int) -> int:
+        checked.append(i)
+        return i
+
+    calls = [0, 1, 2, 2, 0, 3, 3, 0]
+    assert [memory.recall(check, (), {"i": i}) for i in calls] == calls
+    assert checked == [0, 1, 2, 3, 0], "three are known, and the fourth makes room by forgetting them"
+
+
+def test_what_cannot_be_a_key_is_not_remembered() -> None:
+    class Subclass(Tensor):
+        pass
+
+    memory, checked = Memory[int](), []
+
+    def check(x: Tensor) -> int:
+        checked.append(x)
+        return len(checked)
+
+    unknown = torch.zeros(2).as_subclass(Subclass)
+    assert [memory.recall(check, (unknown,), {}) for _ in range(2)] == [1, 2]
+
+
+def test_bounds_are_rounded_up() -> None:
+    assert [coarse(n) for n in (None, -1, 0, 1, 64, 65, True, 2.5)] == [None, -1, 0, 64, 64, 128, True, 2.5]
+
+
+class Recorder:
+    """Stands for a compiled kernel and its launcher: keeps what it was launched with."""
+
+    function, packed_metadata = 11, (4, 1, 0)
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+
+    def run(self, *args: Any) -> None:
+        self.launches.append(args)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """Plans that compile nothing and launch on a Recorder, with all scratch in one place."""
+    pytest.importorskip("triton")
+    if target.interpreting():
+        pytest.skip("the interpreter has no compiled kernels to remember")
+    from swath.backends.triton import runtime as launcher
+
+    recorder = Recorder()
+    block = torch.empty(1 << 30, dtype=torch.uint8)
+    monkeypatch.setattr(launcher.KernelCall, "launch", lambda self, operands: recorder)
+    monkeypatch.setattr(
+        launcher.Scratch, "allocate", lambda self, device: block[: self.nbytes] if self.nbytes else None
+    )
+    active = SimpleNamespace(get_current_stream=lambda index: 7)
+    monkeypatch.setattr(launcher, "driver", SimpleNamespace(active=active))
+    return recorder
+
+
+def plain(x: Any) -> Any:
+    """What decides a launch argument: a tensor's address, and what a box is encoded from."""
+    if isinstance(x, Tensor):
+        return x.data_ptr()
+    if hasattr(x, "block_shape"):
+        return x.base.data_ptr(), tuple(x.shape), tuple(x.strides), tuple(x.block_shape), x.layout
+    return x
+
+
+def fresh_arguments(problem: Problem, arch: str, tiles: str) -> list[tuple[Any, ...]]:
+    """What each launch of a call must pass on, built anew."""
+    from swath.backends.triton.arguments import operands_of
+
+    plan = plan_for(tiles, problem, Target(arch, 132))
+    operands = {**operands_of(problem), **plan.scratch.tensors(torch.device("cpu"))}
+    rows = []
+    for call in plan.calls:
+        values = call.arguments(operands).values()
+        rows.append((call.grid, *map(plain, values)))
+    return rows
+
+
+@pytest.mark.parametrize("row", pairwise(OPTIONS), ids=lambda row: " ".join(row.values()))
+def test_a_remembered_launch_passes_what_a_new_one_would(row: dict[str, str], recorder: Recorder) -> None:
+    from swath.backends.triton.arguments import operands_of
+
+    first, second = problem_of(row), problem_of(row)
+    assert first.memo is second.memo
+    for arch, tiles in (("gfx942", "triton"), *(("sm_90", tiles) for tiles in tiles_of(first, "sm_90"))):
+        plan = plan_for(tiles, first, Target(arch, 132))
+        plan.run(operands_of(first), first.q.device)
+        assert not recorder.launches, "the first run compiles"
+        plan.run(operands_of(second), second.q.device)
+        expected = fresh_arguments(second, arch, tiles)
+        launched = [(grid, *map(plain, values)) for grid, _, _, _, _, _, _, _, _, *values in recorder.launches]
+        assert launched == expected
+        assert {args[1:9] for args in recorder.launches} == {(1, 1, 7, 11, (4, 1, 0), None, None, None)}
+        recorder.launches.clear()
+
+
+@has_triton
+@pytest.mark.parametrize("queries", ["ragged", "long ragged"])
+@pytest.mark.parametrize("storage", OPTIONS["storage"])
+def test_a_mixed_batch_takes_three_kernels_and_one_or_two_more_over_8_bits(storage: str, queries: str) -> None:
+    """One that dequantises, and one for sequences without room in the scratch, unless the host knows that all have."""
+
+    row = {name: values[0] for name, values in OPTIONS.items()}
+    mixed = problem_of(row | {"queries": queries, "storage": storage})
+    copies = storage not in ("bf16", "fp16", "fp32", "int8 compute")
+    assert dequantises(mixed) == copies
+    first = ["split_kernel", "reduce_kernel", *["dequantise_kernel"] * copies]
+    others = ["tile_kernel"] * (copies and queries == "long ragged")
+    for tiles in tiles_of(mixed, "sm_90"):
+        plan = plan_for(tiles, mixed, Target("sm_90", 132))
+        tile = "tile_kernel" if tiles == "triton" else "hopper_tile_kernel"
+        assert [call.kernel.fn.__name__ for call in plan.calls] == [*first, tile, *others]
+        assert [call.sources.get("claimed") for call in plan.calls[len(first) :]] == (
+            ["copied", "others"] if others else [None]
+        )
+
+
+@has_triton
+def test_chunks_among_decodes_have_room() -> None:
+    """Two chunks of 2,048 tokens beside 62 decodes, all at 16,384 keys: as many rows of scratch as it may have."""
+
+    cache = PagedKV.empty(KVQuant(torch.int8, "channel"), 2, 8, 16, 128, k_scale=SCALE, v_scale=SCALE)
+    cu, table = torch.zeros(65, dtype=torch.int32), torch.zeros(64, 1024, dtype=torch.int32)
+    q = torch.empty(2 * 2048 + 62, 32, 128, dtype=torch.bfloat16)
+    mixed = paged_call.prepare(q, cache, table, cu[1:], cu_seqlens_q=cu, max_q_len=2048)
+    plan = plan_for("hopper", mixed, Target("sm_90", 132))
+    kernels = [call.kernel.fn.__name__ for call in plan.calls]
+    assert kernels == ["split_kernel", "reduce_kernel", "dequantise_kernel", "hopper_tile_kernel", "tile_kernel"]
+    assert plan.calls[2].grid == 7 * 1024 * 8, "rows x pages x kv heads"
+    made = plan.scratch.tensors("meta")
+    assert made["new_k"].shape == made["new_v"].shape == (7 * 1024, 8, 16, 128)
+    assert made["new_table"].shape == (64, 1024)
+    assert sum(made[name].nbytes for name in ("new_k", "new_v", "new_table")) <= SCRATCH_BYTES
+    assert str(plan).endswith(str(plan.calls[-1])), "explain says what there is"
+
+
+def test_a_launch_hook_gets_every_launch(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profilers hook Triton's launches: while one listens, launches go the way that tells it."""
+    from triton import knobs
+
+    from swath.backends.triton.arguments import operands_of
+
+    problem = problem_of({name: values[0] for name, values in OPTIONS.items()})
+    plan = plan_for("triton", problem, Target("sm_90", 132))
+    plan.run(operands_of(problem), problem.q.device)
+    listener = lambda metadata: None  # noqa: E731 -- the chain compares it by identity
+    knobs.runtime.launch_enter_hook.add(listener)
+    try:
+        plan.run(operands_of(problem), problem.q.device)
+        assert not recorder.launches
+    finally:
+        knobs.runtime.launch_enter_hook.remove(listener)
+    plan.run(operands_of(problem), problem.q.device)
+    assert recorder.launches

@@ -1,0 +1,343 @@
+"""The command line: what it draws is what the window rule says, what it explains is what the library explains."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import swath
+from swath import KVQuant, Window, dispatch
+
+pytest.importorskip("typer", reason="the command line needs the extra 'bench'")
+
+from typer.testing import CliRunner
+
+from conftest import python_environment
+from swath.cli import app
+from swath.cli.answer import DTYPES
+from swath.cli.calls import arguments, case_of
+from swath.cli.doctor import EXTRAS
+from swath.cli.draw import Cell, picture, spelled
+from swath.cli.explain import APPLIES
+from swath.ops.explain import OPERATORS, OPS
+from swath.testing.filling import MAX_UNSET_BYTES
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+PLAIN = {"COLUMNS": "80", "NO_COLOR": "1", "FORCE_COLOR": None, "TERM": "dumb", "GITHUB_ACTIONS": None}
+KINDS = {"██": Cell.WINDOW, "▒▒": Cell.LEADING, "· ": Cell.SKIPPED, "  ": Cell.HIDDEN}
+
+
+def invoke(*args: object, code: int = 0):
+    result = CliRunner().invoke(app, [str(a) for a in args], env=PLAIN)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def failure(*args: object) -> str:
+    """The one line that bad arguments print."""
+    result = invoke(*args, code=2)
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    return result.stderr.removeprefix("swath: ").rstrip("\n")
+
+
+def python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = python_environment() | {"COLUMNS": "80"} | env
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=environment, timeout=120)
+
+
+def drawn_cells(text: str, kv_len: int) -> dict[int, list[Cell]]:
+    """Read a drawing back: the cells of each query, by its position."""
+    rows = {}
+    for line in text.splitlines():
+        row = re.match(r"(?:query|     ) +(-?\d+)(  [█▒· ]*)?$", line)
+        if row:
+            cells = (row[2] or "")[2:].ljust(2 * kv_len)
+            rows[int(row[1])] = [KINDS[cells[2 * k : 2 * k + 2]] for k in range(kv_len)]
+    return rows
+
+
+def expected(p: int, k: int, size: int | None, g: int, causal: bool) -> Cell:
+    """The rule in words, written out once more: what query p and key k are to one another."""
+    if causal and k > p:
+        return Cell.HIDDEN
+    if size is None or abs(p - k) < size:
+        return Cell.WINDOW
+    return Cell.LEADING if k < g else Cell.SKIPPED
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("g", [0, 2])
+@pytest.mark.parametrize("size", [None, 0, 1, 4])
+def test_show_draws_the_rule(size: int | None, g: int, causal: bool) -> None:
+    options = ["--global-tokens", g, "--causal" if causal else "--no-causal", "--q-len", 9, "--kv-len", 12]
+    text = invoke("show", *options, *([] if size is None else ["--window", size])).stdout
+    rows = drawn_cells(text, 12)
+    assert list(rows) == list(range(3, 12))
+    assert rows == {p: [expected(p, k, size, g, causal) for k in range(12)] for p in rows}
+
+
+def test_show_places_queries_anywhere() -> None:
+    rows = drawn_cells(invoke("show", "--window", 3, "--q-start", -2, "--q-len", 12, "--kv-len", 6).stdout, 6)
+    assert rows == {p: [expected(p, k, 3, 0, True) for k in range(6)] for p in range(-2, 10)}
+
+
+def test_show_counts_what_the_last_query_sees_and_what_is_saved() -> None:
+    text = invoke("show", "--window", 4, "--global-tokens", 2, "--page-size", 4).stdout
+    assert "Query 11 sees 6 of 12 keys: 0-1, 8-11." in text
+    seen = sum(expected(p, k, 4, 2, True) >= Cell.LEADING for p in range(12) for k in range(12))
+    assert f"{seen} of 78 query-key pairs: {1 - seen / 78:.0%} less than full causal attention." in text
+    assert "2 of 3 pages are still needed; 1 can be freed." in text
+    assert "pages     ━━━━━━━ ╌╌╌╌╌╌╌ ━━━━━━━\n" in text
+    assert "Query 2 sees no key." in invoke("show", "--window", 0, "--kv-len", 3).stdout
+
+
+@pytest.mark.parametrize("window", [Window(4, global_tokens=2), Window(0, global_tokens=5), Window(1), Window()])
+@pytest.mark.parametrize("q_start", [-3, 5, 14])
+def test_a_page_is_held_while_a_query_to_come_sees_it(window: Window, q_start: int) -> None:
+    held = picture(window, 8, 19, q_start).pages_held(4)
+    to_come = window.mask(torch.arange(q_start, 40), torch.arange(19))
+    for i in range(8):
+        assert held[i].tolist() == [bool(page.any()) for page in to_come[i:].split(4, dim=1)]
+
+
+def test_without_causality_no_page_is_freed() -> None:
+    assert bool(picture(Window(2, causal=False), 8, 16).pages_held(4).all())
+
+
+@pytest.mark.parametrize("kv_len", [35, 100, 4096])
+def test_show_fits_the_terminal(kv_len: int) -> None:
+    lines = invoke("show", "--window", 32, "--kv-len", kv_len, "--page-size", 16).stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("query") for line in lines)
+
+
+def test_pooling_keeps_what_any_pair_sees() -> None:
+    drawn = picture(Window(2, global_tokens=1), 10, 10)
+    for step in (2, 4):
+        blocks = drawn.pooled(step)
+        for i, j in torch.ones_like(blocks).nonzero().tolist():
+            block = drawn.cells[i * step : (i + 1) * step, j * step : (j + 1) * step]
+            assert blocks[i, j] == block.max()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "window"),
+    [
+        ("--flash", "3,0", Window(4)),
+        ("--flash", "-1,-1", Window()),
+        ("--flash", "3,3", Window(4)),
+        ("--mojo", "3,2", Window(4, global_tokens=2)),
+        ("--mojo", "none,2", Window(0, global_tokens=2)),
+        ("--mojo", "none,none", Window()),
+    ],
+)
+def test_show_converts_other_conventions(option: str, value: str, window: Window) -> None:
+    text = invoke("show", option, value, "--kv-len", 8).stdout
+    verb = "are" if "mojo" in option else "with causal=True is"
+    assert text.splitlines()[0].endswith(f" {value} {verb} {spelled(window)}")
+    rows = drawn_cells(text, 8)
+    assert torch.tensor(list(rows.values())).equal(picture(window, 8, 8).cells.long())
+
+
+@pytest.mark.parametrize(("value", "window"), [("-1,-1", Window(causal=False)), ("3,3", Window(4, causal=False))])
+def test_show_takes_flash_windows_to_both_sides(value: str, window: Window) -> None:
+    text = invoke("show", "--flash", value, "--no-causal", "--kv-len", 8).stdout
+    assert text.splitlines()[0].endswith(f" {value} with causal=False is {spelled(window)}")
+    assert torch.tensor(list(drawn_cells(text, 8).values())).equal(picture(window, 8, 8).cells.long())
+
+
+@pytest.mark.parametrize(
+    "window",
+    [Window(), Window(0), Window(7, global_tokens=3), Window(5, causal=False), Window(None, causal=False)],
+)
+def test_a_spelled_window_is_that_window(window: Window) -> None:
+    assert eval(spelled(window), {"Window": Window}) == window
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--window", -1], "size: wanted an int >= 0 or None, got -1"),
+        (["--global-tokens", -2], "global_tokens: wanted an int >= 0 or an int32 tensor [B], got -2"),
+        (["--flash", "4,2", "--no-causal"], "right: wanted 0 (causal) or 4 (as left), got 2"),
+        (["--flash", "4"], "flash: wanted L,R: two integers, such as 127,0, got '4'"),
+        (["--flash", "none,0"], "flash: wanted L,R: two integers, such as 127,0, got 'none,0'"),
+        (["--mojo", "4,x"], "mojo: wanted W,G: integers or 'none', such as 127,4, got '4,x'"),
+        (["--flash", "4,0", "--window", 5], "window: wanted one of --flash, --mojo, or swath's own options, got"),
+        (["--kv-len", 5000], "q_len x kv_len: wanted at most 16777216 cells to draw, got 25000000"),
+        (["--png", "no/such/folder/x.png"], "--png: "),
+    ],
+)
+def test_show_refuses_in_one_line(args: list[object], message: str) -> None:
+    if "--png" in args:
+        pytest.importorskip("matplotlib", reason="figures need the extra 'bench'")
+    result = invoke("show", *args, code=2)
+    assert result.stderr.startswith(f"swath: {message}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_show_writes_figures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need the extra 'bench'")
+    options = ["show", "--window", 4, "--global-tokens", 2, "--page-size", 4]
+    first, again, png = tmp_path / "1.svg", tmp_path / "2.svg", tmp_path / "1.png"
+    invoke(*options, "--svg", first, "--png", png)
+    invoke(*options, "--svg", again)
+    assert png.read_bytes().startswith(b"\x89PNG\r\n")
+    assert "<svg" in first.read_text()
+    assert first.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize("sizes", [(1, 12, 4), (12, 1, 16), (100, 100, 1), (100, 100, 64), (3, 70, 8)])
+def test_figures_of_any_size(sizes: tuple[int, int, int], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need the extra 'bench'")
+    q_len, kv_len, page_size = sizes
+    png = tmp_path / "x.png"
+    invoke("show", "--window", 8, "--q-len", q_len, "--kv-len", kv_len, "--page-size", page_size, "--png", png)
+    assert png.stat().st_size > 0
+
+
+def test_show_says_what_figures_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert failure("show", "--svg", tmp_path / "x.svg") == "--svg needs matplotlib: pip install 'swath[bench]'"
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("q_len", [1, 4, 20])
+def test_made_up_calls_are_calls(op: str, q_len: int) -> None:
+    args, kwargs = arguments(op, case_of(2, q_len, 40, size=8, softcap=5.0, sink="fp32"), CPU)
+    for x in args:
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            x.zero_()
+    getattr(swath, op)(*args, **kwargs, impl="reference")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("q_len", [1, 4, 20])
+def test_explain_says_what_the_library_says(op: str, q_len: int) -> None:
+    text = invoke("explain", "--op", op, "--q-len", q_len, "--batch", 3, "--device", "cpu").stdout
+    args, kwargs = arguments(op, case_of(3, q_len, 4096, num_kv_heads=8, group=4, page_size=64), CPU)
+    said = swath.explain(op, *args, **kwargs)
+    assert text.startswith(f"{op} runs on the {said.backend} backend\n")
+    flat = " ".join(text.split())
+    assert f"launch {' '.join(said.launch.split())}" in flat
+    for name, reason in said.reasons.items():
+        words = "chosen" if name == said.backend else reason or "could run it too"
+        assert f"{name} {' '.join(words.split())}" in flat
+
+
+def test_explain_describes_the_case() -> None:
+    options = ["--window", 128, "--global-tokens", 4, "--softcap", 30, "--sink", "--cache-dtype", "int8"]
+    options += ["--granularity", "channel", "--compute", "int8", "--device", "cpu"]
+    flat = " ".join(invoke("explain", *options).stdout.split())
+    for words in ("(decode)", "int8 with channel scales, pages of 64", "Window(128, global_tokens=4)", "softcap 30.0"):
+        assert words in flat
+    assert "sink a logit per query head" in flat
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "head", "channel", "token"])
+@pytest.mark.parametrize("stored", ["int8", "fp8", "fp8_e5m2"])
+def test_explain_takes_every_granularity(stored: str, granularity: str) -> None:
+    options = ["--cache-dtype", stored, "--granularity", granularity, "--device", "cpu"]
+    assert f" with {granularity} scales" in invoke("explain", *options).stdout
+    quant = KVQuant(DTYPES[stored], granularity)
+    assert arguments("paged_attention", case_of(quant=quant), CPU)[0][1].quant == replace(quant, v=granularity)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--op", "softmax"], "op: wanted one of 'attention', 'paged_attention', 'append_kv', 'merge_states', got"),
+        (["--q-heads", 12], "q_heads: wanted a multiple of the 8 kv heads, got 12"),
+        (["--head-dim", 100], "q: wanted a head_dim that is a multiple of 8, at most 256, got 100"),
+        (["--page-size", 24], "page_size: wanted 1, 8 or a multiple of 16, got 24"),
+        (["--dtype", "fp64"], "dtype: wanted one of 'bf16', "),
+        (["--cache-dtype", "fp16"], "q: wanted the unquantised cache's dtype torch.float16, got torch.bfloat16"),
+        (["--granularity", "channel"], "k: wanted one of ('none',) for torch.bfloat16, got 'channel'"),
+        (["--compute", "int8"], "compute: wanted 'float', or an int8 cache"),
+        (["--softcap", -1], "softcap: wanted a float >= 0, got -1.0"),
+        (["--window", -1], "size: wanted an int >= 0 or None, got -1"),
+        (["--device", "tpu"], "device: wanted 'cpu'"),
+        (["--op", "append_kv", "--window", 4], "window: wanted an operator that takes it (attention, paged_attention)"),
+        (["--op", "attention", "--dtype", "fp8"], "q: wanted bfloat16, float16 or float32, got torch.float8_e4m3fn"),
+    ],
+)
+def test_explain_refuses_in_one_line_of_the_library(args: list[object], message: str) -> None:
+    assert failure("explain", *args).startswith(message)
+
+
+def test_explain_knows_its_own_options() -> None:
+    from swath.cli.explain import explain
+
+    assert set(APPLIES) < set(explain.__annotations__)
+
+
+def test_a_large_case_needs_little_memory() -> None:
+    args, _ = arguments("paged_attention", case_of(64, 1, 1 << 20, num_kv_heads=8), CPU)
+    assert args[1].nbytes <= MAX_UNSET_BYTES
+    assert args[2].shape == (64, (1 << 20) // 16)
+
+
+def test_doctor_knows_every_backend_of_every_op() -> None:
+    report = json.loads(invoke("doctor", "--json").stdout)
+    assert report["versions"]["swath"] == swath.__version__
+    assert report["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
+    assert report["machine"]["cores"] >= 1
+    on_cpu = [a for a in report["backends"] if a["device"] == "cpu"]
+    for op in OPS:
+        mine = [a for a in on_cpu if a["op"] == op]
+        assert [a["backend"] for a in mine] == list(dispatch.backends(OPERATORS[op].module))
+        able = [a for a in mine if a["reason"] is None]
+        assert [a["backend"] for a in mine if a["chosen"]] == [able[0]["backend"]]
+
+
+def test_doctor_reads_well() -> None:
+    text = invoke("doctor").stdout
+    assert [line for line in text.splitlines() if line and line[0] != " "][:3] == ["Machine", "Versions", "Extras"]
+    assert max(map(len, text.splitlines())) <= 80
+    report = json.loads(invoke("doctor", "--json").stdout)
+    flat = " ".join(text.split())
+    for ability in report["backends"]:
+        assert ability["reason"] is None or " ".join(ability["reason"].split()) in flat
+
+
+def test_doctor_and_the_package_agree_on_extras() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+    def packages(extra: str) -> set[str]:
+        own = {re.split(r"[<>=;\s]", requirement)[0] for requirement in extras[extra]}
+        nested = {name for name in own if name.startswith("swath[")}
+        within = [n for name in nested for n in name.removeprefix("swath[").rstrip("]").split(",")]
+        return (own - nested).union(*map(packages, within))
+
+    assert {extra: set(names) for extra, names in EXTRAS.items()} == {extra: packages(extra) for extra in EXTRAS}
+
+
+def test_version_and_help() -> None:
+    assert invoke("--version").stdout == f"swath {swath.__version__}\n"
+    for command in ("doctor", "explain", "show", "demo", "bench"):
+        assert re.search(rf"^\W*{command} ", invoke("--help").stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("module", ["swath.cli", "swath"])
+def test_as_a_module_in_ascii(module: str) -> None:
+    shown = python("-m", module, "show", "--window", "2", "--kv-len", "3", PYTHONIOENCODING="ascii")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.isascii()
+    assert "query 0  ##\n      1  ####\n      2  . ####\n" in shown.stdout
+
+
+def test_without_typer_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['typer'] = None; from swath.cli import main; main()"
+    ran = python("-c", code)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr == "swath: the command line needs typer: pip install 'swath[bench]'\n"

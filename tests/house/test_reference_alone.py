@@ -1,0 +1,88 @@
+"""The package stands without Triton and without its optional dependencies, in a fresh interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from conftest import python_environment
+
+OPTIONAL = ("transformers", "typer", "rich", "matplotlib", "gguf", "hypothesis", "pytest")
+
+EVERY_OPERATOR = """
+import torch
+import swath
+from swath.testing import Case, make
+
+int8 = swath.KVQuant(torch.int8, "token")
+for case in (Case(size=20, global_tokens=2), Case(q_lens=(3, 0, 40), dense=True), Case(quant=int8)):
+    inputs = make(case)
+    for impl in ("reference", "auto"):
+        inputs.check(*inputs.run(impl))
+k = torch.randn(3, 2, 64)
+for impl in ("reference", "auto"):
+    swath.append_kv(inputs.cache, k, k, swath.slots(inputs.block_table, inputs.seq_lens, 16, num_tokens=3), impl=impl)
+    out, lse = inputs.run(impl)
+    swath.merge_states(out, lse, out, lse, impl=impl)
+print(swath.explain("paged_attention", *inputs.args))
+"""
+
+
+def python(program: str, blocked: tuple[str, ...]) -> str:
+    """What a program prints in a fresh interpreter in which some modules cannot be imported."""
+    block = f"import sys\nsys.modules.update(dict.fromkeys({blocked!r}))\n"
+    environment = python_environment() | {"TRITON_INTERPRET": "0"}
+    ran = subprocess.run(
+        [sys.executable, "-c", block + program], capture_output=True, text=True, env=environment, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+@pytest.mark.parametrize("blocked", [("triton",), OPTIONAL, ("triton", *OPTIONAL)], ids=["triton", "optional", "both"])
+def test_every_operator_runs_without(blocked: tuple[str, ...]) -> None:
+    explained = python(EVERY_OPERATOR, blocked)
+    assert "reference  can run it" in explained
+    if "triton" in blocked:
+        assert "Triton is not installed" in explained
+
+
+def test_import_brings_nothing_optional() -> None:
+    """Neither Triton nor an extra is imported before somebody asks for it."""
+    program = f"import swath\nprint([name for name in {('triton', *OPTIONAL)!r} if name in sys.modules])"
+    assert python(program, ()).strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["torch"])
+def test_the_block_blocks(module: str) -> None:
+    """Without torch nothing can run: the way these tests hide a module works."""
+    with pytest.raises(AssertionError, match="import of torch halted"):
+        python("import swath", (module,))
+
+
+WITHOUT_WARPGROUP_MMA = """
+import torch
+from triton.experimental.gluon.language.nvidia import hopper
+
+del hopper.warpgroup_mma
+import swath
+
+pool = torch.randn(4, 2, 16, 64)
+table, lens = torch.arange(4, dtype=torch.int32)[None], torch.tensor([50], dtype=torch.int32)
+arguments = torch.randn(1, 4, 64), swath.PagedKV(pool, pool.clone()), table, lens
+out, want = (swath.paged_attention(*arguments, impl=impl) for impl in ("triton", "reference"))
+torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+print("right")
+"""
+
+
+def test_triton_needs_nothing_of_hopper() -> None:
+    """Gluon's module for Hopper differs between releases of Triton; other GPUs must not notice."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = python_environment() | {"TRITON_INTERPRET": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT_WARPGROUP_MMA], capture_output=True, text=True, env=environment, check=False
+    )
+    assert ran.stdout.strip() == "right", ran.stderr[-2000:]

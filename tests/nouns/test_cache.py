@@ -1,0 +1,170 @@
+"""Paged caches and page tables: views, copies, slots, and check()."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from swath import KVQuant, PagedKV, Window, check, slots
+from swath.pages import pages_holding, pages_within
+from swath.testing import Case, make
+
+PAGES, SIZE, HEADS, DIM = 3, 16, 2, 32
+INT8_TOKEN = KVQuant(torch.int8, "token")
+
+
+def numbered(*shape: int) -> Tensor:
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
+
+
+def int32(*values: object) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("size", [1, 8, 16])
+def test_which_pages_hold_which_keys(size: int) -> None:
+    every = range(4 * size)
+    for start in every:
+        for stop in every[start + 1 :]:
+            pages = [range(page * size, (page + 1) * size) for page in range(4)]
+            holding = [i for i, page in enumerate(pages) if any(start <= key < stop for key in page)]
+            within = [i for i, page in enumerate(pages) if all(start <= key < stop for key in page)]
+            assert list(range(4))[pages_holding(start, stop, size)] == holding
+            assert list(range(4))[pages_within(start, stop, size)] == within
+
+
+def test_from_nhd_is_a_view() -> None:
+    k, v = numbered(PAGES, SIZE, HEADS, DIM), -numbered(PAGES, SIZE, HEADS, DIM)
+    cache = PagedKV.from_nhd(k, v)
+    assert (cache.num_pages, cache.num_kv_heads, cache.page_size, cache.head_dim) == (PAGES, HEADS, SIZE, DIM)
+    assert torch.equal(cache.k[1, 0, 7], k[1, 7, 0])
+    assert cache.k.data_ptr() == k.data_ptr()
+    assert cache.v.data_ptr() == v.data_ptr()
+
+
+def test_from_packed_is_a_view_of_both() -> None:
+    kv = numbered(PAGES, SIZE, HEADS, 2 * DIM)
+    cache = PagedKV.from_packed(kv)
+    assert torch.equal(cache.k[2, 1, 5], kv[2, 5, 1, :DIM])
+    assert torch.equal(cache.v[2, 1, 5], kv[2, 5, 1, DIM:])
+    assert cache.k.data_ptr() == kv.data_ptr()
+    assert cache.v.untyped_storage().data_ptr() == kv.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("build", ["nhd", "packed"])
+def test_token_scales_come_page_by_token(build: str) -> None:
+    scale = numbered(PAGES, SIZE, HEADS)
+    stored = torch.zeros(PAGES, SIZE, HEADS, DIM, dtype=torch.int8)
+    scales = {"k_scale": scale, "v_scale": scale}
+    cache = PagedKV.from_nhd(stored, stored, **scales) if build == "nhd" else PagedKV.from_packed(stored, **scales)
+    assert cache.k_scale[2, 1, 5] == scale[2, 5, 1]
+    assert cache.quant == INT8_TOKEN
+
+
+@pytest.mark.parametrize("x", [4, 8])
+@pytest.mark.parametrize("blocked_v", [False, True])
+def test_from_aiter_repacks(x: int, blocked_v: bool) -> None:
+    k, v = numbered(PAGES, HEADS, SIZE, DIM), -numbered(PAGES, HEADS, SIZE, DIM)
+    aiter_k = torch.empty(PAGES, HEADS, DIM // x, SIZE, x)
+    aiter_v = torch.empty(PAGES, HEADS, SIZE // x, DIM, x) if blocked_v else torch.empty(PAGES, HEADS, DIM, SIZE)
+    for slot in range(SIZE):
+        for d in range(DIM):
+            aiter_k[:, :, d // x, slot, d % x] = k[:, :, slot, d]
+            if blocked_v:
+                aiter_v[:, :, slot // x, d, slot % x] = v[:, :, slot, d]
+            else:
+                aiter_v[:, :, d, slot] = v[:, :, slot, d]
+    cache = PagedKV.from_aiter(aiter_k, aiter_v)
+    assert torch.equal(cache.k, k)
+    assert torch.equal(cache.v, v)
+    assert cache.k.data_ptr() != aiter_k.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "quant", [KVQuant(torch.bfloat16), INT8_TOKEN, KVQuant(torch.float8_e5m2, "token", "none")], ids=str
+)
+def test_empty_makes_what_it_is_asked_for(quant: KVQuant) -> None:
+    cache = PagedKV.empty(quant, PAGES, HEADS, SIZE, DIM)
+    assert cache.quant == quant
+    assert not cache.k.float().any()
+    assert cache.k_scale is None or cache.k_scale.eq(1).all()
+
+
+def test_empty_needs_its_static_scales() -> None:
+    with pytest.raises(ValueError, match=r"^k_scale: wanted a scale of granularity 'head'"):
+        PagedKV.empty(KVQuant(torch.int8, "head"), PAGES, HEADS, SIZE, DIM)
+    scale = torch.ones(HEADS)
+    cache = PagedKV.empty(KVQuant(torch.int8, "head"), PAGES, HEADS, SIZE, DIM, k_scale=scale, v_scale=scale)
+    assert cache.k_scale is scale
+
+
+def test_the_worked_example_of_slots() -> None:
+    placed = slots(int32([7, 2]), int32(19), 16, num_tokens=2)
+    assert placed.tolist() == [33, 34]
+    assert placed.dtype == torch.int64
+
+
+TABLE = int32([4, 1, 9], [3, -1, 2**31 - 1], [5, 6, 7])
+FLAT = (int32(4, 1, 9, 3, -1, 2**31 - 1, 5, 6, 7), int32(0, 3, 6, 9))
+
+
+@pytest.mark.parametrize("table", [TABLE, FLAT], ids=["rectangular", "flat"])
+def test_slots_of_every_sequence(table: Tensor | tuple[Tensor, Tensor]) -> None:
+    """Two new tokens each: across a page edge; the second in a freed page; beyond the table."""
+    placed = slots(table, int32(17, 17, 49), 16, num_tokens=6)
+    assert placed.tolist() == [4 * 16 + 15, 1 * 16 + 0, 3 * 16 + 15, -1, 7 * 16 + 15, -1]
+
+
+@pytest.mark.parametrize("table", [TABLE, FLAT], ids=["rectangular", "flat"])
+def test_slots_of_ragged_tokens(table: Tensor | tuple[Tensor, Tensor]) -> None:
+    """Three tokens, none, one; then two that nobody owns."""
+    placed = slots(table, int32(18, 40, 1), 16, num_tokens=6, cu_seqlens_q=int32(0, 3, 3, 4))
+    assert placed.tolist() == [4 * 16 + 15, 16, 17, 5 * 16, -1, -1]
+
+
+def test_slots_of_an_entry_past_any_pool_lie_past_it() -> None:
+    assert slots(TABLE, int32(0, 33, 0), 16, num_tokens=3).tolist()[1] >= 2**31 - 1
+
+
+def test_slots_before_the_first_key_and_of_negative_lengths() -> None:
+    assert slots(TABLE, int32(1, 0, -5), 16, num_tokens=6).tolist() == [-1, 4 * 16, -1, -1, -1, -1]
+
+
+def test_slots_of_nothing() -> None:
+    assert slots(TABLE, int32(1, 2, 3), 16, num_tokens=0).tolist() == []
+    empty = torch.empty(0, 3, dtype=torch.int32)
+    assert slots(empty, empty[:, 0], 16, num_tokens=0).tolist() == []
+    assert slots(TABLE[:, :0], int32(1, 2, 3), 16, num_tokens=3).tolist() == [-1, -1, -1]
+
+
+def test_check_accepts_what_the_operators_accept() -> None:
+    """Hostile entries outside the window are no error."""
+    for case in (
+        Case(size=20),
+        Case(size=20, table="flat", q_lens=3),
+        Case(q_lens=(3, 0, 70), size=9, global_tokens=2),
+    ):
+        inputs = make(case)
+        steps = case.q_lens if isinstance(case.q_lens, int) else 1
+        cu, w = inputs.cu_seqlens_q, Window(case.size, case.global_tokens)
+        check(inputs.cache, inputs.block_table, inputs.seq_lens, cu_seqlens_q=cu, num_steps=steps, window=w)
+
+
+def test_check_names_a_visible_entry_outside_the_pool() -> None:
+    inputs = make(Case((70, 129), size=40))
+    inputs.block_table[1, 6] = 999
+    with pytest.raises(ValueError, match=r"^block_table: .* 999 at sequence 1, entry 6"):
+        check(inputs.cache, inputs.block_table, inputs.seq_lens, window=Window(40))
+    check(inputs.cache, inputs.block_table, inputs.seq_lens, window=Window(16))
+
+
+def test_check_names_lengths_that_cannot_be() -> None:
+    inputs = make(Case((70, 129)))
+    cache, table = inputs.cache, inputs.block_table
+    with pytest.raises(ValueError, match=r"^seq_lens: .* -1 for sequence 1"):
+        check(cache, table, int32(70, -1))
+    with pytest.raises(ValueError, match=r"^block_table: wanted pages for 5000 keys of sequence 0"):
+        check(cache, table, int32(5000, 3))
+    with pytest.raises(ValueError, match=r"^cu_seqlens_q: .* -2 rows for sequence 1"):
+        check(cache, table, int32(70, 129), cu_seqlens_q=int32(0, 3, 1))

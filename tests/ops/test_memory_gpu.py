@@ -1,0 +1,145 @@
+"""What the library was asked for, line by line: what only a GPU can show (24, 26 to 29, 35, 36).
+
+Each test is named after its line; test_requirements.py and test_requirements_serving.py hold the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_memory_and_interface import in_a_large_pool
+
+from conftest import impls
+from swath import KVQuant, attention, paged_attention
+from swath.testing import Case, Inputs
+
+Prepare = Callable[[Case], Inputs]
+
+INT8_TOKEN, INT8_CHANNEL = KVQuant(torch.int8, "token"), KVQuant(torch.int8, "channel")
+MIB = 2**20
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.parametrize("impl", [x for x in impls("attention") if x not in ("reference", "cpu")], indirect=True),
+]
+
+
+def check(inputs: Inputs, impl: str) -> None:
+    inputs.check(*inputs.run(impl))
+
+
+@contextmanager
+def captured(call: Callable[[], Any]) -> Iterator[torch.cuda.CUDAGraph]:
+    """The graph of a call that has run twice before on a side stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    yield graph
+
+
+@pytest.mark.parametrize("q_lens", [1, 3, (40, 3, 1)], ids=str)
+def test_r24_graph_replay_with_other_lengths_leaves_the_tail_unchanged(
+    q_lens: int | tuple[int, ...], prepare: Prepare, impl: str
+) -> None:
+    """Captured at the longest lengths, replayed as they change: right rows, and no byte elsewhere."""
+    inputs = prepare(Case((300, 200, 250), q_lens, tail=0 if isinstance(q_lens, int) else 3, dtype=torch.bfloat16))
+    canary = inputs.canary()
+    with captured(lambda: inputs.run(impl, out=canary.out)) as graph:
+        for lengths in ((300, 200, 250), (299, 0, 64), (7, 130, 1)):
+            inputs.seq_lens.copy_(torch.tensor(lengths))
+            graph.replay()
+            shorter = replace(inputs, case=replace(inputs.case, kv_lens=lengths))
+            shorter.check(canary.out, None)
+            assert canary.broken() == 0
+
+
+def test_r26_int8_prefill_takes_memory_for_referenced_pages_only(prepare: Prepare, impl: str) -> None:
+    inputs = prepare(Case((2000, 1500), (500, 1500), quant=INT8_CHANNEL, head_dim=128))
+    assert extra_bytes(in_a_large_pool(inputs, 40_000), impl) == extra_bytes(inputs, impl)
+
+
+def extra_bytes(inputs: Inputs, impl: str) -> int:
+    """Peak GPU memory of a call beyond what was there before and its results."""
+    results = inputs.run(impl)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    again = inputs.run(impl)
+    torch.cuda.synchronize()
+    made = sum(x.untyped_storage().nbytes() for x in again)
+    del results
+    return torch.cuda.max_memory_allocated() - before - made
+
+
+@pytest.mark.parametrize(
+    "case", [Case((200_000,)), Case((8192,) * 4, 4, group=16), Case((30_000, 10), (8192, 10))], ids=str
+)
+@pytest.mark.parametrize("quant", [None, INT8_TOKEN], ids=["bf16", "int8"])
+def test_r27_extra_memory_is_bounded_on_the_gpu(case: Case, quant: KVQuant | None, prepare: Prepare, impl: str) -> None:
+    """512 MiB at most for a dequantised prefill, and the partial results of splits."""
+    assert extra_bytes(prepare(replace(case, quant=quant, head_dim=128)), impl) <= 640 * MIB
+
+
+def test_r28_scratch_is_given_back(prepare: Prepare, impl: str) -> None:
+    inputs = prepare(Case((5000, 3000), (100, 1), quant=INT8_TOKEN))
+    inputs.run(impl)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    inputs.run(impl)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_r29_a_million_keys_in_4096_partitions(prepare: Prepare, impl: str) -> None:
+    check(prepare(Case((2**20,), num_kv_heads=1, group=64, split_size=256)), impl)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(size=20),
+        Case(q_lens=3, quant=INT8_TOKEN),
+        Case(q_lens=(60, 1, 2), table="flat"),
+        Case(q_lens=(60, 1, 2), dense=True),
+    ],
+    ids=str,
+)
+def test_r35_no_call_synchronises(case: Case, prepare: Prepare, impl: str) -> None:
+    inputs = prepare(case)
+    public = attention if case.dense else paged_attention
+    options = inputs.options
+    public(*inputs.args, **options, impl=impl)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        public(*inputs.args, **options, impl=impl)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_r36_no_recompile_per_length_batch_or_window(prepare: Prepare, impl: str) -> None:
+    from swath.backends.triton.kernels.reduce import reduce_kernel
+    from swath.backends.triton.kernels.split import split_kernel
+
+    def variants() -> int:
+        kernels = (split_kernel, reduce_kernel)
+        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+    first = Case((300, 200), 2, size=50, global_tokens=3)
+    check(prepare(first), impl)
+    before = variants()
+    for lengths in ((300, 200), (17, 1000), (1, 1, 64), (4096,)):
+        for steps in (2, 3):
+            for size in (1, 16, 50, 64, 333):
+                check(prepare(replace(first, kv_lens=lengths, q_lens=steps, size=size)), impl)
+    assert variants() - before <= 4, "at most one variant for each of the four row tiles"
