@@ -21,7 +21,7 @@ def order_kernel(out, slots, kv_len, HEADS: tl.constexpr, KV_HEADS: tl.constexpr
 
 
 def order(device: str, slots: int, kv_len: int, heads: int, kv_heads: int, beyond: int = 0) -> list[tuple[int, int]]:
-    """The slot and head of each tile of a sequence, and of ``beyond`` more slots of nobody."""
+    """The slot and head of each tile of a sequence, and of ``beyond`` slots past them."""
     out = torch.full(((slots + beyond) * heads, 2), -1, dtype=torch.int32, device=device)
     order_kernel[(len(out),)](out, slots, kv_len, heads, kv_heads, 128)
     return [(slot, head) for slot, head in out.tolist()]
@@ -37,7 +37,7 @@ def test_each_slot_and_head_has_one_tile(slots: int, kv_len: int, heads: int, kv
 
 
 @pytest.mark.parametrize(("slots", "kv_len", "heads", "kv_heads"), SHAPES)
-def test_tiles_of_nobody_are_beyond_the_sequence(
+def test_slots_past_the_rows_are_of_no_sequence(
     slots: int, kv_len: int, heads: int, kv_heads: int, device: str
 ) -> None:
     """Rows past the last sequence have slots too: such a tile must not be one of that sequence, nor of no head."""
