@@ -31,6 +31,14 @@ def test_every_step_has_its_own_edges(
     check(prepare(replace(case, num_kv_heads=1) if group == 64 else case), impl)
 
 
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("q_lens", [1, 2, (20,)], ids=str)
+def test_64_query_heads_on_one_kv_head(
+    q_lens: int | tuple[int, ...], head_dim: int, prepare: Prepare, impl: str
+) -> None:
+    check(prepare(Case((90,), q_lens, num_kv_heads=1, group=64, head_dim=head_dim)), impl)
+
+
 @pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 63, 64, 65])
 def test_window_edges_on_page_and_split_edges(size: int, prepare: Prepare, impl: str) -> None:
     check(prepare(Case(AROUND_BLOCKS, size=size, split_size=64, spiked=True, num_kv_heads=1)), impl)

@@ -1,6 +1,6 @@
 """Where keys and queries lie: any strides, entries that name no page, pools and contexts larger than what is read.
 
-What a call allocates is asked by backends/test_cpu.py and, of a GPU, by test_gpu.py.
+tests/backends/test_cpu.py and, on a GPU, test_gpu.py show what a call allocates.
 """
 
 from __future__ import annotations
@@ -56,14 +56,6 @@ def test_hostile_entries_are_never_read(q_lens: int | tuple[int, ...], entry: in
     table = inputs.block_table
     table[(table < 0) | (table >= inputs.cache.num_pages)] = entry
     check(inputs, impl)
-
-
-@pytest.mark.parametrize("head_dim", [64, 256])
-@pytest.mark.parametrize("q_lens", [1, 2, (20,)], ids=str)
-def test_64_query_heads_on_one_kv_head(
-    q_lens: int | tuple[int, ...], head_dim: int, prepare: Prepare, impl: str
-) -> None:
-    check(prepare(Case((90,), q_lens, num_kv_heads=1, group=64, head_dim=head_dim)), impl)
 
 
 @serving
