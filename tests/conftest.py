@@ -17,7 +17,7 @@ import torch
 import interpreter
 import swath
 from swath import dispatch, target
-from swath.backends.triton.tuning import UNTUNED, Tuning
+from swath.backends.triton.heuristics import Heuristics
 from swath.bench.clock import CpuClock
 from swath.errors import bad_value
 from swath.problem import Problem
@@ -53,9 +53,11 @@ def each_backend(op: str, but: Collection[str] = ()) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("impl", [name for name in impls(op) if name not in but], indirect=True)
 
 
-def plan_for(backend: str, problem: Problem, target: Target, tuning: Tuning = UNTUNED) -> Any:
-    """The launches of a call by a backend that has kernels, on a target that need not be here."""
-    return import_module(f"swath.backends.{backend}.attention").runner.plan_for(problem, target, tuning)
+def plan_for(backend: str, problem: Problem, target: Target, heuristics: Heuristics | None = None) -> Any:
+    """The launches of a call by a backend that has kernels, on a target that need not be here; by its own heuristics
+    or by others."""
+    runner = import_module(f"swath.backends.{backend}.attention").runner
+    return runner.plan_for(problem, target, heuristics or runner.heuristics)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

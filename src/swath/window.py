@@ -58,6 +58,8 @@ class Window:
                 _check_count("max_global_tokens", self.max_global_tokens, "an int >= 0 or None")
         else:
             _check_count("global_tokens", self.global_tokens, "an int >= 0 or an int32 tensor [B]")
+            if self.global_tokens > LARGEST_SIZE:
+                raise bad_value("global_tokens", f"at most {LARGEST_SIZE}", self.global_tokens)
             if self.max_global_tokens is not None:
                 raise bad_value("max_global_tokens", "None unless global_tokens is a tensor", self.max_global_tokens)
 

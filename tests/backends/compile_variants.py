@@ -15,7 +15,7 @@ import torch
 from conftest import plan_for
 from swath import KVQuant, PagedKV, Window
 from swath.backends.hopper import attention as hopper
-from swath.backends.triton.heuristics import SCRATCH_BYTES
+from swath.backends.triton.heuristics.dequantise import SCRATCH_BYTES
 from swath.ops import attention as attention_call
 from swath.ops import paged as paged_call
 from swath.problem import Problem
@@ -119,7 +119,7 @@ def compiled_calls(arch: str, rows: list[dict[str, Any]]) -> Iterator[tuple[dict
     triton.runtime.driver.set_active(_Driver(target))
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # what comes from Triton's cache has no report
-    from swath.backends.triton.plan import operands_of
+    from swath.backends.triton.arguments import operands_of
 
     seen = set()
     for row in rows:

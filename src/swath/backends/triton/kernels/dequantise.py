@@ -81,11 +81,11 @@ def dequantise_kernel(
         return
     seq = sequence_of(b, cu_q, steps, lens, q_start, F)
     entries, own_pages = table_row(table, indptr, b, table_stride, max_pages)
-    kv_len = tl.minimum(seq.kv_len, own_pages * F.page_size)
+    # The new table has as many entries for each sequence: those that its own table lacks are dead ones.
+    kv_len = tl.minimum(seq.kv_len, width * F.page_size)
     band = band_of(seq.start, seq.start + seq.q_len - 1, kv_len, size, leading_of(b, leading, F), F)
     page, seen = page_in_sight(j, band, F.page_size)
-    seen &= page < tl.minimum(own_pages, width)
-    entry = tl.load(entries + page, mask=seen, other=-1)
+    entry = tl.load(entries + page, mask=seen & (page < own_pages), other=-1)
     live = (entry >= 0) & (entry < num_pages)
     place = rank * pages + j
     if kv_head == 0:
