@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ import swath
 from swath import dispatch, target
 from swath.backends.triton.heuristics import Heuristics
 from swath.bench.clock import CpuClock
+from swath.errors import bad_value
 from swath.problem import Problem
 from swath.target import Target
 from swath.testing import Case, Inputs, make
@@ -29,10 +30,27 @@ hypothesis.settings.load_profile("steady")
 OPS = ("attention", "append", "merge")
 """Operators that have backends, by the names of their modules."""
 
+PORTABLE = ("reference", "cpu")
+"""Backends that must run every case, so that a skip of theirs is a failure."""
+
 
 def impls(op: str) -> list[str]:
-    """Backends of an op that exist; a file that appears in its folder joins by itself."""
+    """The backends of an operator, slowest first: those with a module for it, so that a new one joins by itself.
+
+    Raises:
+        ValueError: ``op`` is not in ``OPS``. Tests parametrised by an empty list would be skipped in silence.
+    """
+    if op not in OPS:
+        raise bad_value("op", f"one of {', '.join(OPS)}", repr(op))
     return [name for name in reversed(dispatch.BACKENDS) if find_spec(f"swath.backends.{name}.{op}")]
+
+
+def each_backend(op: str, but: Collection[str] = ()) -> pytest.MarkDecorator:
+    """Run a test, or as ``pytestmark`` a file of tests, with ``impl`` each backend of ``op`` except those in ``but``.
+
+    A test that takes ``impl`` without this runs for each backend of attention.
+    """
+    return pytest.mark.parametrize("impl", [name for name in impls(op) if name not in but], indirect=True)
 
 
 def plan_for(backend: str, problem: Problem, target: Target, heuristics: Heuristics | None = None) -> Any:
@@ -40,10 +58,6 @@ def plan_for(backend: str, problem: Problem, target: Target, heuristics: Heurist
     or by others."""
     runner = import_module(f"swath.backends.{backend}.attention").runner
     return runner.plan_for(problem, target, heuristics or runner.heuristics)
-
-
-PORTABLE = ("reference", "cpu")
-"""Backends that must run every case, so that a skip here is a failure."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -94,8 +108,12 @@ def device(impl: str) -> str:
     return "cuda" if impl not in PORTABLE and torch.cuda.is_available() else "cpu"
 
 
+Prepare = Callable[..., Inputs]
+"""What the fixture ``prepare`` gives: a function of a case, and of a seed."""
+
+
 @pytest.fixture
-def prepare(impl: str, device: str) -> Callable[..., Inputs]:
+def prepare(impl: str, device: str) -> Prepare:
     """``make`` for this backend; skips with the backend's own reason where it cannot run the case."""
 
     def prepare(case: Case, seed: int = 0) -> Inputs:
@@ -104,6 +122,11 @@ def prepare(impl: str, device: str) -> Callable[..., Inputs]:
         return inputs
 
     return prepare
+
+
+def check(inputs: Inputs, impl: str) -> None:
+    """Run a backend and hold every element to its error budget."""
+    inputs.check(*inputs.run(impl))
 
 
 def skip_unless_able(impl: str, reason: str | None) -> None:

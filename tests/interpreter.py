@@ -1,4 +1,4 @@
-"""Triton's interpreter made bearable: three of its habits replaced by quicker ones that do the same."""
+"""Triton's interpreter made bearable: five of its habits replaced by quicker ones that do the same."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from unittest.mock import patch
 @contextmanager
 def hastened() -> Iterator[None]:
     """Run Triton's interpreter with the replacements below."""
+    from triton.language import core
     from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
@@ -20,6 +21,8 @@ def hastened() -> Iterator[None]:
         patch.object(interpreter, "_patch_lang", patch_lang),
         patch.object(interpreter.GridExecutor, "__call__", launch),
         patch.object(interpreter, "_get_np_dtype", remembering(interpreter._get_np_dtype)),
+        patch.object(core.tensor, "__init__", like_the_first(core.tensor.__init__, of_tensor)),
+        patch.object(core.block_type, "__init__", like_the_first(core.block_type.__init__, of_block_type)),
         patch.object(TritonSemantic, "binary_op_sanitize_overflow_impl", check_overflow),
     ):
         yield
@@ -65,6 +68,36 @@ def remembering(numpy_dtype_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return known[scalar.name]
 
     return numpy_dtype
+
+
+Told = tuple[tuple[Any, ...], dict[str, Any]]
+"""What decides about the attributes of an object, and the attributes that are given."""
+
+
+def like_the_first(init: Callable[..., None], told: Callable[..., Told]) -> Callable[..., None]:
+    """An ``__init__`` that works out attributes for the first object of its kind; others share all that is not given.
+
+    Shapes are tuples of constants, each with a type that has a name: making them took a third of the time.
+    """
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def initialise(self: Any, *args: Any) -> None:
+        kind, given = told(*args)
+        if kind not in known:
+            init(self, *args)
+            known[kind] = vars(self).copy()
+        vars(self).update(known[kind], **given)
+
+    return initialise
+
+
+def of_tensor(handle: Any, of_type: Any) -> Told:
+    given = {"handle": handle, "type": of_type, "dtype": of_type.scalar}
+    return tuple(of_type.shape) if of_type.is_block() else (), given
+
+
+def of_block_type(element: Any, shape: Any) -> Told:
+    return (element.name, *(getattr(size, "value", size) for size in shape)), {"element_ty": element}
 
 
 def check_overflow(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from options import DENSE, PAGED, in_pairs
+from pools import in_a_large_pool
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -140,8 +141,12 @@ class Work(TorchDispatchMode):
 
 
 def work(case: Case) -> Work:
+    return work_of(make(case))
+
+
+def work_of(inputs: Inputs) -> Work:
     """Of a call, from the checked problem on."""
-    inputs = make(case)
+    case = inputs.case
     problem = (attention_call if case.dense else paged_call).prepare(*inputs.args, **inputs.options)
     with Work() as counted:
         blocks.run(problem)
@@ -156,14 +161,22 @@ def test_work_follows_the_window(q_lens: int | tuple[int, ...], quant: KVQuant |
     """Eight times the context, not an element more; every page out of the window is freed, its entry hostile."""
     short = Case((1024, 1024), q_lens, size=100, global_tokens=3, quant=quant, table=table)
     long = replace(short, kv_lens=(8192, 8192))
-    assert work(long).elements == work(short).elements
-    assert work(long).elements < work(replace(long, size=None)).elements / 4
+    of_long, of_short = work(long), work(short)
+    assert of_long.elements == of_short.elements
+    assert of_long.largest_bytes == of_short.largest_bytes
+    assert of_long.elements < work(replace(long, size=None)).elements / 4
+
+
+def test_the_size_of_the_pool_costs_nothing() -> None:
+    inputs = make(Case(q_lens=(60, 1, 100), quant=KVQuant(torch.int8, "channel")))
+    of_huge, of_own = work_of(in_a_large_pool(inputs, 4000)), work_of(inputs)
+    assert (of_huge.elements, of_huge.largest_bytes) == (of_own.elements, of_own.largest_bytes)
 
 
 @pytest.mark.parametrize("case", [
     Case((40_000,), 1, dtype=F32),
     Case((40_000,), 1, num_kv_heads=1, group=64, quant=KVQuant(torch.int8, "token")),
-    Case((3000,), (3000,), dense=True, size=2000, group=8),
+    Case((1000,), (1000,), dense=True, size=700, group=8, num_kv_heads=1),
 ], ids=str)  # fmt: skip
 def test_memory_is_bounded(case: Case) -> None:
     """No tensor is larger than a span, the scores of a block, or the query rows in float32."""
@@ -193,7 +206,7 @@ def test_lengths_beyond_the_keys() -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_nobody_computes_elsewhere() -> None:
+def test_tensors_elsewhere_are_refused() -> None:
     q, cu = torch.empty(4, 2, 64, device="meta"), torch.empty(2, dtype=torch.int32, device="meta")
     said = explain("attention", q, q, q, cu, cu)
     assert said.reasons["cpu"] == "takes CPU tensors only, q is on meta"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import pytest
 import torch
 
-from conftest import plan_for
+from conftest import Prepare, plan_for
 from swath import KVQuant, target
 from swath.backends.triton.heuristics import dequantise as launch
 from swath.backends.triton.heuristics.splits import MAX_STEPS
@@ -19,8 +18,6 @@ from swath.ops import paged as paged_call
 from swath.ops.signature import Memory
 from swath.problem import Problem
 from swath.testing import Case, Inputs
-
-Prepare = Callable[[Case], Inputs]
 
 on_gpu_backends = pytest.mark.parametrize("impl", ["triton", "hopper"], indirect=True)
 
@@ -35,7 +32,7 @@ CASES = {
     "window and leading tokens": replace(
         MIXED, quant=INT8_CHANNEL, size=30, global_tokens=(0, 3, 20, 5, 1, 40, 7, 2), holes=True, spiked=True
     ),
-    "positions, rows of nobody": replace(
+    "positions, padding rows": replace(
         MIXED, q_start=(0, 5, 0, -9, 200, 7, 30, 63), tail=5, strided=True, sink="fp32", size=50
     ),
     "as many tokens each": replace(MIXED, kv_lens=(90, -2, 100), q_lens=64, group=8),
@@ -82,7 +79,7 @@ def test_keys_beyond_the_pages_of_a_flat_table_are_not_seen(prepare: Prepare, im
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @on_gpu_backends
 def test_each_launch_takes_its_own(rows: int, prepare: Prepare, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever takes a sequence of another would write the right rows all the same, and take longer."""
+    """A launch that also takes sequences of another writes the right rows all the same, and takes longer."""
     from swath.backends.triton.arguments import operands_of
 
     problem = leave_room(prepare(MIXED), rows, monkeypatch)

@@ -30,7 +30,7 @@ CASES = {
         LONG, kv_lens=(5000, 700, 12000), q_lens=(300, 700, 261), num_kv_heads=8, group=2
     ),
     "pages of 16, heads in sections": replace(PAGED, kv_lens=(6000, 6100, 5800), q_lens=200, num_kv_heads=6, group=2),
-    "full, rows of nobody": replace(LONG, kv_lens=(700, 1300, 261, 300), q_lens=(700, 513, 130, 300), tail=400),
+    "full, padding rows": replace(LONG, kv_lens=(700, 1300, 261, 300), q_lens=(700, 513, 130, 300), tail=400),
     "full, few keys": replace(LONG, kv_lens=(300, 500, 61, 40), q_lens=(300, 130, 61, 17)),
     "full of 64, few keys": replace(LONG, kv_lens=(300, 500, 61, 40), q_lens=(300, 130, 61, 17), head_dim=64),
     "not causal": replace(LONG, causal=False),
@@ -58,7 +58,7 @@ CASES = {
     "one pass, heads apart, one consumer": replace(ONCE, group=3, size=81),
     "one pass, soft cap, sink and LSE": replace(ONCE, softcap=5.0, sink="fp32", dtype=torch.float16),
     "one pass, positions given": replace(ONCE, q_start=(0, 200, -60, 10)),
-    "one pass, rows of nobody": replace(ONCE, q_lens=(700, 0, 130, 1), tail=150),
+    "one pass, padding rows": replace(ONCE, q_lens=(700, 0, 130, 1), tail=150),
     "one pass, a uniform batch": replace(ONCE, kv_lens=(300, 300, 150), q_lens=150, dense=False),
     "one pass, pages of 8": ONCE_PAGED,
     "one pass, pages of 8, one consumer": replace(ONCE_PAGED, size=130),
@@ -83,7 +83,7 @@ CASES = {
     ),
     "holes in a window": replace(PAGED, holes=True, size=300, global_tokens=20),
     "int8 pages": replace(PAGED, quant=KVQuant(torch.int8, "channel"), size=400, bounds="tight"),
-    "rows of nobody": replace(PAGED, q_lens=(700, 0, 130, 1), tail=150),
+    "padding rows": replace(PAGED, q_lens=(700, 0, 130, 1), tail=150),
     "decode": DECODE,
     "decode, soft cap, sink and LSE": replace(DECODE, softcap=5.0, sink="fp32", dtype=torch.float16),
     "decode of 4 steps": replace(DECODE, q_lens=4),
@@ -115,7 +115,7 @@ def test_against_the_truth(case: Case) -> None:
     [
         "full",
         "full, heads in sections",
-        "full, rows of nobody",
+        "full, padding rows",
         "full, few keys",
         "packed heads",
         "one pass, few keys",
@@ -123,7 +123,7 @@ def test_against_the_truth(case: Case) -> None:
         "one pass, pages of 8",
         "pages of 16, window",
         "holes",
-        "rows of nobody",
+        "padding rows",
     ],
 )
 def test_no_tile_is_lost_or_done_otherwise(name: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,15 +14,14 @@ import torch
 from test_append import SLOTS, empty_cache, tokens
 from test_dequantise import MIXED, leave_room
 
-from conftest import plan_for
+from conftest import Prepare, plan_for
 from swath import KVQuant, append_kv, merge_states
 from swath.backends.hopper import attention as hopper
 from swath.ops import explain as tooling
 from swath.target import Target, has_triton
-from swath.testing import Case, Inputs, make
+from swath.testing import Case, make
 
 ROOT = Path(__file__).parents[2]
-Prepare = Callable[[Case], Inputs]
 
 INT8_TOKEN, INT8_CHANNEL = KVQuant(torch.int8, "token"), KVQuant(torch.int8, "channel")
 E4M3 = torch.float8_e4m3fn

@@ -113,6 +113,22 @@ def test_no_asserts(path: Path) -> None:
     assert not [node.lineno for node in ast.walk(parsed(path)) if isinstance(node, ast.Assert)]
 
 
+def test_nothing_autotunes() -> None:
+    """Launches come from tables: no search at import, in the serving path or under capture."""
+    assert not [path for path in SOURCES if "triton.autotune" in path.read_text(encoding="utf-8")]
+
+
+def test_no_failure_is_swallowed() -> None:
+    """No handler of everything, and none that does nothing."""
+    silent = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in PYTHON
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.ExceptHandler) and (node.type is None or isinstance(node.body[0], ast.Pass))
+    ]
+    assert not silent
+
+
 def is_interface(path: Path, function: Function) -> bool:
     """A function whose parameters somebody else decided: a backend's or its schedule's, a Protocol's, a callback's."""
     offers = path.stem in BACKENDS or "backends" in path.relative_to(SRC).parts

@@ -8,7 +8,10 @@ from itertools import combinations
 
 import pytest
 import torch
+from options import DENSE, PAGED, alone, in_pairs
+from wrong_calls import WRONG
 
+from conftest import each_backend, impls
 from swath.quant import KVQuant
 from swath.testing import Canary, Case, Inputs, Truth, budget_used, check_budget, make, pairwise, visible
 
@@ -198,6 +201,23 @@ def test_pairwise_of_a_few_options() -> None:
     assert pairwise({"a": [0, 1]}) == [{"a": 0}, {"a": 1}]
     assert len(pairwise({"a": [0, 1], "b": [0, 1], "c": [0, 1]})) == 4
     assert pairwise({}) == []
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [alone(PAGED), in_pairs(PAGED), alone(DENSE, dense=True), in_pairs(DENSE, dense=True), WRONG],
+    ids=["paged alone", "paged pairs", "dense alone", "dense pairs", "wrong calls"],
+)
+def test_no_two_tests_of_a_list_have_one_name(tests: list[object]) -> None:
+    names = [str(test) for test in tests]
+    assert len(set(names)) == len(names)
+
+
+def test_an_unknown_operator_has_no_backends_to_run_tests_for() -> None:
+    assert "reference" in impls("merge")
+    for parametrise in (impls, each_backend):
+        with pytest.raises(ValueError, match=r"^op: wanted one of attention, append, merge, got 'atention'$"):
+            parametrise("atention")
 
 
 def test_case_names_what_differs() -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from conftest import Prepare
 from swath import PagedKV, Window, merge_states, paged_attention
 from swath.quant import KVQuant
 from swath.testing import Case, Inputs
-
-Prepare = Callable[[Case], Inputs]
 
 INT8_TOKEN = KVQuant(torch.int8, "token")
 WINDOWS = {
@@ -108,7 +106,7 @@ def test_split_size_frees_a_row_of_its_batch(
         start += len(alone)
 
 
-@pytest.mark.parametrize("case", [Case(), Case(size=20, global_tokens=3, quant=INT8_TOKEN)], ids=str)
+@pytest.mark.parametrize("case", [Case(), Case(size=20, global_tokens=3, quant=INT8_TOKEN, sink="fp32")], ids=str)
 def test_one_step_is_decode(case: Case, prepare: Prepare, impl: str) -> None:
     """[B, Hq, D], [B, 1, Hq, D] and [B, Hq, D] with cu_seqlens_q are one call in three shapes."""
     inputs = prepare(case)

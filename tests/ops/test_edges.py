@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
+from conftest import Prepare, check
 from swath import PagedKV, paged_attention
 from swath.quant import KVQuant
-from swath.testing import Case, Inputs
-
-Prepare = Callable[[Case], Inputs]
+from swath.testing import Case
 
 INT8_TOKEN = KVQuant(torch.int8, "token")
 E4M3_TOKEN = KVQuant(torch.float8_e4m3fn, "token")
 STORED = [None, INT8_TOKEN, KVQuant(torch.int8, "channel", "head"), E4M3_TOKEN]
 AROUND_BLOCKS = (*range(14, 19), *range(62, 67), *range(126, 131))
 """Lengths around the sizes of pages, key blocks and splits."""
-
-
-def check(inputs: Inputs, impl: str) -> None:
-    inputs.check(*inputs.run(impl))
 
 
 @pytest.mark.parametrize("quant", [None, INT8_TOKEN], ids=["bf16", "int8"])
@@ -35,6 +29,14 @@ def test_every_step_has_its_own_edges(
     lengths = (97, 130, steps)
     case = Case(lengths, q_lens=steps, size=33, global_tokens=2, group=group, split_size=64, spiked=True, quant=quant)
     check(prepare(replace(case, num_kv_heads=1) if group == 64 else case), impl)
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("q_lens", [1, 2, (20,)], ids=str)
+def test_64_query_heads_on_one_kv_head(
+    q_lens: int | tuple[int, ...], head_dim: int, prepare: Prepare, impl: str
+) -> None:
+    check(prepare(Case((90,), q_lens, num_kv_heads=1, group=64, head_dim=head_dim)), impl)
 
 
 @pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 63, 64, 65])
@@ -74,6 +76,14 @@ def test_rows_without_keys_are_zero(
     assert not out.reshape(-1, *out.shape[-2:])[empty].any()
     wanted = inputs.sink if sink == "fp32" else torch.tensor(-torch.inf, device=lse.device)
     torch.testing.assert_close(lse.reshape(-1, lse.shape[-1])[empty], wanted.expand(int(empty.sum()), lse.shape[-1]))
+
+
+def test_rows_of_a_dense_sequence_without_keys_are_zero(prepare: Prepare, impl: str) -> None:
+    inputs = prepare(Case((20, 0, 64), (3, 1, 40), dense=True))
+    out, lse = inputs.run(impl)
+    inputs.check(out, lse)
+    assert not out[3].any()
+    assert (lse[3] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["paged", "dense"])

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from test_memory_and_interface import at_the_end, in_a_large_pool
+from pools import at_the_end, in_a_large_pool
 from torch import Tensor
 
-from conftest import PORTABLE, impls, skip_unless_able
+from conftest import PORTABLE, Prepare, each_backend, skip_unless_able
 from swath import KVQuant, PagedKV, append_kv
 from swath.testing import Case, Inputs
-
-Prepare = Callable[[Case], Inputs]
 
 BEYOND = 2**31
 ROOM = 24 << 30
 ALIGNED = 64
-"""Elements: rows begin at multiples of so many, as the memory accelerator of some backends wants."""
+"""Elements: the strides of rows are multiples of this, as the tensor memory accelerator needs."""
 
 pytestmark = pytest.mark.gpu
-
-
-def on_gpu(op: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("impl", [x for x in impls(op) if x not in PORTABLE], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +72,7 @@ def check(near: Inputs, far: Inputs, impl: str) -> None:
     ],
     ids=str,
 )
-@on_gpu("attention")
+@each_backend("attention", but=PORTABLE)
 def test_pages_at_the_far_end_of_a_pool(case: Case, prepare: Prepare, impl: str) -> None:
     """Decode, n-step decode and chunked prefill, 8-bit ones among them.
 
@@ -97,7 +91,7 @@ def test_pages_at_the_far_end_of_a_pool(case: Case, prepare: Prepare, impl: str)
     ],
     ids=str,
 )
-@on_gpu("attention")
+@each_backend("attention", but=PORTABLE)
 def test_dense_rows_far_apart(case: Case, row: int, prepare: Prepare, impl: str) -> None:
     """From ``row`` on keys lie beyond: the last of a sequence, or a whole sequence."""
     near = prepare(case)
@@ -107,7 +101,7 @@ def test_dense_rows_far_apart(case: Case, row: int, prepare: Prepare, impl: str)
 
 
 @pytest.mark.parametrize("quant", [KVQuant(torch.bfloat16), KVQuant(torch.int8, "token")], ids=["bf16", "int8 token"])
-@on_gpu("append")
+@each_backend("append", but=PORTABLE)
 def test_slots_at_the_far_end_of_a_pool(quant: KVQuant, impl: str, device: str) -> None:
     """What is written there is what the plain reference writes into a small pool."""
     torch.manual_seed(0)

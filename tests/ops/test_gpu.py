@@ -1,7 +1,4 @@
-"""What the library was asked for, line by line: what only a GPU can show (24, 26 to 29, 35, 36).
-
-Each test is named after its line; test_requirements.py and test_requirements_serving.py hold the others.
-"""
+"""What only a GPU can show: graph replay, memory, no synchronisation and no compilation in later calls."""
 
 from __future__ import annotations
 
@@ -12,25 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_memory_and_interface import in_a_large_pool
+from pools import in_a_large_pool
 
-from conftest import impls
+from conftest import PORTABLE, Prepare, check, each_backend
 from swath import KVQuant, attention, paged_attention
 from swath.testing import Case, Inputs
-
-Prepare = Callable[[Case], Inputs]
 
 INT8_TOKEN, INT8_CHANNEL = KVQuant(torch.int8, "token"), KVQuant(torch.int8, "channel")
 MIB = 2**20
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.parametrize("impl", [x for x in impls("attention") if x not in ("reference", "cpu")], indirect=True),
-]
-
-
-def check(inputs: Inputs, impl: str) -> None:
-    inputs.check(*inputs.run(impl))
+pytestmark = [pytest.mark.gpu, each_backend("attention", but=PORTABLE)]
 
 
 @contextmanager
@@ -49,7 +37,7 @@ def captured(call: Callable[[], Any]) -> Iterator[torch.cuda.CUDAGraph]:
 
 
 @pytest.mark.parametrize("q_lens", [1, 3, (40, 3, 1)], ids=str)
-def test_r24_graph_replay_with_other_lengths_leaves_the_tail_unchanged(
+def test_graph_replay_with_other_lengths_leaves_the_tail_unchanged(
     q_lens: int | tuple[int, ...], prepare: Prepare, impl: str
 ) -> None:
     """Captured at the longest lengths, replayed as they change: right rows, and no byte elsewhere."""
@@ -62,11 +50,6 @@ def test_r24_graph_replay_with_other_lengths_leaves_the_tail_unchanged(
             shorter = replace(inputs, case=replace(inputs.case, kv_lens=lengths))
             shorter.check(canary.out, None)
             assert canary.broken() == 0
-
-
-def test_r26_int8_prefill_takes_memory_for_referenced_pages_only(prepare: Prepare, impl: str) -> None:
-    inputs = prepare(Case((2000, 1500), (500, 1500), quant=INT8_CHANNEL, head_dim=128))
-    assert extra_bytes(in_a_large_pool(inputs, 40_000), impl) == extra_bytes(inputs, impl)
 
 
 def extra_bytes(inputs: Inputs, impl: str) -> int:
@@ -82,16 +65,21 @@ def extra_bytes(inputs: Inputs, impl: str) -> int:
     return torch.cuda.max_memory_allocated() - before - made
 
 
+def test_int8_prefill_takes_memory_for_referenced_pages_only(prepare: Prepare, impl: str) -> None:
+    inputs = prepare(Case((2000, 1500), (500, 1500), quant=INT8_CHANNEL, head_dim=128))
+    assert extra_bytes(in_a_large_pool(inputs, 40_000), impl) == extra_bytes(inputs, impl)
+
+
 @pytest.mark.parametrize(
     "case", [Case((200_000,)), Case((8192,) * 4, 4, group=16), Case((30_000, 10), (8192, 10))], ids=str
 )
 @pytest.mark.parametrize("quant", [None, INT8_TOKEN], ids=["bf16", "int8"])
-def test_r27_extra_memory_is_bounded_on_the_gpu(case: Case, quant: KVQuant | None, prepare: Prepare, impl: str) -> None:
+def test_extra_memory_is_bounded(case: Case, quant: KVQuant | None, prepare: Prepare, impl: str) -> None:
     """512 MiB at most for a dequantised prefill, and the partial results of splits."""
     assert extra_bytes(prepare(replace(case, quant=quant, head_dim=128)), impl) <= 640 * MIB
 
 
-def test_r28_scratch_is_given_back(prepare: Prepare, impl: str) -> None:
+def test_scratch_is_given_back(prepare: Prepare, impl: str) -> None:
     inputs = prepare(Case((5000, 3000), (100, 1), quant=INT8_TOKEN))
     inputs.run(impl)
     torch.cuda.synchronize()
@@ -101,7 +89,7 @@ def test_r28_scratch_is_given_back(prepare: Prepare, impl: str) -> None:
     assert torch.cuda.memory_allocated() == before
 
 
-def test_r29_a_million_keys_in_4096_partitions(prepare: Prepare, impl: str) -> None:
+def test_a_million_keys_in_4096_partitions(prepare: Prepare, impl: str) -> None:
     check(prepare(Case((2**20,), num_kv_heads=1, group=64, split_size=256)), impl)
 
 
@@ -115,7 +103,7 @@ def test_r29_a_million_keys_in_4096_partitions(prepare: Prepare, impl: str) -> N
     ],
     ids=str,
 )
-def test_r35_no_call_synchronises(case: Case, prepare: Prepare, impl: str) -> None:
+def test_no_call_synchronises(case: Case, prepare: Prepare, impl: str) -> None:
     inputs = prepare(case)
     public = attention if case.dense else paged_attention
     options = inputs.options
@@ -127,7 +115,7 @@ def test_r35_no_call_synchronises(case: Case, prepare: Prepare, impl: str) -> No
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_r36_no_recompile_per_length_batch_or_window(prepare: Prepare, impl: str) -> None:
+def test_no_recompile_for_another_length_batch_or_window(prepare: Prepare, impl: str) -> None:
     from swath.backends.triton.kernels.reduce import reduce_kernel
     from swath.backends.triton.kernels.split import split_kernel
 
