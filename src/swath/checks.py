@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swath.errors import bad_type, bad_value
+from swath.errors import bad_type, bad_value, check_is_tensor
 from swath.quant import WIDE
 from swath.window import Window
 
@@ -28,8 +28,7 @@ def check_no_grad(**tensors: Tensor | None) -> None:
 
 def check_tensor(name: str, x: object, dims: int, device: torch.device | None = None) -> Tensor:
     """A tensor with ``dims`` dimensions on ``device``."""
-    if not isinstance(x, Tensor):
-        raise bad_type(name, "a tensor", type(x).__name__)
+    x = check_is_tensor(name, x)
     if x.dim() != dims:
         raise bad_value(name, f"{dims} dimensions", f"shape {tuple(x.shape)}")
     if device is not None and x.device != device:

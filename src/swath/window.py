@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from swath.errors import bad_type, bad_value
+from swath.errors import bad_type, bad_value, check_count
+from swath.vendors import mojo_window
 
 LARGEST_SIZE = 2**31 - 1
 """Positions are int32."""
@@ -43,7 +44,7 @@ class Window:
 
     def __post_init__(self) -> None:
         if self.size is not None:
-            _check_count("size", self.size, "an int >= 0 or None")
+            check_count("size", self.size, "an int >= 0 or None")
             if self.size > LARGEST_SIZE:
                 raise bad_value("size", f"at most {LARGEST_SIZE}, or None for no limit", self.size)
         if not isinstance(self.causal, bool):
@@ -54,9 +55,9 @@ class Window:
             if self.global_tokens.dim() != 1:
                 raise bad_value("global_tokens", "a tensor of shape [B]", tuple(self.global_tokens.shape))
             if self.max_global_tokens is not None:
-                _check_count("max_global_tokens", self.max_global_tokens, "an int >= 0 or None")
+                check_count("max_global_tokens", self.max_global_tokens, "an int >= 0 or None")
         else:
-            _check_count("global_tokens", self.global_tokens, "an int >= 0 or an int32 tensor [B]")
+            check_count("global_tokens", self.global_tokens, "an int >= 0 or an int32 tensor [B]")
             if self.max_global_tokens is not None:
                 raise bad_value("max_global_tokens", "None unless global_tokens is a tensor", self.max_global_tokens)
 
@@ -95,8 +96,8 @@ class Window:
         ``(-1, -1)`` with ``causal=True`` is ``Window()``. Without it ``(-1, -1)`` is ``Window(causal=False)``, and
         ``right == left`` is a window to both sides.
         """
-        _check_count("left", left, "an int >= -1", least=-1)
-        _check_count("right", right, "an int >= -1", least=-1)
+        check_count("left", left, "an int >= -1", least=-1)
+        check_count("right", right, "an int >= -1", least=-1)
         if not isinstance(causal, bool):
             raise bad_type("causal", "a bool", type(causal).__name__)
         size = None if left == -1 else left + 1
@@ -113,12 +114,7 @@ class Window:
         ``(None, None)`` is full causal attention; ``(None, g)`` sees the first g keys only; ``(w, g)`` sees
         w + 1 keys and the first g.
         """
-        if global_ is not None:
-            _check_count("global_", global_, "an int >= 0 or None")
-        if local is None:
-            return cls() if global_ is None else cls(0, global_tokens=global_)
-        _check_count("local", local, "an int >= 0 or None")
-        return cls(local + 1, global_tokens=global_ or 0)
+        return cls(*mojo_window(local, global_))
 
     @property
     def is_unbounded(self) -> bool:
@@ -188,13 +184,6 @@ class Window:
         if isinstance(self.global_tokens, Tensor):
             raise bad_type("global_tokens", "an int here; call for_sequence(b) first", "a tensor")
         return self.global_tokens
-
-
-def _check_count(name: str, value: object, wanted: str, least: int = 0) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise bad_type(name, wanted, type(value).__name__)
-    if value < least:
-        raise bad_value(name, wanted, value)
 
 
 FULL = Window()

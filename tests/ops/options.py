@@ -91,7 +91,7 @@ PAGED: dict[str, list[Fields]] = {
     **SHARED,
     "page_size": [{}, *({"page_size": p} for p in (1, 8, 48, 64))],
     "table": [{}, {"table": "flat"}],
-    "layout": [{}, {"layout": "nhd"}, {"layout": "packed"}, {"layout": "padded"}],
+    "layout": [{}, *({"layout": x} for x in ("nhd", "packed", "packed hnd", "padded"))],
     "split_size": [{}, {"split_size": 64}, {"split_size": 128}],
     "holes": [{}, {"holes": True}],
 }

@@ -24,7 +24,8 @@ class Case:
         dense: ``attention`` in place of ``paged_attention``. num_kv_heads, group, head_dim, page_size.
     Storage
         dtype: of q. quant: of the cache; None is q's dtype. scale_dtype: of the cache's scales. q_scale: "none",
-        "tensor" or "token", of fp8 queries. table: "rectangular" or "flat". layout: "hnd", "nhd", "packed" or "padded".
+        "tensor" or "token", of fp8 queries. table: "rectangular" or "flat". layout: "hnd", "nhd", "packed",
+        "packed hnd" or "padded".
         strided: q, out and a rectangular table lie in wider buffers.
     Who sees whom
         size, global_tokens (one per sequence where it is a tuple), max_global_tokens, causal: as ``Window``.

@@ -190,15 +190,14 @@ class _Maker:
         """A cache of nothing but poison, with its static scales."""
         case, stored = self.case, self.case.storage
         heads, size, dim = case.num_kv_heads, case.page_size, case.head_dim
-        scales = {
-            "k_scale": self.scale_of(stored.k, num_pages),
-            "v_scale": self.scale_of(stored.v_granularity, num_pages),
-        }
-        if case.layout == "packed":
-            return PagedKV.from_packed(self.poison((num_pages, size, heads, 2 * dim), stored.dtype), **scales)
-        shape = (num_pages, size, heads, dim) if case.layout == "nhd" else (num_pages, heads, size, dim)
+        k_scale, v_scale = (self.scale_of(g, num_pages) for g in (stored.k, stored.v_granularity))
+        by_token = case.layout in ("nhd", "packed")
+        shape = (num_pages, size, heads, dim) if by_token else (num_pages, heads, size, dim)
+        if case.layout.startswith("packed"):
+            kv = self.poison((*shape[:3], 2 * dim), stored.dtype)
+            return PagedKV.from_packed(kv, layout="nhd" if by_token else "hnd", k_scale=k_scale, v_scale=v_scale)
         k, v = (self.poison(shape, stored.dtype, case.layout == "padded") for _ in range(2))
-        return PagedKV.from_nhd(k, v, **scales) if case.layout == "nhd" else PagedKV(k, v, **scales)
+        return (PagedKV.from_nhd if by_token else PagedKV)(k, v, k_scale=k_scale, v_scale=v_scale)
 
     def scale_of(self, granularity: str, num_pages: int) -> Tensor | None:
         """A random static scale that suits normal keys, or token scales of NaN, laid out as the case says."""
