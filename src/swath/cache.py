@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from swath.checks import check_alike, check_float
-from swath.errors import bad_type, bad_value, check_count, check_is_tensor
+from swath.checks import check_alike, check_count, check_float, check_is_tensor, check_separate
+from swath.errors import bad_type, bad_value
 from swath.pages import PageTable, check_page_size, pages_holding
 from swath.quant import GRANULARITIES, LARGEST, WIDE, KVQuant, check_scale, dequantise, granularity_of, spread
 from swath.vendors import aiter_pages, vllm_pages
@@ -79,7 +79,7 @@ class PagedKV:
             if granularity == "token" and given is None:
                 given = torch.ones(shape[:3], dtype=torch.float32, device=device)
             scale = _as_tensor(name, given, device)
-            if granularity_of(scale) != granularity:
+            if (scale is not None and scale.dim() >= len(GRANULARITIES)) or granularity_of(scale) != granularity:
                 came = None if scale is None else f"one of shape {tuple(scale.shape)}"
                 raise bad_value(name, f"a scale of granularity {granularity!r}", came)
             scales.append(scale)
@@ -158,6 +158,30 @@ class PagedKV:
         """k, v, k_scale and v_scale."""
         return self.k, self.v, self.k_scale, self.v_scale
 
+    def check_writable(self) -> None:
+        """Check that new tokens have places of their own: pools that are only read may be expanded views.
+
+        Raises:
+            ValueError: naming the tensor.
+        """
+        token = self.quant.k == "token", self.quant.v == "token"
+        named = zip(("k", "v", "k_scale", "v_scale"), self.tensors, (True, True, *token), strict=True)
+        for name, x, written in named:
+            if x is not None and written:
+                check_separate(f"cache.{name}", x)
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether a tensor begins inside the pool of K or V."""
+        at = x.data_ptr()
+        return any(start <= at < end for start, end in self._spans)
+
+    @cached_property
+    def _spans(self) -> list[tuple[int, int]]:
+        """The addresses of K and V, from the first byte to behind the last one."""
+        pools = [x for x in (self.k, self.v) if x.numel() and x.data_ptr()]
+        reach = [sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1 for x in pools]
+        return [(x.data_ptr(), x.data_ptr() + n * x.element_size()) for x, n in zip(pools, reach, strict=True)]
+
     @property
     def nbytes(self) -> int:
         """Bytes of the whole pool, scales included."""
@@ -188,12 +212,8 @@ def _by_head(scale: Tensor | float | None) -> Tensor | float | None:
 
 def _as_tensor(name: str, scale: object, device: torch.device | str) -> Tensor | None:
     """A scale as a tensor on ``device``, which a number becomes."""
-    if scale is None:
-        return None
-    if isinstance(scale, Tensor):
-        if check_is_tensor(name, scale).dim() >= len(GRANULARITIES):
-            raise bad_value(name, f"a scale of one of the granularities {GRANULARITIES}", f"shape {tuple(scale.shape)}")
-        return scale
+    if scale is None or isinstance(scale, Tensor):
+        return scale if scale is None else check_is_tensor(name, scale)
     value = check_float(name, scale, "a tensor, a float or None")
     if not FLOAT32.tiny <= value <= FLOAT32.max:
         raise bad_value(name, "a float > 0 that float32 can hold", value)
@@ -259,7 +279,7 @@ class PagedKeys:
     @property
     def capacity(self) -> int:
         """Most keys a sequence can have."""
-        return self.table.max_pages * self.cache.page_size
+        return self.table.max_pages(self.cache.page_size) * self.cache.page_size
 
     @cached_property
     def _kv_lens(self) -> list[int]:
@@ -273,7 +293,7 @@ class PagedKeys:
         """The keys at positions ``start .. stop - 1`` of sequence ``b``; only pages that hold them are read."""
         cache, size = self.cache, self.cache.page_size
         pages = pages_holding(start, stop, size)
-        ids = self.table.row(b)[pages]
+        ids = self.table.row(b, size)[pages]
         missing = pages.stop - pages.start - ids.shape[0]
         if missing > 0:
             ids = torch.nn.functional.pad(ids, (0, missing), value=-1)

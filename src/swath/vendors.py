@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from swath.errors import bad_value, check_count, check_is_tensor
+from swath.checks import check_count, check_is_tensor
+from swath.errors import bad_value
 
 PACKED_LAYOUTS = ("nhd", "hnd")
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from swath.errors import bad_type, bad_value, check_count
+from swath.checks import check_count, check_ints
+from swath.errors import bad_type, bad_value
 from swath.vendors import mojo_window
 
 LARGEST_SIZE = 2**31 - 1
@@ -28,8 +29,8 @@ class Window:
         size: keys in the window, the query's own included, as Hugging Face and vLLM configurations count.
             None is no limit, and 2**31 - 1 the largest. With ``causal=False`` the window reaches ``size - 1`` keys
             to each side.
-        global_tokens: leading keys of the sequence that stay visible: an int, or an int32 tensor [B] with one
-            count per sequence. (gpt-oss "sinks" are something else: logits, see ``sink=`` of the operators.)
+        global_tokens: leading keys of the sequence that stay visible: an int, or a tensor [B], int32 or int64, with
+            one count per sequence. (gpt-oss "sinks" are something else: logits, see ``sink=`` of the operators.)
         causal: whether keys after the query are hidden.
         max_global_tokens: upper bound of a tensor ``global_tokens``, used to size launches; None: not known.
 
@@ -44,20 +45,15 @@ class Window:
 
     def __post_init__(self) -> None:
         if self.size is not None:
-            check_count("size", self.size, "an int >= 0 or None")
-            if self.size > LARGEST_SIZE:
-                raise bad_value("size", f"at most {LARGEST_SIZE}, or None for no limit", self.size)
+            check_count("size", self.size, "an int >= 0 or None", most=LARGEST_SIZE)
         if not isinstance(self.causal, bool):
             raise bad_type("causal", "a bool", type(self.causal).__name__)
         if isinstance(self.global_tokens, Tensor):
-            if self.global_tokens.dtype != torch.int32:
-                raise bad_type("global_tokens", "an int32 tensor [B]", self.global_tokens.dtype)
-            if self.global_tokens.dim() != 1:
-                raise bad_value("global_tokens", "a tensor of shape [B]", tuple(self.global_tokens.shape))
+            check_ints("global_tokens", self.global_tokens, None, self.global_tokens.device)
             if self.max_global_tokens is not None:
                 check_count("max_global_tokens", self.max_global_tokens, "an int >= 0 or None")
         else:
-            check_count("global_tokens", self.global_tokens, "an int >= 0 or an int32 tensor [B]")
+            check_count("global_tokens", self.global_tokens, "an int >= 0 or a tensor [B]", most=LARGEST_SIZE)
             if self.max_global_tokens is not None:
                 raise bad_value("max_global_tokens", "None unless global_tokens is a tensor", self.max_global_tokens)
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from swath.cache import PagedKV
-from swath.pages import page_count
+from swath.pages import PageTable, page_count
 from swath.quant import LARGEST, quantise, spread, token_scale
 from swath.testing.cases import Case
 from swath.testing.inputs import Inputs
 from swath.testing.oracle import visible
 
-_HOSTILE = (-1, 2**31 - 1, None, -(2**31))
-"""Entries of freed pages, in turn; None stands for num_pages, the first page that does not exist."""
+_HOSTILE = {torch.int32: (-1, 2**31 - 1, None, -(2**31)), torch.int64: (-1, 2**32, None, -(2**63), 2**63 - 1)}
+"""Entries of freed pages, in turn; None stands for the first entry that names nothing. Of 2**32 half the bits are 0."""
 
 _SPIKE_SCORE = 8.0
 _SPIKE_VALUE = 4.0
@@ -48,11 +48,11 @@ def make(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Input
         q=maker.queries(),
         keys=keys,
         block_table=table,
-        seq_lens=None if case.dense else maker.int32(case.kv_lens),
-        cu_seqlens_q=maker.int32(bounds) if case.ragged else None,
-        cu_seqlens_k=maker.int32(key_bounds) if case.dense else None,
-        q_start=None if case.q_start is None else maker.int32(case.q_start),
-        global_tokens=leading if isinstance(leading, int) else maker.int32(leading),
+        seq_lens=None if case.dense else maker.ints(case.kv_lens),
+        cu_seqlens_q=maker.ints(bounds) if case.ragged else None,
+        cu_seqlens_k=maker.ints(key_bounds) if case.dense else None,
+        q_start=None if case.q_start is None else maker.ints(case.q_start),
+        global_tokens=leading if isinstance(leading, int) else maker.ints(leading),
         q_scale=maker.q_unit,
         sink=maker.sink(),
     )
@@ -89,8 +89,8 @@ class _Maker:
             return None
         return low + (high - low) * torch.rand(tuple(shape), generator=self.generator, device=self.device)
 
-    def int32(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.device)
+    def ints(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=self.case.index_dtype, device=self.device)
 
     def poison(self, shape: Sequence[int], dtype: torch.dtype, pad: bool = False) -> Tensor:
         """What must never be read: NaN, or -128 in int8, which no symmetric quantiser writes."""
@@ -151,7 +151,7 @@ class _Maker:
             k[first[b] + positions], v[first[b] + positions] = new_k.to(case.dtype), new_v.to(case.dtype)
         return k, v
 
-    def paged(self, live: list[Tensor]) -> tuple[PagedKV, Tensor | tuple[Tensor, Tensor]]:
+    def paged(self, live: list[Tensor]) -> tuple[PagedKV, Tensor | tuple[Tensor, Tensor] | PageTable]:
         """A cache with the keys at the positions ``live`` of each sequence, and the table that finds them."""
         case, size = self.case, self.case.page_size
         used = [torch.unique(positions // size) for positions in live]
@@ -162,29 +162,38 @@ class _Maker:
         generator = self.generator if self.device.type == "cpu" else torch.Generator().manual_seed(0)
         pool = torch.randperm(num_pages, generator=generator)[: sum(counts)].to(self.device)
         cache = self.pool(num_pages)
+        step = size if case.unit == "token" else 1  # entries a page
         rows = []
         for b, ids in enumerate(pool.split(counts)):
-            row = self.hostile(page_count(max(case.kv_lens[b], 0), size), num_pages)
-            row[used[b]] = ids.int()
+            kv_len = max(case.kv_lens[b], 0)
+            row = self.hostile(page_count(kv_len, size // step), num_pages * step)
+            row[used[b] * step] = (ids * step).to(row.dtype)
             positions = live[b][torch.isin(live[b] // size, used[b])]
-            self.write(cache, row[positions // size].long(), positions % size, *self.keys(b, positions))
+            page = row[positions // size * step].long() // step
+            self.write(cache, page, positions % size, *self.keys(b, positions))
             rows.append(row)
-        return cache, self.table(rows, num_pages)
+        return cache, self.table(rows, num_pages * step)
 
-    def hostile(self, count: int, num_pages: int) -> Tensor:
-        """Entries that name no page."""
-        kinds = [num_pages if entry is None else entry for entry in _HOSTILE]
-        return self.int32([kinds[i % len(kinds)] for i in range(count)])
+    def hostile(self, count: int, end: int) -> Tensor:
+        """Entries that name no page; ``end`` is the first one after those that do."""
+        kinds = [end if entry is None else entry for entry in _HOSTILE[self.case.index_dtype]]
+        return self.ints([kinds[i % len(kinds)] for i in range(count)])
 
-    def table(self, rows: list[Tensor], num_pages: int) -> Tensor | tuple[Tensor, Tensor]:
-        if self.case.table == "flat":
-            return torch.cat([*rows, self.int32([])]), self.int32([0, *accumulate(len(row) for row in rows)])
+    def table(self, rows: list[Tensor], end: int) -> Tensor | tuple[Tensor, Tensor] | PageTable:
+        case = self.case
+        if case.table == "flat":
+            ids = torch.cat([*rows, self.ints([])])
+            indptr = self.ints([0, *accumulate(len(row) for row in rows)])
+            return (ids, indptr) if case.unit == "page" else PageTable(ids, indptr, unit="token")
         width = max((len(row) for row in rows), default=0) + _SPARE
-        outer = width + (_PAD if self.case.strided else 0)
-        table = self.hostile(len(rows) * outer, num_pages).view(len(rows), outer)[:, :width]
-        for b, row in enumerate(rows):
-            table[b, : len(row)] = row
-        return table
+        outer, height = width + (_PAD if case.strided else 0), len(rows) + (_SPARE if case.table == "rows" else 0)
+        table = self.hostile(height * outer, end).view(height, outer)[:, :width]
+        places = list(range(height))[::-1][: len(rows)] if case.table == "rows" else list(range(height))
+        for place, row in zip(places, rows, strict=True):
+            table[place, : len(row)] = row
+        if case.table == "rectangular" and case.unit == "page":
+            return table
+        return PageTable(table, rows=self.ints(places) if case.table == "rows" else None, unit=case.unit)
 
     def pool(self, num_pages: int) -> PagedKV:
         """A cache of nothing but poison, with its static scales."""

@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     """What a tile number is turned into rows and keys with: lengths, tables and the window."""
 
     table: gl.tensor
-    indptr: gl.tensor
+    table_index: gl.tensor
     lens: gl.tensor
     cu_q: gl.tensor
     q_start: gl.tensor
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     steps: gl.tensor
     claimed: gl.tensor
     num_seqs: gl.tensor
-    max_pages: gl.tensor
+    table_width: gl.tensor
     num_pages: gl.tensor
     table_stride: gl.tensor
     num_tiles: gl.tensor
@@ -58,7 +58,7 @@ def place_of(t, batch, F: gl.constexpr, C: gl.constexpr):
     seq = sequence_of(b, batch.cu_q, batch.steps, batch.lens, batch.q_start, F)
     kv_len = seq.kv_len
     if F.page_size > 0:
-        _, pages = table_row(batch.table, batch.indptr, b, batch.table_stride, batch.max_pages)
+        _, pages = table_row(batch.table, batch.table_index, b, batch.table_stride, batch.table_width, F)
         kv_len = gl.minimum(kv_len, pages * F.page_size)
     if F.window:
         slot, head = i // HEADS, HEADS - 1 - i % HEADS

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from swath.backends.device.cache import page_in_sight, pages_in_sight, table_row
+from swath.backends.device.cache import load_entries, page_in_sight, pages_in_sight, pages_of, table_row
 from swath.backends.device.softmax import FLOOR, powers, sink_alone
 from swath.backends.device.window import interior_of, reach_of
 from swath.backends.gluon.pipeline import (
@@ -304,23 +304,24 @@ def all_live(tile, batch, F: gl.constexpr):
         return tile.place.head == tile.place.head
     else:
         lane = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-        entries, _ = table_row(batch.table, batch.indptr, tile.place.b, batch.table_stride, batch.max_pages)
+        b = tile.place.b
+        entries, _ = table_row(batch.table, batch.table_index, b, batch.table_stride, batch.table_width, F)
         dead = lane * 0
         for i in range(gl.cdiv(pages_in_sight(tile.band, F.page_size), 128)):
             page, seen = page_in_sight(i * 128 + lane, tile.band, F.page_size)
-            entry = gl.load(entries + page, mask=seen, other=0)
+            entry = pages_of(load_entries(entries, page, seen, 0, F), F)
             dead = dead | gl.where((entry < 0) | (entry >= batch.num_pages), 1, 0)
         return gl.max(dead, 0) == 0
 
 
-RUN_TIME = ("leading", "size", "steps", "claimed", "num_seqs", "max_pages", "num_pages", "table_stride", "num_tiles")
+RUN_TIME = ("leading", "size", "steps", "claimed", "num_seqs", "table_width", "num_pages", "table_stride", "num_tiles")
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def hopper_tile_kernel(
     q_desc, k_desc, v_desc, first_k_desc, first_v_desc, out_desc, counter, out, lse, sink,
-    table, indptr, lens, cu_q, q_start, leading, scale_log2, cap_log2, size,
-    steps, claimed, num_seqs, max_pages, num_pages, table_stride, num_tiles,
+    table, table_index, lens, cu_q, q_start, leading, scale_log2, cap_log2, size,
+    steps, claimed, num_seqs, table_width, num_pages, table_stride, num_tiles,
     out_seq, out_token, out_head, F: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """As many programs as multiprocessors share the flat list of tiles."""
@@ -339,8 +340,8 @@ def hopper_tile_kernel(
     cut_loaded = new_barriers(1, 1).index(0)
     fence_async_shared()
     batch = Batch(
-        table, indptr, lens, cu_q, q_start, leading, size, steps, claimed, num_seqs, max_pages, num_pages, table_stride,
-        num_tiles,
+        table, table_index, lens, cu_q, q_start, leading, size, steps, claimed, num_seqs, table_width, num_pages,
+        table_stride, num_tiles,
     )  # fmt: skip
     output = Output(out_desc, q_ring, out, lse, sink, out_seq, out_token, out_head)
     producer: gl.constexpr = C.producer_registers

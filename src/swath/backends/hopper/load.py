@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from swath.backends.device.cache import slot_of, table_row
+from swath.backends.device.cache import load_entries, pages_of, slot_of, table_row
 from swath.backends.gluon.names import load_box, reinterpret
 from swath.backends.gluon.pipeline import (
     BOX_COLUMNS,
@@ -163,8 +163,9 @@ def box_pages(start, tile, KEYS: gl.constexpr, WARPS: gl.constexpr, batch, F: gl
         lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
         pos = key_at(start + lane * C.box_rows, tile.walk, F)
         wanted = some_seen(pos, pos + C.box_rows, tile.band) & (lane < KEYS // C.box_rows)
-        entries, _ = table_row(batch.table, batch.indptr, tile.place.b, batch.table_stride, batch.max_pages)
-        return gl.load(entries + pos // F.page_size, mask=wanted, other=-1)
+        b = tile.place.b
+        entries, _ = table_row(batch.table, batch.table_index, b, batch.table_stride, batch.table_width, F)
+        return pages_of(load_entries(entries, pos // F.page_size, wanted, -1, F), F)
 
 
 @gluon.jit

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from swath.backends.device.cache import page_in_sight, table_row
+from swath.backends.device.cache import load_entries, page_in_sight, pages_of, table_row
 from swath.backends.device.quant import channel_scale, decode, head_scale
 from swath.backends.device.window import band_of
 from swath.backends.triton.kernels.query import leading_of, ranked_sequence, sequence_of, store_claim
@@ -49,7 +49,7 @@ RUN_TIME = (
     "num_seqs",
     "pages",
     "width",
-    "max_pages",
+    "table_width",
     "num_pages",
     "table_stride",
 )
@@ -57,9 +57,9 @@ RUN_TIME = (
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def dequantise_kernel(
-    k, v, k_scale, v_scale, table, indptr, lens, cu_q, q_start, leading, new_k, new_v, new_table, copied, others,
-    size, steps, claimed, num_seqs, pages, width, max_pages, num_pages, kv_page, kv_head_stride, kv_token, table_stride,
-    ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
+    k, v, k_scale, v_scale, table, table_index, lens, cu_q, q_start, leading, new_k, new_v, new_table, copied, others,
+    size, steps, claimed, num_seqs, pages, width, table_width, num_pages, kv_page, kv_head_stride, kv_token,
+    table_stride, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One program per (sequence not claimed, page in sight, kv head), heads fastest; ``pages`` of scratch each, and
@@ -80,12 +80,12 @@ def dequantise_kernel(
     if b >= num_seqs:
         return
     seq = sequence_of(b, cu_q, steps, lens, q_start, F)
-    entries, own_pages = table_row(table, indptr, b, table_stride, max_pages)
+    entries, own_pages = table_row(table, table_index, b, table_stride, table_width, F)
     kv_len = tl.minimum(seq.kv_len, own_pages * F.page_size)
     band = band_of(seq.start, seq.start + seq.q_len - 1, kv_len, size, leading_of(b, leading, F), F)
     page, seen = page_in_sight(j, band, F.page_size)
     seen &= page < tl.minimum(own_pages, width)
-    entry = tl.load(entries + page, mask=seen, other=-1)
+    entry = pages_of(load_entries(entries, page, seen, -1, F), F)
     live = (entry >= 0) & (entry < num_pages)
     place = rank * pages + j
     if kv_head == 0:

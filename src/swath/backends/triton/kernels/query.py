@@ -7,6 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from swath.backends.device.cache import load_int32
 from swath.backends.device.quant import channel_scale, decode_e4m3, head_scale, unit_rows
 from swath.backends.device.softmax import add_sink, finish
 from swath.backends.triton.kernels.walk import Rows, TokenScales
@@ -31,8 +32,8 @@ def tokens_of(b, cu_q, steps):
     if cu_q is None:
         return b * steps, steps
     else:
-        token = tl.load(cu_q + b)
-        return token, tl.maximum(tl.load(cu_q + b + 1) - token, 0)
+        token = load_int32(cu_q + b)
+        return token, tl.maximum(load_int32(cu_q + b + 1) - token, 0)
 
 
 RANKED = tl.constexpr(256)
@@ -52,7 +53,7 @@ def ranked_sequence(rank, cu_q, num_seqs, claimed):
         for first in range(0, num_seqs, RANKED):
             b = first + tl.arange(0, RANKED)
             inside = b < num_seqs
-            q_len = tl.load(cu_q + b + 1, mask=inside, other=0) - tl.load(cu_q + b, mask=inside, other=0)
+            q_len = load_int32(cu_q + b + 1, inside, 0) - load_int32(cu_q + b, inside, 0)
             longer = (q_len > claimed).to(tl.int32)
             found += tl.sum((inside & (before + tl.cumsum(longer, 0) <= rank)).to(tl.int32), 0)
             before += tl.sum(longer, 0)
@@ -86,11 +87,11 @@ def sequence_of(b, cu_q, steps, lens, q_start, F: tl.constexpr):
     token, q_len = tokens_of(b, cu_q, steps)
     key_row = b * 0
     if F.page_size == 0:
-        key_row = tl.load(lens + b)
-        kv_len = tl.maximum(tl.load(lens + b + 1) - key_row, 0)
+        key_row = load_int32(lens + b)
+        kv_len = tl.maximum(load_int32(lens + b + 1) - key_row, 0)
     else:
-        kv_len = tl.maximum(tl.load(lens + b), 0)
-    start = kv_len - q_len if q_start is None else tl.load(q_start + b)
+        kv_len = tl.maximum(load_int32(lens + b), 0)
+    start = kv_len - q_len if q_start is None else load_int32(q_start + b)
     return Sequence(token, q_len, start, kv_len, key_row)
 
 
@@ -98,7 +99,7 @@ def sequence_of(b, cu_q, steps, lens, q_start, F: tl.constexpr):
 def leading_of(b, leading, F: tl.constexpr):
     """How many leading keys sequence ``b`` keeps."""
     if F.leading == "tensor":
-        return tl.load(leading + b)
+        return load_int32(leading + b)
     else:
         return leading
 
