@@ -11,7 +11,7 @@ SANITIZER ?= compute-sanitizer
 ARGS ?=
 
 # Kernels run in Triton's interpreter here: every option alone and in pairs, at small sizes.
-INTERPRETED := tests/ops/test_operators.py tests/ops/test_append.py tests/ops/test_merge.py \
+INTERPRETED := tests/ops/test_operators.py tests/ops/test_append.py tests/ops/test_merge.py tests/ops/test_fuzz.py \
 	tests/backends/test_dequantise.py tests/backends/test_scheduler.py tests/bench/test_bench.py \
 	tests/bench/test_bench_tune.py
 # OpenMP threads that wait without spinning: with another busy process, torch's many small operations are far faster.
@@ -32,7 +32,7 @@ TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_6
 # One environment, one installer at a time, also under `make -j test demo`.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton memcheck compile-all lint bench clean
+.PHONY: help demo test test-gpu test-triton memcheck fuzz compile-all lint bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -63,6 +63,10 @@ memcheck: ## look for stray accesses on the GPU: a small sweep under compute-san
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src $(SANITIZER) --tool memcheck --error-exitcode 1 \
 	  --target-processes application-only --report-api-errors no \
 	  $(PYTHON) -m pytest tests/backends/test_memcheck.py -k gpu $(ARGS)
+
+# Without a GPU `--backend triton` runs in the interpreter, which tests/interpreter.py makes quicker.
+fuzz: $(DEV_STAMP) ## random calls against float64 (ARGS="--calls 10000 --backend cpu --seed 0 --processes 2 --minutes 60")
+	PYTHONPATH=src:tests OMP_NUM_THREADS=1 $(BIN)/python -m swath.testing.fuzz $(ARGS)
 
 compile-all: $(DEV_STAMP) ## compile every kernel variant for every GPU target (no GPU needed; long)
 	PYTHONPATH=src $(BIN)/python -m pytest tests/backends/test_compile.py --all-variants $(ARGS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from functools import cache
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,9 +14,10 @@ import hypothesis
 import pytest
 import torch
 
+import interpreter
 import swath
 from swath import dispatch, target
-from swath.backends.triton.tuning import UNTUNED, Tuning
+from swath.backends.triton.heuristics import Heuristics
 from swath.bench.clock import CpuClock
 from swath.problem import Problem
 from swath.target import Target
@@ -34,9 +35,11 @@ def impls(op: str) -> list[str]:
     return [name for name in reversed(dispatch.BACKENDS) if find_spec(f"swath.backends.{name}.{op}")]
 
 
-def plan_for(backend: str, problem: Problem, target: Target, tuning: Tuning = UNTUNED) -> Any:
-    """The launches of a call by a backend that has kernels, on a target that need not be here."""
-    return import_module(f"swath.backends.{backend}.attention").runner.plan_for(problem, target, tuning)
+def plan_for(backend: str, problem: Problem, target: Target, heuristics: Heuristics | None = None) -> Any:
+    """The launches of a call by a backend that has kernels, on a target that need not be here; by its own heuristics
+    or by others."""
+    runner = import_module(f"swath.backends.{backend}.attention").runner
+    return runner.plan_for(problem, target, heuristics or runner.heuristics)
 
 
 PORTABLE = ("reference", "cpu")
@@ -54,6 +57,7 @@ def all_variants(request: pytest.FixtureRequest) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "test_kernels_compile" not in item.name)  # minutes each: begun last they would end last
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a GPU; torch.cuda.is_available() is False")
         for item in items:
@@ -70,61 +74,8 @@ class SmallClock(CpuClock):
 
 @pytest.fixture(scope="session", autouse=True)
 def hasten_triton_interpreter() -> Iterator[None]:
-    """Triton's interpreter patches ``triton.language`` anew in every call of a device function, a third of its time.
-
-    And it lists all dtypes to find numpy's for one, a twelfth, and looks for overflows of integers by a dozen of its
-    own operations, a third of what is left: numpy needs two.
-    """
-    if not target.interpreting():
-        yield
-        return
-    import numpy as np
-    from triton import language
-    from triton.language.semantic import TritonSemantic
-    from triton.runtime import interpreter
-
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched: set[str] = set()
-
-    @cache
-    def languages_in(fn: Any) -> set[str]:
-        known = (language, language.core)
-        return {value.__name__ for value in fn.__globals__.values() if any(value is module for module in known)}
-
-    def patch_once(fn: Any) -> Any:
-        seen = languages_in(fn)
-        if seen <= patched:
-            return None
-        patched.update(seen)
-        return patch(fn)
-
-    numpys = interpreter._get_np_dtype
-    known_dtypes: dict[str, Any] = {}
-
-    def numpys_once(dtype: Any) -> Any:
-        scalar = dtype.scalar
-        if scalar.name not in known_dtypes:
-            known_dtypes[scalar.name] = numpys(scalar)
-        return known_dtypes[scalar.name]
-
-    operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-
-    def check_overflow(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
-        integer = lhs.type.scalar
-        if integer.int_bitwidth < 64 and self.builder.options.sanitize_overflow:
-            exact = operations[operation.__name__](*(x.handle.data.astype(np.int64) for x in (lhs, rhs)))
-            fits = integer.get_int_min_value() <= exact.min() and exact.max() <= integer.get_int_max_value()
-            assert fits, f"int{integer.int_bitwidth} overflow in {operation.__name__}"
-
-    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
-        patched.clear()
-        return launch(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(interpreter, "_patch_lang", patch_once)
-        context.setattr(interpreter, "_get_np_dtype", numpys_once)
-        context.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", check_overflow)
-        context.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+    """Tests under TRITON_INTERPRET=1 take a fifth of their time so."""
+    with interpreter.hastened() if target.interpreting() else nullcontext():
         yield
 
 

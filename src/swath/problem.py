@@ -197,9 +197,8 @@ class Accepted:
         """The call with the tensors of ``options``, and its outputs made."""
         fields = {**options, **self.values}
         out, lse = make_outputs(q, fields.pop("out", None), fields.pop("return_lse", False))
-        window = fields.pop("window", None)
-        window = window if type(window) is Window else Window.of(window)
-        problem = Problem(q, keys, out, lse, window=window, **fields)
+        fields["window"] = Window.of(fields.get("window"))
+        problem = Problem(q, keys, out, lse, **fields)
         problem.memo = self.memo
         return problem
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -59,12 +60,14 @@ class Window:
 
     def __eq__(self, other: object) -> bool:
         """Field by field; tensors are the same only if they are the same object."""
-        return isinstance(other, Window) and self._key() == other._key()
+        return isinstance(other, Window) and self.key == other.key
 
     def __hash__(self) -> int:
-        return hash(self._key())
+        return hash(self.key)
 
-    def _key(self) -> tuple[object, ...]:
+    @cached_property
+    def key(self) -> tuple[object, ...]:
+        """What makes two windows the same: the fields, a tensor by its identity."""
         g = self.global_tokens
         return self.size, id(g) if isinstance(g, Tensor) else g, self.causal, self.max_global_tokens
 

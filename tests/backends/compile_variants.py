@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from conftest import plan_for
 from swath import KVQuant, PagedKV, PageTable, Window
 from swath.backends.hopper import attention as hopper
-from swath.backends.triton.heuristics import SCRATCH_BYTES
+from swath.backends.triton.heuristics.dequantise import SCRATCH_BYTES
 from swath.ops import attention as attention_call
 from swath.ops import paged as paged_call
 from swath.problem import Problem
@@ -116,18 +117,25 @@ def _cache(storage: str, granularity: str, heads: int, page_size: int, head_dim:
 
 def main() -> None:
     """Compile the rows on standard input for the target of the command line; one JSON line a kernel."""
+    arch = sys.argv[1]
+    for row, call, operands in compiled_calls(arch, json.load(sys.stdin)):
+        result = {"row": row, "kernel": call.kernel.fn.__name__} | _compiled(call, operands, arch)
+        print(json.dumps(result), flush=True)
+
+
+def compiled_calls(arch: str, rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Any, Any]]:
+    """The launches that the rows need on a target, each kernel variant once: row, launch, operands."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    arch = sys.argv[1]
     target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
     triton.runtime.driver.set_active(_Driver(target))
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # what comes from Triton's cache has no report
-    from swath.backends.triton.plan import operands_of
+    from swath.backends.triton.arguments import operands_of
 
     seen = set()
-    for row in json.load(sys.stdin):
+    for row in rows:
         problem = problem_of(row)
         for tiles in tiles_of(problem, arch):
             plan = plan_for(tiles, problem, Target(arch, num_sms=132))
@@ -138,8 +146,7 @@ def main() -> None:
                 key = (call.kernel.fn.__name__, "claimed" in call.sources, wide, *constants)
                 if key not in seen:
                     seen.add(key)
-                    result = {"row": row, "kernel": call.kernel.fn.__name__} | _compiled(call, operands, arch)
-                    print(json.dumps(result), flush=True)
+                    yield row, call, operands
 
 
 def tiles_of(problem: Problem, arch: str) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ import torch
 
 from conftest import plan_for
 from swath import KVQuant, target
-from swath.backends.triton import heuristics as launch
-from swath.backends.triton.heuristics import MAX_STEPS
+from swath.backends.triton.heuristics import dequantise as launch
+from swath.backends.triton.heuristics.splits import MAX_STEPS
 from swath.cache import PagedKeys
 from swath.ops import explain as tooling
 from swath.ops import paged as paged_call
@@ -68,11 +68,22 @@ def test_sequences_beyond_the_scratch(
     assert canary.broken() == 0
 
 
+@on_gpu_backends
+def test_keys_beyond_the_pages_of_a_flat_table_are_not_seen(prepare: Prepare, impl: str) -> None:
+    """The copy has a table of its own, as wide for each sequence: what a sequence's own table lacks stays unseen."""
+    inputs = prepare(replace(MIXED, quant=INT8_CHANNEL, table="flat"))
+    ids, indptr = inputs.block_table
+    rows = [ids[a : max(a, b - 2)] for a, b in pairwise(indptr.tolist())]
+    ends = torch.tensor([0, *accumulate(len(row) for row in rows)], dtype=torch.int32, device=ids.device)
+    short = replace(inputs, block_table=(torch.cat(rows), ends))
+    short.check(*short.run(impl))
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @on_gpu_backends
 def test_each_launch_takes_its_own(rows: int, prepare: Prepare, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever takes a sequence of another would write the right rows all the same, and take longer."""
-    from swath.backends.triton.plan import operands_of
+    from swath.backends.triton.arguments import operands_of
 
     problem = leave_room(prepare(MIXED), rows, monkeypatch)
     plan = plan_for(impl, problem, target.target_of(problem.q.device))
@@ -94,7 +105,7 @@ def test_each_launch_takes_its_own(rows: int, prepare: Prepare, impl: str, monke
 @pytest.mark.parametrize("impl", ["triton"], indirect=True)
 def test_sequences_are_ranked_among_hundreds(prepare: Prepare, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """256 are looked at together. The long ones are the first of all, the last and first beside that edge, the last."""
-    from swath.backends.triton.plan import operands_of
+    from swath.backends.triton.arguments import operands_of
 
     long = (0, 255, 256, 299)
     kv_lens, q_lens = zip(*((70, 70) if b in long else (5, 1) for b in range(300)), strict=True)

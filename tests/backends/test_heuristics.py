@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,20 +15,18 @@ from compile_variants import OPTIONS, TARGETS, problem_of
 from swath import Window
 from swath.backends.hopper.heuristics import decodes_in_tiles, draws_tiles, hopper_launch
 from swath.backends.triton.features import features_of
-from swath.backends.triton.heuristics import (
+from swath.backends.triton.heuristics import TRITON, amd, nvidia
+from swath.backends.triton.heuristics.dequantise import (
     SCRATCH_BYTES,
-    TileLaunch,
     dequantises,
-    fitting,
-    least_tiles_for,
     most_unclaimed,
-    num_splits_for,
-    pack_heads,
     scratch_pages,
     scratch_rows,
-    split_launch,
-    tile_launch,
 )
+from swath.backends.triton.heuristics.launch import UNMEASURED, SplitLaunch, fitting
+from swath.backends.triton.heuristics.splits import even_slices, keys_in_sight, num_splits
+from swath.backends.triton.heuristics.tiles import pack_heads
+from swath.backends.triton.work import Work
 from swath.cache import DenseKeys, PagedKeys, PagedKV
 from swath.pages import PageTable
 from swath.problem import Problem
@@ -44,13 +43,29 @@ def problem(**row: str) -> Problem:
 @pytest.mark.parametrize("storage", OPTIONS["storage"])
 @pytest.mark.parametrize("head_dim", OPTIONS["head_dim"])
 def test_a_launch_fits_the_target(arch: str, storage: str, head_dim: str) -> None:
-    target = Target(arch, 132)
-    F = features_of(problem(storage=storage, head_dim=head_dim), target)
-    splits = [(m, split_launch(F, target, m, short)) for m in (16, 32, 64) for short in (False, True)]
-    for block_m, launch in (*splits, tile_launch(F, target, False)):
-        assert launch.block_n >= 16
-        assert launch.stages >= 1
-        assert fitting(launch, F, block_m, target) == launch, "what fits stays"
+    for window in ("none", "size"):
+        work = Work(problem(storage=storage, head_dim=head_dim, window=window), Target(arch, 132))
+        tile = TRITON.tile_launch(work)
+        for block_m, launch in [(tile.block_m, tile)] + [(m, TRITON.split_launch(work, m)) for m in (16, 32, 64)]:
+            assert launch.block_n >= 16
+            assert launch.stages >= 1
+            assert fitting(launch, work.features, block_m, work.target) == launch, "what fits stays"
+
+
+@pytest.mark.parametrize("head_dim", OPTIONS["head_dim"])
+def test_a_row_says_where_it_was_measured(head_dim: str) -> None:
+    F = features_of(problem(head_dim=head_dim), Target("sm_90", 132))
+    for block_m, short in itertools.product((16, 32, 64), (False, True)):
+        assert nvidia.split_row(F, block_m, short).source == nvidia.H200
+        assert amd.split_row(F, block_m, short).source == amd.tile_row(F, short).source == UNMEASURED
+    assert (nvidia.tile_row(F, short_window=False).source == nvidia.H200) == (int(head_dim) <= 128)
+
+
+def test_rows_come_from_the_table_of_the_vendor() -> None:
+    call = problem()
+    sources = {arch: TRITON.split_launch(Work(call, Target(arch)), 16).source for arch in (*TARGETS, "interpreter")}
+    assert {arch for arch, source in sources.items() if source == UNMEASURED} == {"gfx942", "gfx950"}
+    assert sources["interpreter"] == "interpreter"
 
 
 def test_an_unknown_target_gets_the_least_shared_memory() -> None:
@@ -76,19 +91,19 @@ def test_an_unknown_target_gets_the_least_shared_memory() -> None:
     ],
 )
 def test_slices_fill_their_rounds(owners: int, tiles: int, resident: int, slices: int) -> None:
-    launch = TileLaunch(64, 4, 3, "here", resident=resident)
-    assert num_splits_for(owners, tiles, launch, num_sms=132) == slices
+    launch = SplitLaunch(64, 4, 3, "here", resident=resident)
+    assert num_splits(owners, tiles, launch, 132) == slices
 
 
 def test_the_bound_of_a_slice_counts_keys() -> None:
     """Tiles half as wide are no reason to cut twice."""
-    narrow, wide = (TileLaunch(keys, 2, 4, "here", resident=4) for keys in (32, 64))
-    assert num_splits_for(512, 256, narrow, num_sms=132) == num_splits_for(512, 128, wide, num_sms=132) == 1
+    narrow, wide = (SplitLaunch(keys, 2, 4, "here", resident=4) for keys in (32, 64))
+    assert num_splits(512, 256, narrow, 132) == num_splits(512, 128, wide, 132) == 1
 
 
-@pytest.mark.parametrize(("tiles", "num_splits", "least"), [(1024, 8, 16), (64, 33, 2), (12, 3, 4), (0, 1, 1)])
-def test_short_sequences_beside_long_ones_stay_whole(tiles: int, num_splits: int, least: int) -> None:
-    assert least_tiles_for(tiles, num_splits) == least
+@pytest.mark.parametrize(("tiles", "count", "least"), [(1024, 8, 16), (64, 33, 2), (12, 3, 4), (0, 1, 1)])
+def test_short_sequences_beside_long_ones_stay_whole(tiles: int, count: int, least: int) -> None:
+    assert even_slices(SplitLaunch(64, 4, 3), count, tiles).least_tiles == least
 
 
 @pytest.mark.parametrize(
@@ -237,11 +252,11 @@ def test_hopper_takes_one_pass_where_two_tiles_hold_all_keys(
     row: dict[str, str], window: Window, consumers: int
 ) -> None:
     one = replace(problem(**{"head_dim": "64"} | row), window=window)
-    F = features_of(one, Target("sm_90", 132))
-    launch = hopper_launch(F, one)
+    work = Work(one, Target("sm_90", 132))
+    launch = hopper_launch(work)
     assert (launch.consumers if launch.first_n else 0) == consumers
-    assert launch.box_rows <= (launch.first_n if launch.first_n and F.page_size else launch.block_n)
-    unbounded = hopper_launch(F, replace(one, max_kv_len=1 << 20))
+    assert launch.box_rows <= (launch.first_n if launch.first_n and work.features.page_size else launch.block_n)
+    unbounded = hopper_launch(replace(work, problem=replace(one, max_kv_len=1 << 20)))
     assert (unbounded.consumers if unbounded.first_n else 0) == consumers, "no bound of lengths decides"
 
 
@@ -322,7 +337,7 @@ def test_hopper_packs_short_sequences_and_halves_few_rows(
     lengths: tuple[int, ...], window: Window, pack: int, consumers: int
 ) -> None:
     one = chunks(lengths, window)
-    launch = hopper_launch(features_of(one, Target("sm_90", 132)), one)
+    launch = hopper_launch(Work(one, Target("sm_90", 132)))
     assert (launch.pack, launch.consumers) == (pack, consumers)
 
 
@@ -330,7 +345,7 @@ def test_hopper_launches_do_not_depend_on_the_batch_with_split_size() -> None:
     launches = set()
     for lengths in ((2048,), (1000,) * 8, (9000,) * 4):
         one = chunks(lengths, Window(1024), split_size=256)
-        launches.add(hopper_launch(features_of(one, Target("sm_90", 132)), one))
+        launches.add(hopper_launch(Work(one, Target("sm_90", 132))))
     assert len(launches) == 1
 
 
@@ -338,3 +353,16 @@ def test_the_window_size_is_no_feature() -> None:
     target = Target("sm_90", 132)
     one = features_of(problem(window="size"), target)
     assert one == features_of(replace(problem(window="size"), window=Window(7)), target)
+
+
+@pytest.mark.parametrize("split_size", [None, 256])
+@pytest.mark.parametrize("most", [None, 0, 4000, 2**31 - 1])
+def test_bounds_size_launches_but_decide_no_bit_with_split_size(split_size: int | None, most: int | None) -> None:
+    """How many leading keys a tensor counts is bounded by a promise: slices whose bits must not change ignore it."""
+    counts = torch.zeros(2, dtype=torch.int32)
+    one = replace(problem(), window=Window(1024, global_tokens=counts, max_global_tokens=most), split_size=split_size)
+    if split_size is None:
+        assert keys_in_sight(one, 1) == min(1024 + (8192 if most is None else most), 8192)
+    else:
+        assert keys_in_sight(one, 1) == 1024
+        assert keys_in_sight(replace(one, window=Window(1024, global_tokens=9)), 1) == 1033, "a number is no promise"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from conftest import plan_for
 from swath import KVQuant, PagedKV, Window, attention, paged_attention, target
-from swath.backends.triton.heuristics import SCRATCH_BYTES, dequantises
+from swath.backends.triton.heuristics.dequantise import SCRATCH_BYTES, dequantises
 from swath.ops import attention as attention_call
 from swath.ops import paged as paged_call
 from swath.ops import signature
@@ -262,7 +262,7 @@ def plain(x: Any) -> Any:
 
 def fresh_arguments(problem: Problem, arch: str, tiles: str) -> list[tuple[Any, ...]]:
     """What each launch of a call must pass on, built anew."""
-    from swath.backends.triton.plan import operands_of
+    from swath.backends.triton.arguments import operands_of
 
     plan = plan_for(tiles, problem, Target(arch, 132))
     operands = {**operands_of(problem), **plan.scratch.tensors(torch.device("cpu"))}
@@ -275,7 +275,7 @@ def fresh_arguments(problem: Problem, arch: str, tiles: str) -> list[tuple[Any, 
 
 @pytest.mark.parametrize("row", pairwise(OPTIONS), ids=lambda row: " ".join(row.values()))
 def test_a_remembered_launch_passes_what_a_new_one_would(row: dict[str, str], recorder: Recorder) -> None:
-    from swath.backends.triton.plan import operands_of
+    from swath.backends.triton.arguments import operands_of
 
     first, second = problem_of(row), problem_of(row)
     assert first.memo is second.memo
@@ -335,7 +335,7 @@ def test_a_launch_hook_gets_every_launch(recorder: Recorder, monkeypatch: pytest
     """Profilers hook Triton's launches: while one listens, launches go the way that tells it."""
     from triton import knobs
 
-    from swath.backends.triton.plan import operands_of
+    from swath.backends.triton.arguments import operands_of
 
     problem = problem_of({name: values[0] for name, values in OPTIONS.items()})
     plan = plan_for("triton", problem, Target("sm_90", 132))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,23 +11,28 @@ import pytest
 import torch
 
 from conftest import SmallClock
-from swath import Window
+from swath import KVQuant, Window
 from swath.bench import providers, results, run
-from swath.bench.case import BenchCase, Extend, Groups, Lengths, LogUniform, UniformKeys, visible_pairs, work_of
+from swath.bench.case import BenchCase, Extend, Groups, LogUniform, UniformKeys, visible_pairs, work_of
 from swath.bench.cases import BY_NAME, CASES, select
 from swath.bench.clock import GpuClock
 from swath.bench.gate import Gate
 from swath.bench.inputs import Inputs, make_inputs
+from swath.bench.machine import describe
 from swath.bench.providers import PROVIDERS, Provider, choose
+from swath.bench.results import Timed
 from swath.target import interpreting
 
 CPU = torch.device("cpu")
-SMALL = BenchCase("small", "decode", Groups(((2, 1, 70),)), 4, 2, 64, storage="f32", dtype="f32", window=20, leading=3)
+SMALL = BenchCase(
+    name="small", op="decode", draw=Groups(((2, 1, 70),)), dtype=torch.float32, size=20, global_tokens=3
+)  # fmt: skip
+ORIGIN = describe(CPU, "abc", "swath bench run")
 WINDOWS = (Window(), Window(1), Window(5), Window(5, 3), Window(100, 2), Window(0, 3))
 
 
 def inputs_of(case: BenchCase, seed: int = 0) -> Inputs:
-    return make_inputs(case, case.draw.lengths(CPU), CPU, seed)
+    return make_inputs(case.drawn(CPU), CPU, seed)
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
@@ -41,19 +45,16 @@ def test_pairs_are_what_the_mask_leaves(window: Window) -> None:
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("leading", [0, 3, 40])
 def test_work_counts_what_some_query_sees(window: int | None, leading: int) -> None:
-    case = replace(SMALL, op="mixed", window=window, leading=leading)
-    lengths = Lengths((1, 9, 30), (70, 33, 30))
-    masks = [
-        case.visible.mask(torch.arange(kv - q, kv), torch.arange(kv))
-        for q, kv in zip(lengths.q, lengths.kv, strict=True)
-    ]
-    work = work_of(case, lengths)
+    groups = ((1, 1, 70), (1, 9, 33), (1, 30, 30))
+    case = replace(SMALL, op="mixed", size=window, global_tokens=leading, draw=Groups(groups)).drawn(CPU)
+    masks = [case.window.mask(torch.arange(kv - q, kv), torch.arange(kv)) for _, q, kv in groups]
+    work = work_of(case)
     assert work.flops == 4 * 64 * 4 * sum(int(mask.sum()) for mask in masks)
     keys = sum(int(mask.any(0).sum()) for mask in masks)
     assert work.nbytes == keys * 2 * 2 * 64 * 4 + 2 * 40 * 4 * 64 * 4
     kept = 0
-    for kv in lengths.kv:
-        seen_next = case.visible.mask(torch.tensor([kv]), torch.arange(kv))[0]
+    for kv in case.kv_lens:
+        seen_next = case.window.mask(torch.tensor([kv]), torch.arange(kv))[0]
         kept += sum(bool(page.any()) for page in seen_next.split(16))
     assert work.cache_bytes == kept * 16 * 2 * 2 * 64 * 4
 
@@ -66,11 +67,9 @@ def test_floors_are_those_of_the_peers_page() -> None:
         "4 steps, B64 16k w4096 p16": 240,
     }  # fmt: skip
     for name, want in floors.items():
-        work = work_of(BY_NAME[name], BY_NAME[name].draw.lengths(CPU))
+        work = work_of(BY_NAME[name].drawn(CPU))
         assert work.nbytes / 4.49e6 == pytest.approx(want, rel=0.01)
-    flops = {
-        name: work_of(BY_NAME[name], BY_NAME[name].draw.lengths(CPU)).flops for name in ("llama 8k full", "mistral 16k")
-    }
+    flops = {name: work_of(BY_NAME[name].drawn(CPU)).flops for name in ("llama 8k full", "mistral 16k")}
     assert flops["mistral 16k"] / flops["llama 8k full"] == pytest.approx(2492 / 712, rel=0.01)
 
 
@@ -83,7 +82,7 @@ def test_cases_are_told_apart_and_can_be_drawn() -> None:
         assert lengths == case.draw.lengths(CPU)
         assert (case.op == "decode") == (set(lengths.q) == {1})
         assert case.op != "steps" or len(set(lengths.q)) == 1
-        assert case.heads % case.kv_heads == 0
+        assert case.drawn(CPU).row_counts == lengths.q
         assert case.shape
 
 
@@ -119,14 +118,14 @@ FORMS = {
     "decode": SMALL,
     "steps": replace(SMALL, op="steps", draw=Groups(((2, 3, 70),))),
     "prefill": replace(SMALL, op="prefill", draw=Groups(((1, 30, 70), (1, 33, 33)))),
-    "dense": replace(SMALL, op="prefill", draw=Groups(((1, 30, 70), (1, 33, 33))), page_size=0),
+    "dense": replace(SMALL, op="prefill", draw=Groups(((1, 30, 70), (1, 33, 33))), dense=True),
     "mixed": replace(SMALL, op="mixed", draw=Groups(((1, 20, 40), (2, 1, 70)))),
-    "int8 channel": replace(SMALL, storage="int8 channel"),
-    "int8 token": replace(SMALL, storage="int8 token"),
-    "e4m3": replace(SMALL, storage="e4m3 tensor"),
-    "bf16": replace(SMALL, storage="bf16", dtype="bf16", window=None, leading=0),
-    "sink": replace(SMALL, sink=True),
-    "odd sizes": replace(SMALL, head_dim=80, page_size=48, heads=6, kv_heads=1),
+    "int8 channel": replace(SMALL, quant=KVQuant(torch.int8, "channel")),
+    "int8 token": replace(SMALL, quant=KVQuant(torch.int8, "token")),
+    "e4m3": replace(SMALL, quant=KVQuant(torch.float8_e4m3fn, "tensor")),
+    "bf16": replace(SMALL, dtype=torch.bfloat16, size=None, global_tokens=0),
+    "sink": replace(SMALL, sink="q"),
+    "odd sizes": replace(SMALL, head_dim=80, page_size=48, num_kv_heads=1, group=6),
 }
 
 
@@ -150,7 +149,8 @@ def test_the_gate_sees_what_is_wrong(form: str) -> None:
     case = FORMS[form]
     inputs = inputs_of(case)
     gate, good = Gate(inputs), PROVIDERS["swath-cpu"].prepare(inputs)()
-    off_by_one = replace(inputs, case=replace(case, window=(case.window or 70) - 1))
+    fewer = replace(inputs.call.case, size=(case.size or 70) - 1)
+    off_by_one = replace(inputs, call=replace(inputs.call, case=fewer))
     assert not gate.check(PROVIDERS["swath-cpu"].prepare(off_by_one)()).passed
     assert not gate.check(good * torch.nan).passed
     assert not gate.check(good.roll(1, -1)).passed
@@ -195,8 +195,8 @@ def test_providers_say_why_not() -> None:
 
 
 def _measure(case: BenchCase, chosen: tuple[Provider, ...]) -> dict[str, results.Row]:
-    rows = run.measure_case(case, chosen, SmallClock(), 3, lambda _text: None)
-    return {row["provider"]: row for row in rows}
+    rows = run.measure_case(case, chosen, SmallClock(), 3, lambda _text: None, ORIGIN)
+    return {row.provider: row for row in rows}
 
 
 def test_a_run_times_who_passes_and_says_why_not_the_others() -> None:
@@ -212,52 +212,58 @@ def test_a_run_times_who_passes_and_says_why_not_the_others() -> None:
     made: list[Any] = [("wrong", wrong), ("broken", broken), ("unable", unable)]
     others = [Provider(name, lambda _case: None, prepare) for name, prepare in made]
     rows = _measure(SMALL, (PROVIDERS["swath-cpu"], PROVIDERS["torch"], *others))
-    assert {name: row["status"] for name, row in rows.items()} == {
+    assert {name: row.status for name, row in rows.items()} == {
         "swath-cpu": "ok", "torch": "ok", "wrong": "refused", "broken": "failed", "unable": "unable"
     }  # fmt: skip
-    assert rows["broken"]["reason"] == "RuntimeError: no such kernel"
-    assert "error budget" in rows["wrong"]["reason"]
-    assert "us" not in rows["wrong"]
+    assert rows["broken"].reason == "RuntimeError: no such kernel"
+    assert "error budget" in str(rows["wrong"].reason)
+    assert not isinstance(rows["wrong"], Timed)
     figures = rows["swath-cpu"]
-    assert len(figures["rounds_us"]) == 3
-    assert figures["us"] > 0
-    floors = [t / figures["x_floor"] for t in figures["rounds_us"]]
-    assert 0 < min(floors) <= max(figures["floor_us"], max(floors))
-    assert figures["budget_used"] <= 1
-    assert figures["launch"].startswith("torch, float32")
+    assert isinstance(figures, Timed)
+    assert len(figures.rounds_us) == 3
+    assert figures.us > 0
+    floors = [t / figures.x_floor for t in figures.rounds_us]
+    assert 0 < min(floors) <= max(figures.floor_us, max(floors))
+    assert figures.budget_used is not None
+    assert figures.budget_used <= 1
+    assert str(figures.launch).startswith("torch, float32")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", ["decode", "steps", "prefill"])
 def test_a_gpu_run_has_all_its_figures(op: str) -> None:
-    case = replace(FORMS[op], name=op, op=op, storage="int8 token", dtype="bf16")
+    case = replace(FORMS[op], name=op, op=op, quant=KVQuant(torch.int8, "token"), dtype=torch.bfloat16)
     chosen = choose(("swath", "scalar", "torch"))
     here = tuple(provider for provider in chosen if provider.missing(torch.device("cuda")) is None)
-    rows = run.measure_case(case, here, GpuClock(), 3, lambda _text: None)
+    rows = run.measure_case(case, here, GpuClock(), 3, lambda _text: None, ORIGIN)
     # hopper leaves decode and few rows over 8-bit keys to triton.
-    able = [row for row in rows if (row["provider"], row["status"]) != ("swath-hopper", "unable")]
-    assert {row["provider"] for row in able} == {"swath-triton", "scalar", "torch"}
-    assert {row["status"] for row in able} == {"ok"}, rows
+    able = [row for row in rows if (row.provider, row.status) != ("swath-hopper", "unable")]
+    assert {row.provider for row in able} == {"swath-triton", "scalar", "torch"}
+    assert {row.status for row in able} == {"ok"}, rows
     for row in able:
-        assert {"us", "x_floor", "extra_bytes", "error", "copy_tb_per_s"} <= row.keys()
-        assert ({"host_us", "eager_us", "read_us"} <= row.keys()) == (op != "prefill")
-        assert row["method"] == ("eager" if op == "prefill" else "graph")
+        assert isinstance(row, Timed)
+        assert None not in (row.extra_bytes, row.error)
+        assert (None not in (row.host_us, row.eager_us, row.read_us)) == (op != "prefill")
+        assert row.method == ("eager" if op == "prefill" else "graph")
 
 
 def test_results_can_be_read_again_and_resumed(tmp_path: Path) -> None:
-    path, machine = tmp_path / "deep" / "rows.jsonl", results.describe(CPU, "abc")
-    rows = [row | machine for row in _measure(SMALL, (PROVIDERS["swath-cpu"],)).values()]
-    assert results.done(path, machine) == set()
+    path = tmp_path / "deep" / "rows.jsonl"
+    rows = list(_measure(SMALL, (PROVIDERS["swath-cpu"], PROVIDERS["fa3"])).values())
+    assert [row.status for row in rows] == ["ok", "unable"]
+    assert results.done(path, ORIGIN) == set()
     results.append(path, rows)
     with path.open("a") as file:
-        file.write(json.dumps(rows[0])[:40])  # cut short by a crash
+        file.write('{"case": "sma')  # cut short by a crash
     assert results.read(path) == rows
-    assert results.done(path, machine) == {"small"}
+    assert results.done(path, ORIGIN) == {"small"}
     with pytest.raises(ValueError, match="commit"):
-        results.done(path, machine | {"commit": "other"})
-    path.write_text('{"case": 1}\n{}\n')
-    with pytest.raises(ValueError, match="line 1"):
-        results.read(path)
+        results.done(path, replace(ORIGIN, commit="other"))
+    results.append(path, rows[:1])
+    assert results.read(path) == [*rows, rows[0]], "what was cut short makes room"
+    path.write_text(path.read_text().rstrip("\n"))
+    results.append(path, rows[1:])
+    assert results.read(path) == [*rows, *rows], "a whole line without its end stays"
 
 
 def test_every_provider_file_is_registered() -> None:

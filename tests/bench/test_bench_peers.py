@@ -22,15 +22,16 @@ from swath.cache import PagedKeys
 from swath.pages import PageTable
 
 CPU = torch.device("cpu")
-DECODE = BenchCase("d", "decode", Groups(((1, 1, 70), (1, 1, 33))), 4, 2, 64, storage="f32", dtype="f32", window=20)
+DECODE = BenchCase(name="d", op="decode", draw=Groups(((1, 1, 70), (1, 1, 33))), dtype=torch.float32, size=20)
 STEPS = replace(DECODE, op="steps", draw=Groups(((1, 3, 70), (1, 3, 33))))
 PREFILL = replace(DECODE, op="prefill", draw=Groups(((1, 30, 70), (1, 33, 33))))
 MIXED = replace(DECODE, op="mixed", draw=Groups(((1, 30, 70), (2, 1, 33))))
-DENSE = replace(PREFILL, page_size=0)
+DENSE = replace(PREFILL, dense=True)
 FORMS = {"decode": DECODE, "steps": STEPS, "prefill": PREFILL, "mixed": MIXED, "dense": DENSE}
-FORMS |= {f"{name}, full": replace(case, window=None) for name, case in FORMS.items()}
-FORMS |= {"decode, sinks": replace(DECODE, sink=True), "prefill, sinks": replace(PREFILL, sink=True)}
-FORMS |= {"e4m3": replace(DECODE, storage="e4m3 tensor"), "int8 token": replace(PREFILL, storage="int8 token")}
+FORMS |= {f"{name}, full": replace(case, size=None) for name, case in FORMS.items()}
+FORMS |= {"decode, sinks": replace(DECODE, sink="q"), "prefill, sinks": replace(PREFILL, sink="q")}
+FORMS["e4m3"] = replace(DECODE, quant=KVQuant(torch.float8_e4m3fn, "tensor"))
+FORMS["int8 token"] = replace(PREFILL, quant=KVQuant(torch.int8, "token"))
 
 
 def flash_varlen(
@@ -219,7 +220,7 @@ def test_adapters_ask_for_the_case(name: str, form: str) -> None:
             "vllm": ("dense", "dense, full"), "sglang": ("int8 token",),
         }[name], reason  # fmt: skip
         return
-    inputs = make_inputs(case, case.draw.lengths(CPU), CPU)
+    inputs = make_inputs(case.drawn(CPU), CPU)
     verdict = Gate(inputs).check(provider.prepare(inputs)())
     assert verdict.passed, verdict
 
@@ -231,23 +232,23 @@ def test_flex_masks_as_the_window_says(form: str, monkeypatch: pytest.MonkeyPatc
     build = flex.create_block_mask
     monkeypatch.setattr(torch, "compile", lambda function, **_options: function)
     monkeypatch.setattr(flex, "create_block_mask", lambda *args, _compile, **options: build(*args, **options))
-    case = replace(FORMS[form], leading=3)
-    inputs = make_inputs(case, case.draw.lengths(CPU), CPU)
+    case = replace(FORMS[form], global_tokens=3)
+    inputs = make_inputs(case.drawn(CPU), CPU)
     assert Gate(inputs).check(PROVIDERS["flex"].prepare(inputs)()).passed
 
 
 def test_fused_sdpa_takes_square_causal_cases() -> None:
-    square = replace(DENSE, draw=Groups(((2, 33, 33),)), window=None)
+    square = replace(DENSE, draw=Groups(((2, 33, 33),)), size=None)
     assert PROVIDERS["sdpa-flash"].why_not(square) is None
-    for other in (replace(square, window=5), FORMS["dense, full"], replace(square, page_size=16)):
+    for other in (replace(square, size=5), FORMS["dense, full"], replace(square, dense=False)):
         assert PROVIDERS["sdpa-flash"].why_not(other)
-    inputs = make_inputs(square, square.draw.lengths(CPU), CPU)
+    inputs = make_inputs(square.drawn(CPU), CPU)
     assert Gate(inputs).check(PROVIDERS["sdpa-flash"].prepare(inputs)()).passed
 
 
 def test_gathered_sequences_are_what_the_cache_holds() -> None:
-    case = replace(PREFILL, storage="int8 token")
-    inputs = make_inputs(case, case.draw.lengths(CPU), CPU)
+    case = FORMS["int8 token"]
+    inputs = make_inputs(case.drawn(CPU), CPU)
     _, k, _ = inputs.of_sequence(1)
     keys = PagedKeys(inputs.cache, PageTable(inputs.pages), inputs.seq_lens)
     want, _ = keys.slice(1, 0, 33).dequantised(torch.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,44 +11,22 @@ import torch
 
 pytest.importorskip("typer", reason="the command line needs the extra 'bench'")
 
+from bench_rows import ORIGIN, row, write
 from typer.testing import CliRunner
 
 from conftest import SmallClock
 from swath.bench import cases, report, run
-from swath.bench.case import BenchCase, Groups, work_of
-from swath.bench.cases import CASES
+from swath.bench.case import BenchCase, Groups
+from swath.bench.cases import BY_NAME, CASES
 from swath.bench.compare import changes
-from swath.bench.goals import GOALS, outcomes
-from swath.bench.judge import best, by_case, verdict
-from swath.bench.results import Row, read
+from swath.bench.goals import GOALS, X_FLOOR, X_PEER
+from swath.bench.judge import best, by_case, outcomes, verdict
+from swath.bench.results import Row, Timed, read
 from swath.cli import app, bench_session
 from swath.cli.bench import command_of
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def row(case: str, provider: str, us: float | None, **others: Any) -> Row:
-    found = next((c for c in CASES if c.name == case), CASES[0])
-    base: Row = {
-        "case": case,
-        "op": found.op,
-        "shape": found.shape,
-        "provider": provider,
-        "status": "refused",
-        "reason": "?",
-    }
-    if us is not None:
-        floor_us = work_of(found, found.draw.lengths(torch.device("cpu"))).nbytes / 4.4e6
-        base |= {"status": "ok", "us": us, "rounds_us": [us] * 3, "floor_us": floor_us, "x_floor": us / floor_us}
-        base |= {"bound": "bytes", "tflop_per_s": 1.0, "tb_per_s": 1.0, "budget_used": 0.3}
-    machine = dict(gpu="A GPU", driver="1", torch="2", triton="3", swath="0", commit="abc", date="2026-01-02")
-    return base | machine | {"command": "swath bench run --op decode"} | others
-
-
-def write(path: Path, rows: list[Row]) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
 
 
 def invoke(*arguments: object, code: int = 0) -> str:
@@ -97,8 +74,8 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 
 def test_goals_name_cases_that_exist() -> None:
-    names = {case.name for case in CASES}
-    assert {name for goal in GOALS for name in (goal.case, *goal.others)} <= names
+    named = {name for goal in GOALS for name in (goal.case, *goal.others)}
+    assert named | X_FLOOR.keys() | X_PEER.keys() <= BY_NAME.keys()
     assert len({goal.name for goal in GOALS}) == len(GOALS)
 
 
@@ -106,7 +83,7 @@ def test_goals_are_judged() -> None:
     scalar, ours = row("000a p32", "scalar", 100.0), row("000a p32", "swath-triton", 9.0)
     (found,) = outcomes([scalar, ours])
     assert (found.ratio, found.reached) == (pytest.approx(0.09), True)
-    (found,) = outcomes([scalar, ours | {"us": 11.0, "rounds_us": [11.0]}])
+    (found,) = outcomes([scalar, replace(ours, us=11.0, rounds_us=[11.0])])
     assert not found.reached
     assert outcomes([ours]) == outcomes([scalar]) == []
 
@@ -117,10 +94,10 @@ def test_a_mixed_batch_is_judged_against_its_parts() -> None:
         row("mixed, chunks alone at 16k", "swath-hopper", 12.0, rounds_us=[10.0, 12.0, 50.0]),
         row("mixed, decodes alone at 16k", "swath-triton", 8.0, rounds_us=[10.0, 8.0, 30.0]),
     )
-    others = [row(parts[0]["case"], "swath-triton", 13.0), row(parts[1]["case"], "fa3", 1.0)]
+    others = [row(parts[0].case, "swath-triton", 13.0), row(parts[1].case, "fa3", 1.0)]
     (found,) = outcomes([whole, *parts, *others])
     assert (found.ratio, found.reached) == (pytest.approx(1.1), True), "the fastest of ours, within a round"
-    (found,) = outcomes([whole | {"rounds_us": [40.0, 24.0, 92.0]}, *parts])
+    (found,) = outcomes([replace(whole, rounds_us=[40.0, 24.0, 92.0]), *parts])
     assert not found.reached
     assert outcomes([whole, parts[0], *others]) == []
 
@@ -139,7 +116,7 @@ def sweep_rows() -> list[Row]:
     rows = []
     for case in CASES:
         if "cpu" not in case.tags:
-            floor = row(case.name, "x", 1.0)["floor_us"]
+            floor = row(case.name, "x", 1.0).floor_us
             rows += [
                 row(case.name, name, floor * x + 5) for name, x in (("swath-triton", 1.1), ("fa3", 1.3), ("scalar", 60))
             ]
@@ -178,15 +155,16 @@ def test_the_report_has_every_figure_and_its_command() -> None:
         row("B64 8k p16", "scalar", 9000.0),
     ]
     rows += [row("B64 8k p16", "vllm", None), row("000a p32", "scalar", 100.0), row("000a p32", "swath-triton", 9.0)]
-    text = report.page({"b.jsonl": rows, "a.jsonl": [rows[0] | {"date": "2026-01-03"}]}, ["bench-floor-decode.png"])
+    later = replace(rows[0], origin=replace(ORIGIN, date="2026-01-03"))
+    text = report.page({"b.jsonl": rows, "a.jsonl": [later]}, ["bench-floor-decode.png"])
     assert text.index("a.jsonl") < text.index("b.jsonl"), "the newest first"
-    cells = "| triton 500 x1.02 | fa3 540 x1.11 | 1.08 x fa3 (ahead); x1.02 of the floor, goal x1.03 |"
-    assert f"{cells} scalar 9000 x{rows[2]['x_floor']:.2f}; vllm: refused |" in text
+    cells = "| triton 500 us x1.02 | fa3 540 us x1.11 | 1.08 x fa3 (ahead); x1.02 of the floor, goal x1.03 |"
+    assert f"{cells} scalar 9 ms x{rows[2].x_floor:.2f}; vllm: refused |" in text
     assert "```text\nswath bench run --op decode\n```" in text
     assert "| decode, 10x a scalar kernel | 0.09 | 0.1 |" in text
     assert "(img/bench-floor-decode.png)" in text
     assert "img/bench-cache.png" not in text
-    more = report.page({"h200-2026-01-03-who.jsonl": [rows[0] | {"date": "2026-01-03"}]}, [])
+    more = report.page({"h200-2026-01-03-who.jsonl": [later]}, [])
     assert ", 2026-01-03: who\n" in more, "the heading says what the name says beyond the date"
     readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     once = report.with_plot(readme, rows, ["bench-floor-decode.png"])
@@ -210,7 +188,7 @@ def test_the_committed_page_is_the_report_of_the_committed_results() -> None:
 
 def test_plots_show_the_largest_file_and_of_two_as_large_the_newer() -> None:
     small, large = ([row("B64 8k p16", f"p{i}", 500.0) for i in range(n)] for n in (1, 2))
-    older = [r | {"date": "1999-01-01"} for r in large]
+    older = [replace(r, origin=replace(ORIGIN, date="1999-01-01")) for r in large]
     assert report.fullest((small, older, large)) is large
     assert report.fullest((small, older)) is older
 
@@ -230,7 +208,14 @@ def test_report_writes_page_plots_and_readme(tmp_path: Path, monkeypatch: pytest
 
 
 TINY = tuple(
-    BenchCase(f"tiny {n}", "decode", Groups(((1, 1, n),)), 2, 1, 64, storage="f32", dtype="f32", tags=("cpu", "quick"))
+    BenchCase(
+        name=f"tiny {n}",
+        op="decode",
+        draw=Groups(((1, 1, n),)),
+        num_kv_heads=1,
+        dtype=torch.float32,
+        tags=("cpu", "quick"),
+    )
     for n in (20, 30, 40)
 )
 
@@ -255,7 +240,10 @@ def test_a_run_writes_rows_that_say_where_they_come_from(tiny: Path) -> None:
     assert "3 cases written" in said
     assert names_in(tiny) == ["tiny 20", "tiny 30", "tiny 40"]
     for one in read(tiny):
-        assert {"cpu", "torch", "triton", "date", "commit", "command", "us", "x_floor", "error"} <= one.keys()
+        assert isinstance(one, Timed)
+        assert one.origin.cpu
+        assert one.origin.command.startswith("swath ")
+        assert one.budget_used is not None
 
 
 def test_the_command_is_what_makes_the_rows() -> None:
@@ -306,8 +294,8 @@ def test_a_wrong_result_of_ours_fails_the_run(tiny: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("swath.bench.gate.budget_used", lambda *_args, **_options: 1.5)
     assert "swath itself was refused" in invoke(*CPU, "--output", tiny, "--match", "tiny 20", code=2)
     (only,) = read(tiny)
-    assert only["status"] == "refused"
-    assert "us" not in only
+    assert only.status == "refused"
+    assert not isinstance(only, Timed)
 
 
 def test_list_names_cases_and_providers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,13 +21,16 @@ from typer.testing import CliRunner
 
 from conftest import python_environment
 from swath.cli import app
-from swath.cli.case import MAX_POOL_BYTES, Case
+from swath.cli.answer import DTYPES
+from swath.cli.calls import arguments, case_of
 from swath.cli.doctor import EXTRAS
 from swath.cli.draw import Cell, picture, spelled
-from swath.cli.explain import APPLIES, DTYPES
+from swath.cli.explain import APPLIES
 from swath.ops.explain import OPERATORS, OPS
+from swath.testing.filling import MAX_UNSET_BYTES
 
 ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
 PLAIN = {"COLUMNS": "80", "NO_COLOR": "1", "FORCE_COLOR": None, "TERM": "dumb", "GITHUB_ACTIONS": None}
 KINDS = {"██": Cell.WINDOW, "▒▒": Cell.LEADING, "· ": Cell.SKIPPED, "  ": Cell.HIDDEN}
 
@@ -210,8 +213,7 @@ def test_show_says_what_figures_need(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("q_len", [1, 4, 20])
 def test_made_up_calls_are_calls(op: str, q_len: int) -> None:
-    case = Case(batch=2, q_len=q_len, kv_len=40, window=Window(8), softcap=5.0, sink=True)
-    args, kwargs = case.arguments(op)
+    args, kwargs = arguments(op, case_of(2, q_len, 40, size=8, softcap=5.0, sink="fp32"), CPU)
     for x in args:
         if isinstance(x, torch.Tensor) and x.is_floating_point():
             x.zero_()
@@ -222,7 +224,7 @@ def test_made_up_calls_are_calls(op: str, q_len: int) -> None:
 @pytest.mark.parametrize("q_len", [1, 4, 20])
 def test_explain_says_what_the_library_says(op: str, q_len: int) -> None:
     text = invoke("explain", "--op", op, "--q-len", q_len, "--batch", 3, "--device", "cpu").stdout
-    args, kwargs = Case(batch=3, q_len=q_len, kv_len=4096, q_heads=32, kv_heads=8, page_size=64).arguments(op)
+    args, kwargs = arguments(op, case_of(3, q_len, 4096, num_kv_heads=8, group=4, page_size=64), CPU)
     said = swath.explain(op, *args, **kwargs)
     assert text.startswith(f"{op} runs on the {said.backend} backend\n")
     flat = " ".join(text.split())
@@ -234,7 +236,8 @@ def test_explain_says_what_the_library_says(op: str, q_len: int) -> None:
 
 def test_explain_describes_the_case() -> None:
     options = ["--window", 128, "--global-tokens", 4, "--softcap", 30, "--sink", "--cache-dtype", "int8"]
-    flat = " ".join(invoke("explain", *options, "--compute", "int8", "--device", "cpu").stdout.split())
+    options += ["--granularity", "channel", "--compute", "int8", "--device", "cpu"]
+    flat = " ".join(invoke("explain", *options).stdout.split())
     for words in ("(decode)", "int8 with channel scales, pages of 64", "Window(128, global_tokens=4)", "softcap 30.0"):
         assert words in flat
     assert "sink a logit per query head" in flat
@@ -246,14 +249,14 @@ def test_explain_takes_every_granularity(stored: str, granularity: str) -> None:
     options = ["--cache-dtype", stored, "--granularity", granularity, "--device", "cpu"]
     assert f" with {granularity} scales" in invoke("explain", *options).stdout
     quant = KVQuant(DTYPES[stored], granularity)
-    assert Case(quant=quant).arguments("paged_attention")[0][1].quant == replace(quant, v=granularity)
+    assert arguments("paged_attention", case_of(quant=quant), CPU)[0][1].quant == replace(quant, v=granularity)
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--op", "softmax"], "op: wanted one of 'attention', 'paged_attention', 'append_kv', 'merge_states', got"),
-        (["--q-heads", 12], "q: wanted a number of heads that the 8 kv heads divide, got 12"),
+        (["--q-heads", 12], "q_heads: wanted a multiple of the 8 kv heads, got 12"),
         (["--head-dim", 100], "q: wanted a head_dim that is a multiple of 8, at most 256, got 100"),
         (["--page-size", 24], "page_size: wanted 1, 8 or a multiple of 16, got 24"),
         (["--dtype", "fp64"], "dtype: wanted one of 'bf16', "),
@@ -262,7 +265,7 @@ def test_explain_takes_every_granularity(stored: str, granularity: str) -> None:
         (["--compute", "int8"], "compute: wanted 'float', or an int8 cache"),
         (["--softcap", -1], "softcap: wanted a float >= 0, got -1.0"),
         (["--window", -1], "size: wanted an int >= 0 or None, got -1"),
-        (["--device", "tpu"], "device: wanted one of 'cpu'"),
+        (["--device", "tpu"], "device: wanted 'cpu'"),
         (["--op", "append_kv", "--window", 4], "window: wanted an operator that takes it (attention, paged_attention)"),
         (["--op", "attention", "--dtype", "fp8"], "q: wanted bfloat16, float16 or float32, got torch.float8_e4m3fn"),
     ],
@@ -278,8 +281,8 @@ def test_explain_knows_its_own_options() -> None:
 
 
 def test_a_large_case_needs_little_memory() -> None:
-    args, _ = Case(batch=64, kv_len=1 << 20, kv_heads=8).arguments("paged_attention")
-    assert args[1].nbytes <= MAX_POOL_BYTES
+    args, _ = arguments("paged_attention", case_of(64, 1, 1 << 20, num_kv_heads=8), CPU)
+    assert args[1].nbytes <= MAX_UNSET_BYTES
     assert args[2].shape == (64, (1 << 20) // 16)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from importlib.util import find_spec
 from io import StringIO
 from itertools import combinations
@@ -248,24 +249,55 @@ def test_an_interrupt_keeps_the_rows_so_far(tiny_dir: Path, tmp_path: Path, monk
     assert not saved["complete"]
 
 
+@pytest.fixture
+def paths(tmp_path: Path, tiny_dir: Path) -> dict[str, str]:
+    """What a user may give by mistake."""
+    (tmp_path / "short").write_text("short!")
+    (tmp_path / "binary").write_bytes(b"\x89PNG\xff")
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(tiny_dir, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
+    shutil.copytree(tiny_dir, tmp_path / "garbled")
+    (tmp_path / "garbled" / "config.json").write_text("{")
+    return {path.name.upper(): str(path) for path in tmp_path.iterdir()}
+
+
+HUGE = str(10**20)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--device", "cuda:99"], "device: wanted cpu"),
-        (["--device", "cpu", "--quick", "--text", "SHORT"], "text: wanted at least 1024 tokens, got 6 in short"),
-        (["--device", "cpu", "--model", "EMPTY"], "config.json"),
-        (["--device", "cpu"], "model: wanted a context of at least 2081 tokens, got 2048"),
+        (["--quick", "--text", "SHORT"], "text: wanted at least 1024 tokens, got 6 in short"),
+        (["--quick", "--text", "BINARY"], "text: wanted a text file in UTF-8, got other bytes at 0 of BINARY"),
+        (["--quick", "--text", "EMPTY"], "EMPTY: Is a directory"),
+        (["--quick", "--text", "ABSENT"], "ABSENT: No such file"),
+        (["--quick", "--prompt", ""], "prompt: wanted a text of a token or more"),
+        (["--quick", "--window", HUGE], "size: wanted at most"),
+        (["--quick", "--global-tokens", HUGE], "global_tokens: wanted at most"),
+        (["--quick", "--output", "SHORT"], "SHORT: is no folder"),
+        (["--quick", "--output", "/dev/null/x"], "/dev/null"),
+        (["--model", "EMPTY"], "config.json"),
+        (["--model", "ABSENT"], "model: wanted a directory with a model of Hugging Face, got ABSENT"),
+        (["--model", "SHORT"], "model: wanted a directory with a model of Hugging Face, got SHORT"),
+        (["--model", "BROKEN"], "model: wanted a model that Transformers can load from BROKEN"),
+        (["--model", "GARBLED"], "model: wanted a model that Transformers can load from GARBLED"),
+        ([], "model: wanted a context of at least 2081 tokens, got 2048"),
     ],
-    ids=["device", "short-text", "no-model", "context"],
+    ids=lambda x: "-".join(x) if isinstance(x, list) else "",
 )
-def test_what_cannot_be_used_is_one_line(options: list[str], message: str, tiny_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "short").write_text("short!")
-    (tmp_path / "empty").mkdir()
-    paths = {"SHORT": str(tmp_path / "short"), "EMPTY": str(tmp_path / "empty")}
+def test_what_cannot_be_used_is_one_line(
+    options: list[str], message: str, paths: dict[str, str], tiny_dir: Path, tmp_path: Path
+) -> None:
+    paths = paths | {"ABSENT": str(tmp_path / "absent")}
+    for name, path in paths.items():
+        message = message.replace(name, path)
     options = [paths.get(o, o) for o in options]
-    options += [] if "--model" in options else ["--model", str(tiny_dir)]
-    result = CliRunner().invoke(app, [*options, "--output", str(tmp_path)])
-    assert result.exit_code == 2
+    for option, value in (("--model", str(tiny_dir)), ("--output", str(tmp_path / "out")), ("--device", "cpu")):
+        options += [] if option in options else [option, value]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 2, result.exception
     assert result.stderr.startswith("swath: ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
@@ -81,3 +82,22 @@ def error(ours: Tensor, theirs: Tensor, mask: Tensor | None = None) -> float:
 
 def greedy(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, new: int = 30, **options: Any) -> Tensor:
     return model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **options)
+
+
+def build(model_type: str, implementation: str, **options: Any) -> PreTrainedModel:
+    """A model of any type with options of its own, in fp32 with random weights that are the same every time."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(HYBRID | options)))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.requires_grad_(False).normal_(0, 0.3)
+    model.set_attn_implementation(implementation)
+    return model.eval().requires_grad_(False)
+
+
+SLIDING_FIRST = "sliding_attention", "full_attention"
+
+
+def six_layers(implementation: str, order: tuple[str, str] = SLIDING_FIRST) -> PreTrainedModel:
+    """A hybrid model in which calls can fail half-way."""
+    return build("qwen3", implementation, num_hidden_layers=6, layer_types=[*order] * 3, use_sliding_window=True)

@@ -256,8 +256,9 @@ def test_crop_needs_the_page_it_goes_on_in() -> None:
     for seen, new in ((0, 39), (39, 1)):
         pages.extend(seen, new, [0], torch.device("cpu"))
     with pytest.raises(ValueError, match="crop: wanted fewer tokens"):
-        pages.crop(20)
-    pages.crop(8)
+        pages.check_crop(20)
+    pages.check_crop(32)
+    pages.crop(32)
     assert pages.live == 0, "position 32 begins a page"
 
 

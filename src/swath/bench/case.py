@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 
 from swath.pages import page_count, pages_holding
 from swath.quant import KVQuant
+from swath.testing import Case
+from swath.testing.cases import NAMES
 from swath.window import Window
 
+Op = Literal["decode", "steps", "prefill", "mixed"]
 DECODES = ("decode", "steps")
 """Ops in which each sequence has one query token or a few; the others have chunks of prefill."""
-DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
-_STORED = DTYPES | {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,6 @@ class Lengths:
 
     q: tuple[int, ...]
     kv: tuple[int, ...]
-
-    def pages(self, page_size: int) -> list[int]:
-        """Pages that the keys of each sequence take."""
-        return [page_count(n, page_size) for n in self.kv]
 
 
 class Draw(Protocol):
@@ -115,33 +112,24 @@ class Extend:
         return f"32 x 1..{self.n // 2 - 1} of 2..{self.n - 2}, as sglang 8860 draws them"
 
 
-@dataclass(frozen=True)
-class BenchCase:
-    """One call.
+@dataclass(frozen=True, kw_only=True)
+class BenchCase(Case):
+    """A call with a name, whose lengths are drawn on the device that computes it.
 
     - op: "decode" (one query token), "steps" (a few), "prefill", or "mixed"
-    - page_size 0: dense keys
-    - storage: "bf16" or "f32", or "int8" or "e4m3" with a granularity after a space
-    - window: keys visible, the query's own included; leading: leading tokens that stay visible
-    - goal_x_floor, goal_peer: the times over the floor, and the best peer's time over ours, that the case should reach
+    - draw: where ``kv_lens`` and ``q_lens`` come from; they are empty until then
     """
 
     name: str
-    op: str
+    op: Op
     draw: Draw
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    page_size: int = 16
-    storage: str = "bf16"
-    dtype: str = "bf16"
-    window: int | None = None
-    leading: int = 0
-    sink: bool = False
-    compute: str = "float"
     tags: tuple[str, ...] = ()
-    goal_x_floor: float | None = field(default=None, compare=False)
-    goal_peer: float | None = field(default=None, compare=False)
+    kv_lens: tuple[int, ...] = ()
+    global_tokens: int = 0
+    bounds: str = "tight"
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def is_decode(self) -> bool:
@@ -149,42 +137,37 @@ class BenchCase:
         return self.op in DECODES
 
     @property
-    def visible(self) -> Window:
-        """Who sees whom."""
-        return Window(self.window, self.leading)
+    def has_sink(self) -> bool:
+        """Whether each query head has a sink logit."""
+        return self.sink != "none"
 
-    @property
-    def quant(self) -> KVQuant:
-        """How keys and values are stored."""
-        stored, _, granularity = self.storage.partition(" ")
-        return KVQuant(_STORED[stored], granularity or "none")
-
-    @property
-    def element_bytes(self) -> int:
-        """Of one element of q and out."""
-        return DTYPES[self.dtype].itemsize
-
-    @property
-    def group(self) -> int:
-        """Query heads of a kv head."""
-        return self.heads // self.kv_heads
+    def drawn(self, device: torch.device) -> BenchCase:
+        """The case with its lengths."""
+        lengths = self.draw.lengths(device)
+        q_lens = lengths.q[0] if self.is_decode else lengths.q
+        return replace(self, kv_lens=lengths.kv, q_lens=q_lens)
 
     @property
     def shape(self) -> str:
         """The numbers in words."""
-        words = [str(self.draw), f"heads {self.heads}/{self.kv_heads}", f"D {self.head_dim}"]
-        words.append(f"pages of {self.page_size}" if self.page_size else "dense")
-        if self.storage != "bf16":
-            words.append(self.storage)
-        if self.window is not None:
-            words.append(f"window {self.window}")
-        if self.leading:
-            words.append(f"{self.leading} leading")
-        if self.sink:
+        words = [str(self.draw), f"heads {self.num_q_heads}/{self.num_kv_heads}", f"D {self.head_dim}"]
+        words.append("dense" if self.dense else f"pages of {self.page_size}")
+        if self.storage != KVQuant(torch.bfloat16):
+            words.append(stored_name(self.storage))
+        if self.size is not None:
+            words.append(f"window {self.size}")
+        if self.global_tokens:
+            words.append(f"{self.global_tokens} leading")
+        if self.has_sink:
             words.append("sinks")
         if self.compute != "float":
             words.append(f"compute {self.compute}")
         return ", ".join(words)
+
+
+def stored_name(storage: KVQuant) -> str:
+    """How keys and values are stored, in words: "bf16", "int8 token"."""
+    return NAMES[storage.dtype] + (f" {storage.k}" if storage.k != "none" else "")
 
 
 @dataclass(frozen=True)
@@ -196,20 +179,21 @@ class Work:
     cache_bytes: int
 
 
-def work_of(case: BenchCase, lengths: Lengths) -> Work:
+def work_of(case: Case) -> Work:
     """Both matrix products over visible pairs; q, out, and once each key, value and scale that some query sees.
 
-    cache_bytes: the pages that the next token still needs; the others may be freed.
+    cache_bytes: the pages that the next token still needs; the others may be freed. Of dense keys none.
     """
-    window, per_key = case.visible, case.quant.bytes_per_token(case.kv_heads, case.head_dim)
+    window, per_key = case.window, case.storage.bytes_per_token(case.num_kv_heads, case.head_dim)
     pairs = keys = kept = 0
-    for q_len, kv_len in zip(lengths.q, lengths.kv, strict=True):
+    for q_len, kv_len in zip(case.row_counts, case.kv_lens, strict=True):
         pairs += visible_pairs(window, kv_len - q_len, kv_len)
         lead, left, right = window.key_ranges(kv_len - q_len, kv_len - 1, kv_len)
         keys += lead + right - left
-        kept += _kept_slots(window, kv_len, max(case.page_size, 1))
-    rows = 2 * case.element_bytes * sum(lengths.q) * case.heads * case.head_dim
-    return Work(4 * case.head_dim * case.heads * pairs, keys * per_key + rows, kept * per_key)
+        kept += 0 if case.dense else _kept_slots(window, kv_len, case.page_size)
+    elements = case.num_q_heads * case.head_dim
+    rows = 2 * case.dtype.itemsize * sum(case.row_counts) * elements
+    return Work(4 * elements * pairs, keys * per_key + rows, kept * per_key)
 
 
 def visible_pairs(window: Window, first: int, kv_len: int) -> int:

@@ -44,9 +44,9 @@ def changes(before: Iterable[Row], after: Iterable[Row]) -> list[Change]:
     """
     first, later = measured(before), list(after)
     second = measured(later)
-    tried = {(row["case"], row["provider"]) for row in later}
+    tried = {(row.case, row.provider) for row in later}
     return [
-        Change(case, provider, row["op"], row["us"], second[key]["us"] if (key := (case, provider)) in second else None)
-        for (case, provider), row in first.items()
-        if (case, provider) in tried
+        Change(*key, row.op, row.us, second[key].us if key in second else None)
+        for key, row in first.items()
+        if key in tried
     ]

@@ -1,14 +1,51 @@
-"""Ratios between measured rows that swath promises, or wants to tell: each states what it is measured against."""
+"""What swath promises, or wants to tell: each goal states what it is measured against. ``judge.py`` judges them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from swath.bench.judge import advantage, best, by_case, is_ours
-from swath.bench.results import Row
-
 OURS = "swath"
+
+X_FLOOR = {
+    "B8 4k p32": 1.25,
+    "B64 8k p16": 1.03,
+    "B64 8k p64": 1.025,
+    "B16 32k p1024": 1.02,
+    "B1 128k p16": 1.07,
+    "B128 16k w1024 p16": 1.06,
+    "B128 16k w128 p16": 1.8,
+    "B128 16k w128 p16 sinks": 1.8,
+    "B64 8k p16 int8 channel": 1.06,
+    "B64 8k p16 int8 token": 1.08,
+    "B64 8k p16 fp8 e4m3": 1.06,
+    "B128 16k w1024 p16 int8 channel": 1.15,
+    "B128 16k w1024 p16 int8 token": 1.15,
+    "B128 16k w1024 p16 e4m3 tensor": 1.15,
+    "4 steps, B32 16k p16": 1.035,
+    "4 steps, B64 16k w4096 p16": 1.08,
+}
+"""By case, the largest time over the floor that is good."""
+
+X_PEER = {
+    "llama 8k full": 1.0,
+    "llama 16k full": 1.0,
+    "mistral 16k": 1.05,
+    "gemma 16k": 1.2,
+    "gpt-oss 16k": 3.2,
+    "gpt-oss 16k sinks": 3.2,
+    "gpt-oss 8k full": 1.0,
+    "stream 16k": 1.7,
+    "paged 2k at 16k": 1.0,
+    "paged 2k at 16k w1024": 1.15,
+    "paged 2k at 16k int8 channel": 10.0,
+    "paged 2k at 16k int8 channel w1024": 10.0,
+    "paged 2k at 16k int8 token": 10.0,
+    "paged 2k at 16k int8 token w1024": 10.0,
+    "B128 16k w128 p16": 1.8,
+    "B128 16k w128 p16 sinks": 1.8,
+}
+"""By case, the smallest time of the best peer over ours that is good."""
 
 
 @dataclass(frozen=True)
@@ -25,21 +62,8 @@ class Goal:
     against: str = OURS
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A goal and the ratio that came."""
-
-    goal: Goal
-    ratio: float
-
-    @property
-    def reached(self) -> bool:
-        """Whether the ratio is good."""
-        return self.ratio <= self.goal.most
-
-
 def _seeds() -> Iterable[Goal]:
-    """The headlines of rows 000a, 000b and 001, against the same kind of kernel on the same card."""
+    """The headlines of 000a, 000b and 001, against the same kind of kernel on the same card."""
     for what, times, name in (
         ("decode", 10, "000a p32"),
         ("int8 window prefill", 45, "000b B2 16/4 D96 2048+0 p128"),
@@ -75,27 +99,4 @@ GOALS = (
     Goal("cpu int8 channel against fp32", "cpu B16 32k w1024 int8 channel", ("cpu B16 32k w1024",), 1.5),
     Goal("cpu prefill against SDPA, band mask", "cpu prefill 8k w512", ("cpu prefill 8k w512",), 0.25, "torch"),
 )
-"""What the run, the report and the tests look at, where all rows are there."""
-
-
-def outcomes(rows: Iterable[Row]) -> list[Outcome]:
-    """The goals whose rows are all among ``rows``."""
-    cases = by_case(rows)
-    found = []
-    for goal in GOALS:
-        ours = best(row for row in cases.get(goal.case, []) if is_ours(row["provider"]))
-        others = [best(row for row in cases.get(name, []) if _stands(row, goal.against)) for name in goal.others]
-        measured = [row for row in others if row is not None]
-        if ours is not None and len(measured) == len(others):
-            found.append(Outcome(goal, 1 / advantage(ours, _together(measured))))
-    return found
-
-
-def _together(rows: list[Row]) -> Row:
-    """The time of all rows, one after the other."""
-    rounds = zip(*(row.get("rounds_us") or [] for row in rows), strict=False)
-    return {"us": sum(row["us"] for row in rows), "rounds_us": [sum(times) for times in rounds]}
-
-
-def _stands(row: Row, against: str) -> bool:
-    return is_ours(row["provider"]) if against == OURS else bool(row["provider"] == against)
+"""Ratios of cases, which the run, the report and the tests look at where all rows are there."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from swath.bench.case import DECODES, BenchCase, Groups, work_of
+from swath.bench.case import DECODES, BenchCase, Groups, stored_name, work_of
 from swath.bench.cases import BY_NAME, CASES
+from swath.bench.goals import X_FLOOR, X_PEER
 from swath.bench.judge import by_case, is_baseline, is_ours
-from swath.bench.results import Row, conditions
+from swath.bench.results import Row, Timed, conditions, timed
 from swath.cli.palette import FAINT, INK, MUTED, TONES
+from swath.quant import KVQuant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,33 +29,33 @@ MARKERS = "osD^vP*X"
 _KINDS = {"decode": DECODES, "prefill": ("prefill", "mixed")}
 
 
-def save_all(rows: list[Row], folder: Path, prefix: str = "bench") -> list[Path]:
-    """Write every plot for which there are rows, each as PNG and SVG; the same rows give the same bytes."""
+def draw_all(rows: Iterable[Row], prefix: str = "bench") -> dict[str, bytes]:
+    """Every plot for which there are rows, by the name of its file, PNG and SVG; the same rows give the same bytes."""
     import matplotlib as mpl
 
-    rows = [row for row in rows if row["status"] == "ok" and row["case"] in BY_NAME]
+    known = [row for row in timed(rows) if row.case in BY_NAME]
     drawn: dict[str, Figure | None] = {}
     for kind, ops in _KINDS.items():
-        mine = [row for row in rows if row["op"] in ops]
+        mine = [row for row in known if row.op in ops]
         drawn[f"floor-{kind}"] = _floors(mine, f"{kind.capitalize()}: time over the floor")
         drawn[f"context-{kind}"] = _sweep(mine, "context", _context, kind)
-        drawn[f"window-{kind}"] = _sweep(mine, "window", lambda case: case.window or 0, kind)
-    drawn["cache"] = _cache(rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+        drawn[f"window-{kind}"] = _sweep(mine, "window", lambda case: case.size or 0, kind)
+    drawn["cache"] = _cache(known)
+    files = {}
     with mpl.rc_context({"svg.hashsalt": "swath", "font.family": "DejaVu Sans"}):
         for name, figure in drawn.items():
             for form in ("png", "svg") if figure is not None else ():
-                paths.append(folder / f"{prefix}-{name}.{form}")
-                figure.savefig(paths[-1], dpi=160, metadata={"Date": None} if form == "svg" else None)  # type: ignore[union-attr]
-    return paths
+                data = io.BytesIO()
+                figure.savefig(data, format=form, dpi=160, metadata={"Date": None} if form == "svg" else None)  # type: ignore[union-attr]
+                files[f"{prefix}-{name}.{form}"] = data.getvalue()
+    return files
 
 
 def _context(case: BenchCase) -> int:
     return max(kv for _, _, kv in case.draw.groups) if isinstance(case.draw, Groups) else 0
 
 
-def _floors(rows: list[Row], title: str) -> Figure | None:
+def _floors(rows: list[Timed], title: str) -> Figure | None:
     """A line for each case, ours filled, peers hollow; the cases that have a goal, or all where none has."""
     cases = {name: found for name, found in by_case(rows).items() if "sweep" not in BY_NAME[name].tags}
     with_goal = {name: found for name, found in cases.items() if _goal(BY_NAME[name])}
@@ -62,25 +64,25 @@ def _floors(rows: list[Row], title: str) -> Figure | None:
         return None
     figure = _figure(0.27 * len(cases) + 1.5, title, rows)
     ax = figure.axes[0]
-    styles = _styles(row["provider"] for found in cases.values() for row in found if not is_baseline(row["provider"]))
+    styles = _styles(row.provider for found in cases.values() for row in found if not is_baseline(row.provider))
     for y, found in enumerate(cases.values()):
-        points = [row for row in found if not is_baseline(row["provider"])]
-        spread = [row["x_floor"] for row in points]
+        points = [row for row in found if not is_baseline(row.provider)]
+        spread = [row.x_floor for row in points]
         if spread:
             ax.plot([min(1.0, *spread), max(spread)], [y, y], color=FAINT, linewidth=1, zorder=0)
         for row in points:
-            ax.plot(row["x_floor"], y, linestyle="", **styles[row["provider"]])
+            ax.plot(row.x_floor, y, linestyle="", **styles[row.provider])
     ax.set_yticks(range(len(cases)), list(cases), size=8)
     ax.invert_yaxis()
     ax.axvline(1, color=MUTED, linewidth=1)
-    _log_ticks(ax, [row["x_floor"] for found in cases.values() for row in found if not is_baseline(row["provider"])])
+    _log_ticks(ax, [row.x_floor for found in cases.values() for row in found if not is_baseline(row.provider)])
     ax.set_xlabel("time / floor (1 is what the machine allows, left is better)", color=INK, size=9)
     _legend(ax, styles)
     return figure
 
 
 def _goal(case: BenchCase) -> bool:
-    return case.goal_peer is not None or case.goal_x_floor is not None
+    return case.name in X_FLOOR or case.name in X_PEER
 
 
 def _log_ticks(ax: Axes, values: list[float]) -> None:
@@ -94,16 +96,16 @@ def _log_ticks(ax: Axes, values: list[float]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def _sweep(rows: list[Row], tag: str, along: Callable[[BenchCase], int], kind: str) -> Figure | None:
+def _sweep(rows: list[Timed], tag: str, along: Callable[[BenchCase], int], kind: str) -> Figure | None:
     """Time against ``along``: a line for each provider, and one of its own for cases without a window."""
     lines: dict[tuple[str, bool], list[tuple[int, float]]] = {}
     floors: dict[bool, list[tuple[int, float]]] = {}
     for row in rows:
-        case = BY_NAME[row["case"]]
-        if tag in case.tags and not is_baseline(row["provider"]):
-            full = case.window is None
-            lines.setdefault((row["provider"], full), []).append((along(case), row["us"]))
-            floors.setdefault(full, []).append((along(case), row["floor_us"]))
+        case = BY_NAME[row.case]
+        if tag in case.tags and not is_baseline(row.provider):
+            full = case.size is None
+            lines.setdefault((row.provider, full), []).append((along(case), row.us))
+            floors.setdefault(full, []).append((along(case), row.floor_us))
     if not any(len(points) > 1 for points in lines.values()):
         return None
     figure = _figure(4.4, f"{kind.capitalize()}: time against the {tag}", rows)
@@ -116,7 +118,7 @@ def _sweep(rows: list[Row], tag: str, along: Callable[[BenchCase], int], kind: s
         x, y = zip(*sorted(dict(points).items()), strict=True)
         ax.plot(x, y, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     _powers(ax, sorted({x for points in lines.values() for x, _ in points}))
-    fixed = BY_NAME[next(row["case"] for row in rows if tag in BY_NAME[row["case"]].tags)]
+    fixed = BY_NAME[next(row.case for row in rows if tag in BY_NAME[row.case].tags)]
     windowed = f"keys in the window, of {_context(fixed)}" if tag == "window" else "keys of a sequence"
     ax.set_xlabel(windowed, color=INK, size=9)
     ax.set_ylabel("us (less is better)", color=INK, size=9)
@@ -124,10 +126,10 @@ def _sweep(rows: list[Row], tag: str, along: Callable[[BenchCase], int], kind: s
     return figure
 
 
-def _cache(rows: list[Row]) -> Figure | None:
+def _cache(rows: list[Timed]) -> Figure | None:
     """What a cache of one layer must hold for a sequence: arithmetic on the shapes of the decode sweep."""
     sweep = [case for case in CASES if case.op == "decode" and {"sweep", "context"} <= set(case.tags)]
-    measured = {row["case"] for row in rows}
+    measured = {row.case for row in rows}
     sweep = [case for case in sweep if case.name in measured]
     contexts = sorted({_context(case) for case in sweep})
     if len(contexts) < 2:
@@ -135,12 +137,12 @@ def _cache(rows: list[Row]) -> Figure | None:
     first = sweep[0]
     figure = _figure(4.4, "Cache of one layer and sequence", rows)
     ax = figure.axes[0]
-    window = next(case.window for case in sweep if case.window is not None)
-    kinds = ((None, first.storage), (None, "int8 token"), (window, first.storage), (window, "int8 token"))
-    for (size, storage), tone, marker in zip(kinds, TONES, MARKERS, strict=False):
-        alone = replace(first, window=size, storage=storage, leading=0)
-        mib = [work_of(alone, Groups(((1, 1, n),)).lengths(torch.device("cpu"))).cache_bytes / 2**20 for n in contexts]
-        label = f"{storage}, {'no window' if size is None else f'window {size}'}"
+    window = next(case.size for case in sweep if case.size is not None)
+    kinds = [(size, quant) for size in (None, window) for quant in (first.quant, KVQuant(torch.int8, "token"))]
+    for (size, quant), tone, marker in zip(kinds, TONES, MARKERS, strict=False):
+        alone = replace(first, size=size, quant=quant, q_lens=1)
+        mib = [work_of(replace(alone, kv_lens=(n,))).cache_bytes / 2**20 for n in contexts]
+        label = f"{stored_name(alone.storage)}, {'no window' if size is None else f'window {size}'}"
         ax.plot(contexts, mib, marker=marker, markersize=5, linewidth=1.4, color=tone, label=label)
     _powers(ax, contexts)
     ax.set_xlabel("keys of a sequence", color=INK, size=9)
@@ -159,7 +161,7 @@ def _powers(ax: Axes, values: list[int]) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
 
 
-def _figure(height: float, title: str, rows: list[Row]) -> Figure:
+def _figure(height: float, title: str, rows: list[Timed]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), facecolor="white", layout="constrained")

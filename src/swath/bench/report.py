@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from swath.bench.goals import outcomes
-from swath.bench.judge import by_case, sides, verdict
-from swath.bench.results import Row, conditions, machine_of
+from swath.bench.judge import by_case, outcomes, sides, verdict
+from swath.bench.results import Row, Timed, conditions, timed
+from swath.bench.units import in_words
 from swath.errors import bad_value
 
 BEGIN, END = "<!-- bench plot: begin -->", "<!-- bench plot: end -->"
@@ -46,8 +46,7 @@ def page(files: dict[str, list[Row]], images: Iterable[str]) -> str:
 
 def date_of(rows: list[Row]) -> str:
     """The last day of a file."""
-    date: str = max(row["date"] for row in rows)
-    return date
+    return max(row.origin.date for row in rows)
 
 
 def fullest(files: Iterable[list[Row]]) -> list[Row]:
@@ -59,13 +58,11 @@ def _section(name: str, rows: list[Row]) -> str:
     date = date_of(rows)
     about = name.removesuffix(".jsonl").split(date)[-1].strip("-").replace("-", " ")
     text = [
-        f"## {machine_of(rows[0])}, {date}{about and ': ' + about}\n",
+        f"## {rows[0].origin.machine}, {date}{about and ': ' + about}\n",
         f"[{name}](../benchmarks/results/{name}): {conditions(rows)}.\n",
     ]
-    if any(row["status"] == "ok" and "budget_used" not in row for row in rows):
-        text.append("Results of this file were held to a relative error of 1e-2 and not yet to budgets.\n")
     for op, title in TITLES.items():
-        mine = [row for row in rows if row["op"] == op]
+        mine = [row for row in rows if row.op == op]
         if mine:
             text += [f"### {title}\n", *_table(mine), "", "```text", *_commands(mine), "```", ""]
     found = outcomes(rows)
@@ -81,21 +78,21 @@ def _table(rows: list[Row]) -> list[str]:
     for name, found in by_case(rows).items():
         ours, peer = sides(found)
         shown = [row for row in (ours, peer) if row is not None]
-        floor = f"{shown[0]['floor_us']:.4g}, {shown[0]['bound']}" if shown else ""
-        rest = [_cell(row) for row in found if row["status"] == "ok" and row not in shown]
-        rest += [f"{row['provider']}: {row['status']}" for row in found if row["status"] in ("refused", "failed")]
+        floor = f"{in_words(shown[0].floor_us)}, {shown[0].bound}" if shown else ""
+        rest = [_cell(row) for row in timed(found) if row not in shown]
+        rest += [f"{row.provider}: {row.status}" for row in found if row.status in ("refused", "failed")]
         cells = (name, floor, _cell(ours), _cell(peer), verdict(found), "; ".join(rest))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def _cell(row: Row | None) -> str:
-    return "" if row is None else f"{row['provider'].removeprefix('swath-')} {row['us']:.4g} x{row['x_floor']:.2f}"
+def _cell(row: Timed | None) -> str:
+    return "" if row is None else f"{row.provider.removeprefix('swath-')} {in_words(row.us)} x{row.x_floor:.2f}"
 
 
 def _commands(rows: list[Row]) -> list[str]:
     """The commands that gave these rows."""
-    return list(dict.fromkeys(row["command"] for row in rows))
+    return list(dict.fromkeys(row.origin.command for row in rows))
 
 
 def with_plot(readme: str, rows: list[Row], images: Iterable[str]) -> str:

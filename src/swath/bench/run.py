@@ -6,8 +6,8 @@ before each. Ratios are taken within a round, so that heat and power, which move
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import cycle
 from statistics import median, quantiles
 
@@ -19,7 +19,7 @@ from swath.bench.clock import Ceilings, CpuClock, Graph, Run, capture, host_us
 from swath.bench.gate import Gate
 from swath.bench.inputs import Inputs, make_inputs
 from swath.bench.providers import Provider
-from swath.bench.results import Row
+from swath.bench.results import Origin, Row, Timed
 
 MAX_SETS, SETS_BYTES = 3, 4 << 30
 """Input sets that runs take in turn, so that no cache serves them: as many as fit."""
@@ -48,24 +48,37 @@ class _Contender:
 
 
 def measure_case(
-    case: BenchCase, providers: tuple[Provider, ...], clock: CpuClock, rounds: int, tell: Progress
+    case: BenchCase, providers: Sequence[Provider], clock: CpuClock, rounds: int, tell: Progress, origin: Origin
 ) -> list[Row]:
     """A row for each provider: its figures, or why there are none."""
     tell(f"{case.name}: inputs and truth")
-    lengths = case.draw.lengths(clock.device)
-    work = work_of(case, lengths)
-    sets = [make_inputs(case, lengths, clock.device)]
+    case = case.drawn(clock.device)
+    work = work_of(case)
+    sets = [make_inputs(case, clock.device)]
     count = min(MAX_SETS, max(SETS_BYTES // max(sets[0].nbytes, 1), 1))
-    sets += [make_inputs(case, lengths, clock.device, seed) for seed in range(1, count)]
+    sets += [make_inputs(case, clock.device, seed) for seed in range(1, count)]
     gate = Gate(sets[0])
-    rows, contenders = [], []
+    rows: list[Row] = []
+    contenders: dict[int, _Contender] = {}
     for provider in providers:
         tell(f"{case.name}: {provider.name}, check")
-        row = {"case": case.name, "op": case.op, "shape": case.shape, "provider": provider.name}
+        row = Row(
+            case=case.name, op=case.op, shape=case.shape, provider=provider.name, status="unable", origin=origin
+        )  # fmt: skip
         contender = _admit(provider, case, sets, gate, clock, row)
-        rows.append(row)
         if contender is not None:
-            contenders.append(contender)
+            contenders[len(rows)] = contender
+        rows.append(row)
+    ceilings, read_us = _time(list(contenders.values()), case, clock, work, rounds, tell)
+    for place, contender in contenders.items():
+        rows[place] = _figures(contender, work, ceilings, read_us)
+    return rows
+
+
+def _time(
+    contenders: list[_Contender], case: BenchCase, clock: CpuClock, work: Work, rounds: int, tell: Progress
+) -> tuple[list[Ceilings], float | None]:
+    """Interleaved rounds: the ceilings of each, and what a plain read of as many bytes takes, where that says much."""
     ceilings, read_times = [], []
     plain = clock.plain_read(work.nbytes) if contenders and case.is_decode else None
     for i in range(rounds if contenders else 0):
@@ -76,59 +89,55 @@ def measure_case(
         turn = i % len(contenders)
         for contender in contenders[turn:] + contenders[:turn]:
             _one_turn(contender, clock)
-    for contender in contenders:
-        contender.row |= _figures(contender, work, ceilings, case)
-        if read_times:
-            contender.row["read_us"] = median(read_times)
-    return rows
+    return ceilings, median(read_times) if read_times else None
 
 
 def _admit(
     provider: Provider, case: BenchCase, sets: list[Inputs], gate: Gate, clock: CpuClock, row: Row
 ) -> _Contender | None:
     """The provider ready to be timed, or None; ``row`` gets its status, the reason, and its error."""
-    reason = provider.why_not(case)
-    if reason is not None:
-        row |= {"status": "unable", "reason": reason}
+    row.reason = provider.why_not(case)
+    if row.reason is not None:
         return None
-    row["version"] = provider.version
+    row.version = provider.version
     try:
         runs: list[Run] = [provider.prepare(inputs) for inputs in sets]
-        refusal = _judge(gate, runs[0](), row)
+        passed = _judge(gate, runs[0](), row)
         eager = None
-        if refusal is None and clock.device.type == "cuda" and case.is_decode:
-            row["host_us"] = host_us(runs[0])
-            row["extra_bytes"] = clock.extra_bytes(runs[0])
+        if passed and clock.device.type == "cuda" and case.is_decode:
+            row.host_us = host_us(runs[0])
+            row.extra_bytes = clock.extra_bytes(runs[0])
             graphs = _captured(provider, runs, row)
             if graphs:
                 eager, runs = _rotating(runs), graphs
-                refusal = _judge(gate, runs[0](), row)
-        if refusal is not None:
-            row |= {"status": "refused", "reason": refusal}
+                passed = _judge(gate, runs[0](), row)
+        if not passed:
             return None
-        row.setdefault("extra_bytes", clock.extra_bytes(runs[0]))
+        if eager is None:
+            row.extra_bytes = clock.extra_bytes(runs[0])
         contender = _Contender(provider, row, _rotating(runs), eager)
         estimate = max(min(clock.times_us(contender.timed, 2)), 1.0)
         contender.runs = int(min(max(ROUND_US / estimate, MIN_RUNS), MAX_RUNS))
     except NotImplementedError as error:
-        row |= {"status": "unable", "reason": _one_line(error)}
+        row.reason = _one_line(error)
         return None
     except Exception as error:  # noqa: BLE001 - whatever another library raises is a result, stored and printed
-        row |= {"status": "failed", "reason": f"{type(error).__name__}: {_one_line(error)}"}
+        row.status, row.reason = "failed", f"{type(error).__name__}: {_one_line(error)}"
         _check_device(clock.device, provider, case)
         return None
     if provider.launch is not None:
-        row["launch"] = provider.launch(sets[0])
+        row.launch = provider.launch(sets[0])
     return contender
 
 
-def _judge(gate: Gate, out: Tensor, row: Row) -> str | None:
-    """Put the error into ``row``; why the result may not be timed, or None."""
+def _judge(gate: Gate, out: Tensor, row: Row) -> bool:
+    """Whether a result may be timed; ``row`` gets its error, and why it may not."""
     verdict = gate.check(out)
-    row |= {"error": verdict.error, "budget_used": verdict.budget_used}
-    if verdict.passed:
-        return None
-    return f"a sampled row uses {verdict.budget_used:.3g} of its error budget (error {verdict.error:.1e})"
+    row.error, row.budget_used = verdict.error, verdict.budget_used
+    if not verdict.passed:
+        used = f"{verdict.budget_used:.3g} of its error budget (error {verdict.error:.1e})"
+        row.status, row.reason = "refused", f"a sampled row uses {used}"
+    return verdict.passed
 
 
 def _captured(provider: Provider, runs: list[Run], row: Row) -> list[Run]:
@@ -138,7 +147,7 @@ def _captured(provider: Provider, runs: list[Run], row: Row) -> list[Run]:
     except Exception as error:
         if provider.launch is not None:
             raise
-        row["graph_error"] = _one_line(error)
+        row.graph_error = _one_line(error)
         return []
     for graph in graphs:
         graph.out.fill_(torch.nan)
@@ -158,36 +167,35 @@ def _one_turn(contender: _Contender, clock: CpuClock) -> None:
         contender.eager_times.append(clock.times_us(contender.eager, contender.runs))
 
 
-def _figures(contender: _Contender, work: Work, ceilings: list[Ceilings], case: BenchCase) -> Row:
+def _figures(contender: _Contender, work: Work, ceilings: list[Ceilings], read_us: float | None) -> Timed:
     """Medians over the rounds; the floor of a round comes from its own matrix product and the run's best read."""
     rounds_us = [median(times) for times in contender.times]
-    every = [t for times in contender.times for t in times]
-    tenths = quantiles(every, n=10)
-    read = max(c.read_tb_per_s for c in ceilings)
+    tenths = quantiles([t for times in contender.times for t in times], n=10)
+    read, copied = max(c.read_tb_per_s for c in ceilings), median(c.copy_tb_per_s for c in ceilings)
     bytes_us = work.nbytes / read / 1e6
     floors = [max(bytes_us, work.flops / c.matmul_tflop_per_s / 1e6) for c in ceilings]
     us, floor_us = median(rounds_us), median(floors)
-    typical = Ceilings(*(median(column) for column in zip(*(asdict(c).values() for c in ceilings), strict=True)))
-    row: Row = {
-        "status": "ok",
-        "us": us,
-        "us_p10_p90": [tenths[0], tenths[-1]],
-        "rounds_us": rounds_us,
-        "method": "graph" if contender.eager is not None else "eager",
-        "floor_us": floor_us,
-        "bound": "bytes" if bytes_us >= floor_us else "matmul",
-        "x_floor": median(t / floor for t, floor in zip(rounds_us, floors, strict=True)),
-        "tflop_per_s": work.flops / us / 1e6,
-        "tb_per_s": work.nbytes / us / 1e6,
-        "flops": work.flops,
-        "nbytes": work.nbytes,
-        "cache_bytes": work.cache_bytes if case.page_size else None,
-        **asdict(typical),
-        "read_tb_per_s": read,
-    }
-    if contender.eager is not None:
-        row["eager_us"] = median(median(times) for times in contender.eager_times)
-    return row
+    eager = contender.eager_times
+    return Timed(
+        **vars(contender.row) | {"status": "ok"},
+        us=us,
+        us_p10_p90=[tenths[0], tenths[-1]],
+        rounds_us=rounds_us,
+        method="graph" if contender.eager is not None else "eager",
+        floor_us=floor_us,
+        bound="bytes" if bytes_us >= floor_us else "matmul",
+        x_floor=median(t / floor for t, floor in zip(rounds_us, floors, strict=True)),
+        tflop_per_s=work.flops / us / 1e6,
+        tb_per_s=work.nbytes / us / 1e6,
+        flops=work.flops,
+        nbytes=work.nbytes,
+        cache_bytes=work.cache_bytes or None,
+        read_tb_per_s=read,
+        copy_tb_per_s=copied,
+        matmul_tflop_per_s=median(c.matmul_tflop_per_s for c in ceilings),
+        eager_us=median(median(times) for times in eager) if eager else None,
+        read_us=read_us,
+    )
 
 
 def _one_line(error: Exception) -> str:

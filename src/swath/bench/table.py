@@ -2,83 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
 from rich.text import Text
 
-from swath.bench.results import Row
+from swath.bench.judge import SPREAD
+from swath.bench.results import Row, Timed, timed
+from swath.bench.units import in_words, unit_of
 
 
-def case_table(rows: list[Row]) -> Table:
+def case_table(rows: Sequence[Row]) -> Table:
     """The providers of one case, the fastest first."""
     return _table(rows, _COLUMNS)
 
 
-def tuning_table(rows: list[Row]) -> Table:
+def tuning_table(rows: Sequence[Row]) -> Table:
     """The launch rows that were tried for one case, the fastest first."""
     return _table(rows, _TUNING_COLUMNS)
 
 
-def _table(rows: list[Row], columns: tuple[_Column, ...]) -> Table:
-    """A column only where somebody has a figure."""
-    timed = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: float(row["us"]))
-    columns = tuple(column for column in columns if any(row.get(column.key) is not None for row in timed))
+def _table(rows: Sequence[Row], columns: tuple[_Column, ...]) -> Table:
+    """A column only where a row has a figure for it; times in the unit that suits the fastest."""
+    found = sorted(timed(rows), key=lambda row: row.us)
+    scale, unit = unit_of(found[0].us) if found else (1.0, "us")
+    columns = tuple(column for column in columns if any(column.value(row) is not None for row in found))
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("", min_width=12)
     for column in columns:
-        table.add_column(column.title, justify="right")
-    for row in timed:
-        table.add_row(row["provider"], *(column.shown(row) for column in columns))
+        table.add_column(f"{column.title} {unit}".lstrip() if column.is_time else column.title, justify="right")
+    for row in found:
+        table.add_row(row.provider, *(column.shown(row, scale) for column in columns))
     return table
 
 
 def title(row: Row) -> Text:
     """The case and its shape."""
-    return Text.assemble((row["case"], "bold"), (f"  {row['shape']}", "dim"))
+    return Text.assemble((row.case, "bold"), (f"  {row.shape}", "dim"))
 
 
-def ceilings(rows: list[Row]) -> str:
+def ceilings(rows: Sequence[Row]) -> str:
     """What the machine reached on plain work beside this case."""
-    row = next((row for row in rows if row["status"] == "ok"), None)
+    row = next(iter(timed(rows)), None)
     if row is None:
         return ""
-    reads, copies = ("reads", "read_tb_per_s", "TB/s"), ("copies", "copy_tb_per_s", "TB/s")
-    names = (reads, copies, ("multiplies", "matmul_tflop_per_s", "TFLOP/s"))
-    rates = ", ".join(f"{verb} {row[key]:.3g} {unit}" for verb, key, unit in names)
-    return f"floor {row['floor_us']:.4g} us ({row['bound']}): {rates}"
+    moved = f"reads {row.read_tb_per_s:.3g} TB/s, copies {row.copy_tb_per_s:.3g} TB/s"
+    return f"floor {in_words(row.floor_us)} ({row.bound}): {moved}, multiplies {row.matmul_tflop_per_s:.3g} TFLOP/s"
+
+
+def unsteady(rows: Sequence[Row]) -> list[str]:
+    """A warning for each provider whose rounds lie far apart."""
+    return [
+        f"{row.provider}: its rounds spread by {row.spread:.0%}: the machine was not steady, so measure again"
+        for row in timed(rows)
+        if row.spread > SPREAD
+    ]
+
+
+def untimed(rows: Sequence[Row]) -> list[str]:
+    """In words: who has no time and why, and who was timed eager for want of a CUDA graph."""
+    said = [f"{row.provider}: {row.status}, {row.reason}" for row in rows if not isinstance(row, Timed)]
+    return said + [f"{row.provider}: eager, {row.graph_error}" for row in rows if row.graph_error is not None]
 
 
 @dataclass(frozen=True)
 class _Column:
+    """A figure of rows. is_time: in microseconds, shown in the unit of the table."""
+
     title: str
-    key: str
-    form: str
-    unit: float = 1.0
+    value: Callable[[Timed], float | None]
+    form: str = ".4g"
+    is_time: bool = False
 
-    def shown(self, row: Row) -> str:
-        value = row.get(self.key)
-        if isinstance(value, list):  # the 10th and the 90th percentile: how far they lie apart
-            value = (value[1] - value[0]) / row["us"]
-        return "" if value is None else format(value / self.unit, self.form)
+    def shown(self, row: Timed, scale: float) -> str:
+        value = self.value(row)
+        return "" if value is None else format(value / scale if self.is_time else value, self.form)
 
 
+_TIME = _Column("", lambda row: row.us, is_time=True)
+_SPREAD = _Column("spread", lambda row: (row.us_p10_p90[-1] - row.us_p10_p90[0]) / row.us, ".1%")
+_X_FLOOR = _Column("x floor", lambda row: row.x_floor, ".2f")
 _COLUMNS = (
-    _Column("us", "us", ".1f"),
-    _Column("spread", "us_p10_p90", ".1%"),
-    _Column("x floor", "x_floor", ".2f"),
-    _Column("TFLOP/s", "tflop_per_s", ".3g"),
-    _Column("TB/s", "tb_per_s", ".3g"),
-    _Column("plain read us", "read_us", ".1f"),
-    _Column("eager us", "eager_us", ".1f"),
-    _Column("host us", "host_us", ".0f"),
-    _Column("extra MiB", "extra_bytes", ".1f", 2**20),
-    _Column("error", "error", ".1e"),
+    _TIME,
+    _SPREAD,
+    _X_FLOOR,
+    _Column("TFLOP/s", lambda row: row.tflop_per_s, ".3g"),
+    _Column("TB/s", lambda row: row.tb_per_s, ".3g"),
+    _Column("plain read", lambda row: row.read_us, is_time=True),
+    _Column("eager", lambda row: row.eager_us, is_time=True),
+    _Column("host us", lambda row: row.host_us, ".0f"),
+    _Column("extra MiB", lambda row: None if row.extra_bytes is None else row.extra_bytes / 2**20, ".1f"),
+    _Column("error", lambda row: row.error, ".1e"),
 )
-_TUNING_COLUMNS = (*_COLUMNS[:3], _Column("x present", "x_present", ".3f"))
-
-
-def untimed(rows: list[Row]) -> list[str]:
-    """In words: who has no time and why, and who was timed eager for want of a CUDA graph."""
-    said = [f"{row['provider']}: {row['status']}, {row['reason']}" for row in rows if row["status"] != "ok"]
-    return said + [f"{row['provider']}: eager, {row['graph_error']}" for row in rows if "graph_error" in row]
+_TUNING_COLUMNS = (_TIME, _SPREAD, _X_FLOOR, _Column("x present", lambda row: row.x_present, ".3f"))

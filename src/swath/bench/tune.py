@@ -6,27 +6,29 @@ Each row is a provider, so that a search is ``measure_case`` with rows for conte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import product
 from typing import Any
 
 from torch import Tensor
 
 from swath.backends.hopper import attention as hopper
-from swath.backends.hopper.heuristics import HopperLaunch, box_rows
+from swath.backends.hopper.heuristics import HopperHeuristics, HopperLaunch, box_rows
 from swath.backends.triton import attention as triton
+from swath.backends.triton.arguments import operands_of
+from swath.backends.triton.attention import Runner
 from swath.backends.triton.features import Features
-from swath.backends.triton.heuristics import TileLaunch, fitting, is_short, is_short_run, split_launch, tile_launch
-from swath.backends.triton.plan import operands_of
+from swath.backends.triton.heuristics import Heuristics
+from swath.backends.triton.heuristics.launch import SplitLaunch, TileLaunch, fitting
 from swath.backends.triton.runtime import KernelCall, Plan
-from swath.backends.triton.tuning import Tuning
+from swath.backends.triton.work import Work
 from swath.bench.case import BenchCase
 from swath.bench.clock import CpuClock
 from swath.bench.inputs import Inputs, make_inputs
 from swath.bench.judge import advantage, best, tie_of
 from swath.bench.providers import Provider
 from swath.bench.providers.own import GPU_BACKENDS, call_of
-from swath.bench.results import Row
+from swath.bench.results import Origin, Row, Timed, timed
 from swath.bench.run import Progress, measure_case
 from swath.ops.explain import explain, prepare
 from swath.problem import Problem
@@ -34,12 +36,14 @@ from swath.target import Target, on_device, target_of
 
 KERNELS = {"splits": "split_kernel", "tiles": "tile_kernel", "hopper": "hopper_tile_kernel"}
 """Schedules and the kernel that each of them launches."""
-RUNNERS = {"triton": triton.runner, "hopper": hopper.runner}
-"""Plans of the backends whose rows are tuned."""
+RUNNERS: dict[str, Runner[Any]] = {"triton": triton.runner, "hopper": hopper.runner}
+"""The backends whose rows are tuned."""
 MOST_CHANGES = 2
 """Fields in which a row may differ from the present one: some only pay together."""
 MOST_RESIDENT = 16
 """Programs on a multiprocessor that a line may claim for its row."""
+DECIDED_BY_CALL = ("pack", "box_rows", "uniform")
+"""Fields of a launch that are not the row's."""
 
 Axes = dict[str, tuple[int, ...]]
 """Values to try by field, the present one first."""
@@ -50,22 +54,22 @@ class Candidate:
     """A row to try.
 
     - name: its values in words
-    - tuning: how it is launched
-    - line: for launch.py, or launch_hopper.py
+    - heuristics: the backend's, with this row in place of the present one
+    - line: the row for the table, nvidia.py or amd.py, or Hopper's heuristics.py
     - cut: whether the table's own rule would cut it to the target's shared memory
     """
 
     name: str
-    tuning: Tuning
+    heuristics: Heuristics
     line: str
     cut: bool = False
 
 
-def source_of(machine: Row) -> str:
-    """Where a row was measured, as the tables say it, from ``results.describe``."""
-    gpu = str(machine["gpu"] or machine["cpu"]).removeprefix("NVIDIA ")
-    torch_version, triton_version = (".".join(str(machine[key]).split(".")[:2]) for key in ("torch", "triton"))
-    return f"{gpu}, torch {torch_version}, Triton {triton_version}, {machine['date']}"
+def source_of(origin: Origin) -> str:
+    """Where a row was measured, as the tables say it."""
+    gpu = origin.machine.removeprefix("NVIDIA ")
+    torch_version, triton_version = (".".join(str(version).split(".")[:2]) for version in (origin.torch, origin.triton))
+    return f"{gpu}, torch {torch_version}, Triton {triton_version}, {origin.date}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +78,7 @@ class Present:
 
     problem: Problem
     target: Target
-    tiles: str
+    runner: Runner[Any]
     call: KernelCall
     source: str
 
@@ -84,9 +88,15 @@ class Present:
         features: Features = self.call.args["F"]
         return features
 
-    def launches(self, tuning: Tuning) -> str:
+    @property
+    def heuristics(self) -> Heuristics:
+        """The backend's."""
+        heuristics: Heuristics = self.runner.heuristics
+        return heuristics
+
+    def launches(self, heuristics: Heuristics) -> str:
         """What the call launches then, in words."""
-        return str(RUNNERS[self.tiles].plan_for(self.problem, self.target, tuning))
+        return str(self.runner.plan_for(self.problem, self.target, heuristics))
 
 
 def candidates_of(problem: Problem, target: Target, schedule: str, tiles: str, source: str) -> list[Candidate]:
@@ -95,42 +105,54 @@ def candidates_of(problem: Problem, target: Target, schedule: str, tiles: str, s
     Raises:
         NotImplementedError: the call does not use the schedule.
     """
-    call = _call(RUNNERS[tiles].plan_for(problem, target), schedule)
+    runner = RUNNERS[tiles]
+    call = _call(runner.plan_for(problem, target, runner.heuristics), schedule)
     if call is None:
         raise NotImplementedError(f"launches no {schedule}")
-    return list(_AROUND[schedule](Present(problem, target, tiles, call, source)))
+    return list(_AROUND[schedule](Present(problem, target, runner, call, source)))
 
 
 def _around_split(now: Present) -> Iterator[Candidate]:
     block_m = now.call.args["BLOCK_M"]
-    launch = split_launch(now.features, now.target, block_m, is_short_run(now.problem))
-    row = replace(launch, source=now.source)
+    row = replace(now.heuristics.split_launch(Work(now.problem, now.target), block_m), source=now.source)
     axes = _tile_axes(row) | {"num_splits": _doubled(now.call.args["num_splits"], 1, 4096)}
     for name, values in _rows(axes):
         num_splits = values.pop("num_splits")
         launch = replace(row, **values)
         cut = fitting(launch, now.features, block_m, now.target) != launch
-        yield Candidate(name, Tuning(split=launch, num_splits=num_splits), _split_line(now, launch, num_splits), cut)
+        tried = _with_split(now, launch, num_splits)
+        yield Candidate(name, tried, _split_line(now, launch, num_splits, tried), cut)
 
 
-def _split_line(now: Present, launch: TileLaunch, num_splits: int) -> str:
+def _with_split(now: Present, launch: SplitLaunch, num_splits: int | None = None) -> Heuristics:
+    """With as many splits as the rule gives, or so many."""
+    tried = replace(now.heuristics, split_launch=lambda *_: launch)
+    return tried if num_splits is None else replace(tried, num_splits=lambda *_: num_splits)
+
+
+def _split_line(now: Present, launch: SplitLaunch, num_splits: int, tried: Heuristics) -> str:
     """The row that launches the same from the table, where ``resident`` decides how many slices there are."""
-    wanted = now.launches(Tuning(split=launch, num_splits=num_splits))
+    wanted = now.launches(tried)
     for resident in (launch.resident, *range(1, MOST_RESIDENT + 1)):
         alone = replace(launch, resident=resident)
-        if now.launches(Tuning(split=alone)) == wanted:
-            return f"launch = {_spelled(alone)}"
-    return f"launch = {_spelled(launch)}  # and {num_splits} splits, which num_splits_for does not give"
+        if now.launches(_with_split(now, alone)) == wanted:
+            return _spelled(alone)
+    return f"{_spelled(launch)}  # and {num_splits} splits, which the rule of num_splits does not give"
 
 
 def _around_tile(now: Present) -> Iterator[Candidate]:
-    block_m, launch = tile_launch(now.features, now.target, is_short(now.problem.window))
-    row = replace(launch, source=now.source)
-    for name, values in _rows({"block_m": _doubled(block_m, 16, 256)} | _tile_axes(row)):
-        rows = values.pop("block_m")
+    args, warps = now.call.args, now.call.options["num_warps"]
+    row = TileLaunch(args["BLOCK_M"], args["BLOCK_N"], warps, args["STAGES"], now.source)
+    for name, values in _rows({"block_m": _doubled(row.block_m, 16, 256)} | _tile_axes(row)):
         launch = replace(row, **values)
-        cut = fitting(launch, now.features, rows, now.target) != launch
-        yield Candidate(name, Tuning(tile=(rows, launch)), f"block_m, launch = {rows}, {_spelled(launch)}", cut)
+        cut = fitting(launch, now.features, launch.block_m, now.target) != launch
+        yield Candidate(name, _with_tile(now, launch), _spelled(launch), cut)
+
+
+def _with_tile(now: Present, launch: TileLaunch) -> Heuristics:
+    """A plan may have tiles over the cache beside those over what is dequantised: the row is for one of them."""
+    others = now.heuristics.tile_launch
+    return replace(now.heuristics, tile_launch=lambda work: launch if work.features == now.features else others(work))
 
 
 def _around_hopper(now: Present) -> Iterator[Candidate]:
@@ -143,7 +165,12 @@ def _around_hopper(now: Present) -> Iterator[Candidate]:
     for name, values in _rows(axes):
         launch = replace(row, **values)
         launch = replace(launch, box_rows=box_rows(now.features, launch))
-        yield Candidate(name, Tuning(hopper=launch), f"launch = {_spelled_hopper(launch)}  # {now.source}")
+        yield Candidate(name, _with_hopper(now, launch), f"{_spelled(launch)}  # {now.source}")
+
+
+def _with_hopper(now: Present, launch: HopperLaunch) -> Heuristics:
+    heuristics: HopperHeuristics = now.runner.heuristics
+    return replace(heuristics, hopper_launch=lambda _work: launch)
 
 
 _AROUND: dict[str, Callable[[Present], Iterator[Candidate]]] = {
@@ -153,7 +180,7 @@ _AROUND: dict[str, Callable[[Present], Iterator[Candidate]]] = {
 }
 
 
-def _tile_axes(row: TileLaunch) -> Axes:
+def _tile_axes(row: SplitLaunch | TileLaunch) -> Axes:
     return {
         "block_n": _doubled(row.block_n, 16, 256),
         "warps": _doubled(row.warps, 1, 16),
@@ -179,16 +206,16 @@ def _rows(axes: Axes) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{said}, present" if changes == 0 else said, row
 
 
-def _spelled(launch: TileLaunch) -> str:
-    resident = f", resident={launch.resident}" if launch.resident != TileLaunch.resident else ""
-    return f'TileLaunch({launch.block_n}, {launch.warps}, {launch.stages}, "{launch.source}"{resident})'
-
-
-def _spelled_hopper(launch: HopperLaunch) -> str:
-    found = ("block_n", "stages", "q_stages", "pack", "box_rows", "uniform")  # the row's shape, and what a call decides
-    others = {f.name: (getattr(launch, f.name), f.default) for f in fields(launch) if f.name not in found}
-    changed = "".join(f", {name}={value}" for name, (value, default) in others.items() if value != default)
-    return f"HopperLaunch({launch.block_n}, {launch.stages}, {launch.q_stages}{changed})"
+def _spelled(launch: SplitLaunch | TileLaunch | HopperLaunch) -> str:
+    """The row as code: its shape, and what differs from the defaults, but not what a call decides."""
+    said = []
+    for field in fields(launch):
+        value = getattr(launch, field.name)
+        if field.default is MISSING:
+            said.append(repr(value))
+        elif value != field.default and field.name not in DECIDED_BY_CALL:
+            said.append(f"{field.name}={value!r}")
+    return f"{type(launch).__name__}({', '.join(said)})"
 
 
 def _call(plan: Plan, schedule: str) -> KernelCall | None:
@@ -204,7 +231,7 @@ class Search:
     candidates: list[Candidate]
     rows: list[Row]
 
-    def fastest(self) -> tuple[Candidate, Row] | None:
+    def fastest(self) -> tuple[Candidate, Timed] | None:
         """The row that won, if any has a time."""
         row = best(self.rows)
         return None if row is None else (self.candidates[self.rows.index(row)], row)
@@ -216,33 +243,28 @@ class Search:
             return "no row has a time"
         if row is present:
             return "the present row is the fastest"
-        if "x_present" not in row:
+        share, tie = row.x_present, tie_of(row.op)
+        if share is None:
             return "the present row has no time"
-        share = row["x_present"]
-        tie = tie_of(row["op"])
         return f"x{share:.3f} of the present row" + (f", a tie up to {tie:.0%}" if share >= 1 - tie else "")
 
 
 def search_case(
-    case: BenchCase, schedule: str | None, source: str, clock: CpuClock, rounds: int, tell: Progress
+    case: BenchCase, schedule: str | None, origin: Origin, clock: CpuClock, rounds: int, tell: Progress
 ) -> Iterator[Search]:
     """Search the rows of a schedule for a case; of None, those of each schedule that the case uses here.
-
-    ``source`` is what rows measured now say of where that was.
 
     Raises:
         NotImplementedError: the case does not use the schedule, or nothing that has rows.
     """
     tell(f"{case.name}: rows")
-    inputs = make_inputs(case, case.draw.lengths(clock.device), clock.device)
-    todo = _todo(inputs, schedule, source)
-    del inputs
+    todo = _todo(make_inputs(case.drawn(clock.device), clock.device), schedule, source_of(origin))
     for name, tiles, candidates in todo:
         providers = tuple(_provider(candidate, tiles) for candidate in candidates)
-        rows = measure_case(case, providers, clock, rounds, tell)
-        for row in rows:
-            if row["status"] == rows[0]["status"] == "ok":
-                row["x_present"] = advantage(rows[0], row)
+        rows = measure_case(case, providers, clock, rounds, tell, origin)
+        for row in timed(rows):
+            if isinstance(rows[0], Timed):
+                row.x_present = advantage(rows[0], row)
         yield Search(name, candidates, rows)
 
 
@@ -255,7 +277,7 @@ def _todo(inputs: Inputs, schedule: str | None, source: str) -> list[tuple[str, 
     if reason is not None:
         raise NotImplementedError(reason)
     target = target_of(problem.q.device)
-    plan = RUNNERS[tiles].plan_for(problem, target)
+    plan = RUNNERS[tiles].plan_for(problem, target, RUNNERS[tiles].heuristics)
     names = [schedule] if schedule else [name for name in KERNELS if _call(plan, name) is not None]
     return [(name, tiles, candidates_of(problem, target, name, tiles, source)) for name in names]
 
@@ -266,7 +288,7 @@ def _provider(candidate: Candidate, tiles: str) -> Provider:
     def planned(inputs: Inputs) -> Plan:
         function, args, options = call_of(inputs)
         problem = prepare(function, *args, **options)
-        return RUNNERS[tiles].plan_for(problem, target_of(problem.q.device), candidate.tuning)
+        return RUNNERS[tiles].plan_for(problem, target_of(problem.q.device), candidate.heuristics)
 
     def ready(inputs: Inputs) -> Callable[[], Tensor]:
         if candidate.cut:

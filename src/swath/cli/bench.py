@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from swath.bench.case import BenchCase
     from swath.bench.providers import Provider
-    from swath.bench.results import Row
+    from swath.bench.results import Origin
 
 app = typer.Typer(help="Measure swath and its peers on this machine.", no_args_is_help=True)
 
@@ -78,11 +78,9 @@ def run(
         float | None, typer.Option(min=0, metavar="SECONDS", help="Begin no case that may not end within this.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", dir_okay=False, show_default="swath-bench.jsonl", help="Append here.")
+        Path | None, typer.Option(metavar="FILE", show_default="swath-bench.jsonl", help="Append here.")
     ] = None,
-    resume: Annotated[
-        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Append here, without the cases it has.")
-    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="FILE", help="Append here, without the cases it has.")] = None,
     device: Device = None,
     commit: Annotated[
         str | None, typer.Option(envvar="SWATH_COMMIT", help="The commit, where git does not tell.")
@@ -99,22 +97,22 @@ def run(
     out = console()
     if where.type == "cpu":
         out.print("torch sees no GPU: the cases tagged cpu, on the CPU" if device is None else "on the CPU")
-    machine = _machine(where, commit)
+    origin = _origin(where, commit)
     with one_line_errors():
         tags = (*(tag or ()), *(("quick",) if quick else ()))
         todo = _cases(match, op, tags, where)
         present = _present(provider, without, where, quick, out)
-        if resume is not None:
-            todo = _unfinished(todo, path, machine)
+        todo = _unfinished(todo, path, origin) if resume is not None else todo
+        _check_output(path)
     limit = QUICK_SECONDS if quick and budget is None else budget
-    session = Session(path, machine, limit, len(todo))
+    session = Session(path, origin, limit, len(todo))
     session.measure(todo, present, where, rounds or (QUICK_ROUNDS if quick else ROUNDS))
 
 
-def _machine(device: torch.device, commit: str | None) -> Row:
-    from swath.bench.results import describe
+def _origin(device: torch.device, commit: str | None) -> Origin:
+    from swath.bench.machine import describe
 
-    return describe(device, commit) | {"command": command_of(sys.argv[1:])}
+    return describe(device, commit, command_of(sys.argv[1:]))
 
 
 def command_of(arguments: list[str]) -> str:
@@ -136,11 +134,20 @@ def _cases(
     return select(tuple(match or ()), op, tags, on_gpu=device.type == "cuda")
 
 
-def _unfinished(cases: tuple[BenchCase, ...], path: Path, machine: Row) -> tuple[BenchCase, ...]:
+def _unfinished(cases: tuple[BenchCase, ...], path: Path, origin: Origin) -> tuple[BenchCase, ...]:
     from swath.bench.results import done
 
-    finished = done(path, machine)
+    finished = done(path, origin)
     return tuple(case for case in cases if case.name not in finished)
+
+
+def _check_output(path: Path) -> None:
+    """That rows can be appended, before anything is measured: it is a file of results, or none yet."""
+    from swath.bench.results import append, read
+
+    if path.exists():
+        read(path)
+    append(path, ())
 
 
 def _present(

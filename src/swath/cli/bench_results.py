@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from swath.cli.files import write_all
 from swath.cli.output import console, fail, one_line_errors
 
 if TYPE_CHECKING:
@@ -15,15 +16,12 @@ if TYPE_CHECKING:
 
 RESULTS = Path("benchmarks/results")
 
-Files = Annotated[
-    list[Path] | None,
-    typer.Argument(metavar="FILE", exists=True, dir_okay=False, show_default="all in benchmarks/results"),
-]
+Files = Annotated[list[Path] | None, typer.Argument(metavar="FILE", show_default="all in benchmarks/results")]
 
 
 def compare(
-    before: Annotated[Path, typer.Argument(metavar="BEFORE", exists=True, dir_okay=False)],
-    after: Annotated[Path, typer.Argument(metavar="AFTER", exists=True, dir_okay=False)],
+    before: Annotated[Path, typer.Argument(metavar="BEFORE")],
+    after: Annotated[Path, typer.Argument(metavar="AFTER")],
     threshold: Annotated[
         float, typer.Option(min=0, metavar="SHARE", help="A loss of ours beyond this share of the time fails.")
     ] = 0.05,
@@ -32,20 +30,23 @@ def compare(
     from rich.table import Table
 
     from swath.bench.compare import changes
+    from swath.bench.results import read
+    from swath.bench.units import in_words
 
     with one_line_errors():
-        found = changes(_read(before), _read(after))
+        found = changes(read(before), read(after))
     if not found:
         raise fail(f"{before} and {after} have no case and provider in common")
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("case")
     table.add_column("provider")
-    for name in ("before us", "after us", "ratio", ""):
+    for name in ("before", "after", "ratio", ""):
         table.add_column(name, justify="right")
     for change in found:
         style = "red" if change.loses(threshold) else {"faster": "green", "same": "dim"}.get(change.verdict)
-        after_us, ratio = ("", "") if change.ratio is None else (f"{change.after_us:.1f}", f"{change.ratio:.3f}")
-        figures = (f"{change.before_us:.1f}", after_us, ratio, change.verdict)
+        now = "" if change.after_us is None else in_words(change.after_us)
+        ratio = "" if change.ratio is None else f"{change.ratio:.3f}"
+        figures = (in_words(change.before_us), now, ratio, change.verdict)
         table.add_row(change.case, change.provider, *figures, style=style)
     console().print(table)
     lost = [change for change in found if change.loses(threshold)]
@@ -56,19 +57,22 @@ def compare(
 
 def plot(
     files: Files = None,
-    output: Annotated[Path, typer.Option(metavar="DIR", file_okay=False, help="Where the plots go.")] = Path(
-        "swath-bench"
-    ),
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the plots go.")] = Path("swath-bench"),
 ) -> None:
     """Draw stored results as PNG and SVG: x of the floor, time against context and window, cache bytes."""
     with one_line_errors():
-        rows = [row for found in _results(files).values() for row in found]
-    for path in _draw(rows, output):
-        typer.echo(path)
+        drawn = _draw([row for found in _results(files).values() for row in found])
+        output.mkdir(parents=True, exist_ok=True)
+        write_all({output / name: data for name, data in drawn.items()})
+    for name in drawn:
+        typer.echo(output / name)
 
 
 def report(files: Files = None) -> None:
-    """Write docs/benchmarks.md, its plots and the plot in README.md from stored results, in a checkout."""
+    """Write docs/benchmarks.md, its plots and the plot in README.md from stored results, in a checkout.
+
+    Nothing is written before everything is made; plots that are drawn no more are removed at the end.
+    """
     from swath.bench.report import IMAGES, PAGE, README, fullest, page, with_plot
 
     if not README.exists() or not PAGE.parent.is_dir():
@@ -76,36 +80,39 @@ def report(files: Files = None) -> None:
     with one_line_errors():
         found = _results(files)
         shown = fullest(found.values())
+        drawn = _draw(shown)
+        readme = with_plot(README.read_text(encoding="utf-8"), shown, drawn)
+        written: dict[Path, bytes | str] = {IMAGES / name: data for name, data in drawn.items()}
+        IMAGES.mkdir(exist_ok=True)
+        write_all(written | {PAGE: page(found, drawn), README: readme})
         for old in IMAGES.glob("bench-*"):
-            old.unlink()
-        images = [path.name for path in _draw(shown, IMAGES)]
-        readme = with_plot(README.read_text(encoding="utf-8"), shown, images)
-    PAGE.write_text(page(found, images), encoding="utf-8")
-    README.write_text(readme, encoding="utf-8")
-    typer.echo(f"written: {PAGE}, {README}, {len(images)} plots in {IMAGES}")
+            if old.name not in drawn:
+                old.unlink()
+    typer.echo(f"written: {PAGE}, {README}, {len(drawn)} plots in {IMAGES}")
 
 
-def _draw(rows: list[Row], folder: Path) -> list[Path]:
+def _draw(rows: list[Row]) -> dict[str, bytes]:
     if find_spec("matplotlib") is None:
         raise fail("plots need matplotlib: pip install 'swath[bench]'")
-    from swath.bench.plot import save_all
+    from swath.bench.plot import draw_all
 
-    paths = save_all(rows, folder)
-    if not paths:
+    drawn = draw_all(rows)
+    if not drawn:
         raise fail("no measured case there to draw")
-    return paths
+    return drawn
 
 
 def _results(files: list[Path] | None) -> dict[str, list[Row]]:
     """Rows by the name of their file."""
-    paths = files or sorted(RESULTS.glob("*.jsonl"))
-    found = {path.name: rows for path in paths if (rows := _read(path))}
-    if not found:
-        raise fail(f"no results: name a file, or run it where {RESULTS} is")
-    return found
-
-
-def _read(path: Path) -> list[Row]:
     from swath.bench.results import read
 
-    return read(path)
+    paths = files or sorted(RESULTS.glob("*.jsonl"))
+    if not paths:
+        raise fail(f"no results: name a file, or run it where {RESULTS} is")
+    found = {path.name: read(path) for path in paths}
+    if len(found) < len(paths):
+        raise fail("two of the files have the same name, by which the report would tell them apart")
+    empty = [name for name, rows in found.items() if not rows]
+    if empty:
+        raise fail(f"no rows in {', '.join(empty)}")
+    return found

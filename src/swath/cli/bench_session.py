@@ -12,19 +12,19 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from swath.cli.output import console, fail
+from swath.cli.output import console, fail, one_line_errors
 
 if TYPE_CHECKING:
     from swath.bench.case import BenchCase
     from swath.bench.providers import Provider
-    from swath.bench.results import Row
+    from swath.bench.results import Origin, Row
 
 
 class Session:
     """A run's progress, its file, and how it ends."""
 
-    def __init__(self, path: Path, machine: Row, budget: float | None, total: int) -> None:
-        self.path, self.machine, self.budget, self.total = path, machine, budget, total
+    def __init__(self, path: Path, origin: Origin, budget: float | None, total: int) -> None:
+        self.path, self.origin, self.budget, self.total = path, origin, budget, total
         self.began = time.monotonic()
         self.slowest = 0.0
         self.kept = 0
@@ -46,7 +46,7 @@ class Session:
                     if self._out_of_time():
                         break
                     begin = time.monotonic()
-                    rows = measure_case(case, providers, clock, rounds, tell)
+                    rows = measure_case(case, providers, clock, rounds, tell, self.origin)
                     release(clock.device)
                     self._keep(rows)
                     self.slowest = max(self.slowest, time.monotonic() - begin)
@@ -57,9 +57,9 @@ class Session:
             raise fail(f"{error}: --without leaves a provider out; {self._said()}") from error
         self._print_goals()
         typer.echo(self._said())
-        bad = [row for row in self.rows if row["status"] in ("refused", "failed") and is_ours(row["provider"])]
+        bad = [row for row in self.rows if row.status in ("refused", "failed") and is_ours(row.provider)]
         if bad:
-            said = "; ".join(f"{row['provider']} on {row['case']!r}, {row['reason']}" for row in bad)
+            said = "; ".join(f"{row.provider} on {row.case!r}, {row.reason}" for row in bad)
             raise fail(f"swath itself was refused or failed: {said}")
 
     def _out_of_time(self) -> bool:
@@ -68,21 +68,24 @@ class Session:
     def _keep(self, rows: list[Row]) -> None:
         from swath.bench.judge import verdict
         from swath.bench.results import append
-        from swath.bench.table import case_table, ceilings, title, untimed
+        from swath.bench.table import case_table, ceilings, title, unsteady, untimed
 
-        append(self.path, [row | self.machine for row in rows])
+        with one_line_errors((OSError,)):
+            append(self.path, rows)
         self.kept += 1
         self.rows += rows
         self.out.print(title(rows[0]))
         self.out.print(case_table(rows))
         for line in (*filter(None, (ceilings(rows),)), *untimed(rows)):
             self.out.print(f"  {line}", style="dim", markup=False)
+        for line in unsteady(rows):
+            self.out.print(f"  {line}", style="yellow", markup=False)
         said = verdict(rows)
         self.out.print(f"  {said}\n" if said else "", markup=False)
 
     def _print_goals(self) -> None:
         """The ratios that this run can tell."""
-        from swath.bench.goals import outcomes
+        from swath.bench.judge import outcomes
 
         for found in outcomes(self.rows):
             style = "green" if found.reached else "red"

@@ -1,4 +1,4 @@
-"""``swath bench tune``: search rows for the tables of launch.py and launch_hopper.py on this GPU."""
+"""``swath bench tune``: search rows for the tables of launches on this GPU."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def tune(
     schedule: Schedule = None,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Interleaved rounds.")] = 3,
 ) -> None:
-    """Search launch rows around the present ones on this GPU, and print lines to paste into launch.py.
+    """Search launch rows around the present ones on this GPU, and print lines to paste.
 
-    Those of tiles on Hopper belong into launch_hopper.py.
+    They belong into nvidia.py or amd.py of backends/triton/heuristics, those of tiles on Hopper into
+    backends/hopper/heuristics.py.
 
     Rows that differ in up to two fields are checked and timed as by run; those that cannot be launched say why.
     """
@@ -39,18 +40,18 @@ def tune(
         raise fail("tune needs a GPU that torch can use, and Triton")
     from swath.bench.cases import select
     from swath.bench.clock import GpuClock
-    from swath.bench.results import describe
+    from swath.bench.machine import describe
     from swath.bench.run import BrokenDeviceError, release
-    from swath.bench.tune import search_case, source_of
+    from swath.bench.tune import search_case
 
     with one_line_errors():
         cases = select(tuple(match or ()), op, tuple(tag or ()), on_gpu=True)
     clock, out = GpuClock(), console()
-    source = source_of(describe(clock.device, None))
+    origin = describe(clock.device, None, "swath bench tune")
     for case in cases:
         try:
             with out.status(case.name) as status:
-                for found in search_case(case, schedule, source, clock, rounds, status.update):
+                for found in search_case(case, schedule, origin, clock, rounds, status.update):
                     show(out, found)
         except NotImplementedError as error:
             out.print(f"{case.name}: {error}\n", style="dim", markup=False)
@@ -71,5 +72,5 @@ def show(out: Console, found: Search) -> None:
     fastest = found.fastest()
     if fastest is not None:
         candidate, row = fastest
-        out.print(f"  {row['launch']}", style="dim", markup=False, soft_wrap=True)
+        out.print(f"  {row.launch}", style="dim", markup=False, soft_wrap=True)
         out.print(f"    {candidate.line}\n", markup=False, soft_wrap=True)

@@ -24,13 +24,11 @@ Stored = Annotated[
 ]
 ModelDir = Annotated[
     Path | None,
-    typer.Option(
-        metavar="DIR", exists=True, file_okay=False, show_default="SmolLM2-135M-Instruct", help="A Hugging Face model."
-    ),
+    typer.Option(metavar="DIR", show_default="SmolLM2-135M-Instruct", help="A Hugging Face model."),
 ]
 TextFile = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", exists=True, dir_okay=False, show_default="Python's help", help="Judge on this text."),
+    typer.Option(metavar="FILE", show_default="Python's help", help="Judge on this text."),
 ]
 
 
@@ -46,7 +44,7 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer tokens and rows: within a minute on two cores.")
     ] = False,
-    output: Annotated[Path, typer.Option(metavar="DIR", file_okay=False, help="Where files go.")] = Path("swath-demo"),
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where files go.")] = Path("swath-demo"),
 ) -> None:
     """Run a language model on swath: generate text, then compare windows and caches in quality, memory and speed.
 
@@ -79,8 +77,6 @@ def demo(
     except KeyboardInterrupt:
         typer.echo(f"\nswath: interrupted; {_kept(running, output)}", err=True)
         raise typer.Exit(130) from None
-    except OSError as error:
-        raise fail(" ".join(str(error).split())) from error
 
 
 def _kept(running: Demo | None, output: Path) -> str:

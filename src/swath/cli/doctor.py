@@ -8,20 +8,19 @@ import platform
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 
 import swath
-from swath.bench.results import version_of
-from swath.cli.case import Case
+from swath.bench.machine import version_of
+from swath.cli.calls import arguments, case_of
+from swath.cli.options import Json
 from swath.cli.output import NAME_WIDTH, console, print_rows
 from swath.dispatch import BACKENDS
 from swath.ops.explain import OPS
 from swath.target import interpreting, target_of
-from swath.window import Window
 
 PACKAGES = ("torch", "triton", "transformers")
 EXTRAS = {
@@ -80,9 +79,7 @@ class Report:
     backends: list[Ability]
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
-) -> None:
+def doctor(as_json: Json = False) -> None:
     """Say what this machine has, and which backend can run what here and why not."""
     report = examine()
     if as_json:
@@ -106,7 +103,7 @@ def examine() -> Report:
 
 
 def _try(op: str, device: torch.device) -> list[Ability]:
-    args, kwargs = Case(window=Window(128), device=device).arguments(op)
+    args, kwargs = arguments(op, case_of(size=128), device)
     explanation = swath.explain(op, *args, **kwargs)
     return [
         Ability(str(device), op, backend, reason, backend == explanation.backend)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swath.errors import bad_value
-from swath.window import Window
+from swath.window import LARGEST_SIZE, Window
 
 MAX_CELLS = 1 << 24
 
@@ -82,11 +82,13 @@ def picture(window: Window, q_len: int, kv_len: int, q_start: int | None = None)
     one without its leading tokens.
 
     Raises:
-        ValueError: more than ``MAX_CELLS`` cells.
+        ValueError: more than ``MAX_CELLS`` cells, or positions beyond int32.
     """
     if q_len * kv_len > MAX_CELLS:
         raise bad_value("q_len x kv_len", f"at most {MAX_CELLS} cells to draw", q_len * kv_len)
     start = kv_len - q_len if q_start is None else q_start
+    if not -LARGEST_SIZE <= start <= LARGEST_SIZE:
+        raise bad_value("q_start", f"a position within {LARGEST_SIZE} of 0", start)
     queries, keys = torch.arange(start, start + q_len), torch.arange(kv_len)
     cells = torch.full((q_len, kv_len), Cell.HIDDEN, dtype=torch.uint8)
     cells[Window(causal=window.causal).mask(queries, keys)] = Cell.SKIPPED

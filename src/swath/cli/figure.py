@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,14 +25,16 @@ FINE = 64
 """Up to so many rows and columns every cell is a square of its own; beyond, the grid is an image."""
 
 
-def save(drawn: Picture, path: Path, file_format: str, page_size: int | None) -> None:
-    """Write the figure as "png" or "svg". The same picture gives the same bytes."""
+def rendered(drawn: Picture, file_format: str, page_size: int | None) -> bytes:
+    """The figure as "png" or "svg". The same picture gives the same bytes."""
     import matplotlib as mpl
 
+    data = io.BytesIO()
     metadata = {"Date": None} if file_format == "svg" else None
     with mpl.rc_context({"svg.hashsalt": "swath", "font.family": "DejaVu Sans"}):
         fig = figure(drawn, page_size)
-        fig.savefig(path, format=file_format, dpi=200, metadata=metadata, bbox_inches="tight", pad_inches=0.15)
+        fig.savefig(data, format=file_format, dpi=200, metadata=metadata, bbox_inches="tight", pad_inches=0.15)
+    return data.getvalue()
 
 
 def figure(drawn: Picture, page_size: int | None) -> Figure:

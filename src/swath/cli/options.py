@@ -19,3 +19,4 @@ Tag = Annotated[
     list[str] | None,
     typer.Option("--tag", metavar="TAG", help="Only cases with this tag; of several, all (see: list)."),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

@@ -24,12 +24,24 @@ def fail(message: str) -> typer.Exit:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn what the library says about an argument (ValueError, TypeError) into one line and exit code 2."""
+def one_line_errors(kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError)) -> Iterator[None]:
+    """Turn an error that is the user's into one line and exit code 2.
+
+    By default these are ValueError and TypeError, by which the library says that an argument is wrong, and OSError.
+    """
     try:
         yield
-    except (ValueError, TypeError) as error:
-        raise fail(str(error)) from error
+    except kinds as error:
+        raise fail(" ".join(in_words(error).split())) from error
+
+
+def in_words(error: Exception) -> str:
+    """What an error says; of a file, which one it was and what is wrong with it."""
+    if isinstance(error, FileExistsError):  # where a folder was to be made
+        return f"{error.filename}: is no folder"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def print_rows(out: Console, rows: Iterable[tuple[str, str]]) -> None:

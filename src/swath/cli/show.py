@@ -9,9 +9,10 @@ from typing import Annotated, cast
 import typer
 
 from swath.cli.draw import picture, spelled
-from swath.cli.figure import save
+from swath.cli.figure import rendered
+from swath.cli.files import write_all
 from swath.cli.options import Causal, GlobalTokens, WindowSize
-from swath.cli.output import console, fail, one_line_errors
+from swath.cli.output import console, fail, in_words, one_line_errors
 from swath.cli.terminal import facts, grid
 from swath.errors import bad_value
 from swath.window import Window
@@ -34,8 +35,8 @@ def show(
         typer.Option(metavar="N", help="Position of the first query.", show_default="the queries are the last keys"),
     ] = None,
     page_size: Annotated[int | None, typer.Option(min=1, metavar="N", help="Mark pages of N keys.")] = None,
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a PNG.", dir_okay=False)] = None,
-    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an SVG.", dir_okay=False)] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a PNG.")] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an SVG.")] = None,
 ) -> None:
     """Draw which keys each query sees.
 
@@ -47,6 +48,7 @@ def show(
     with one_line_errors():
         chosen = _window(window, global_tokens, causal, flash, mojo)
         drawn = picture(chosen, kv_len if q_len is None else q_len, kv_len, q_start)
+        page_size = None if page_size is None else min(page_size, kv_len)
     out = console()
     out.print(_title(chosen, flash, mojo), style="bold")
     out.print()
@@ -56,9 +58,9 @@ def show(
         out.print(line)
     for file_format, path in files.items():
         try:
-            save(drawn, path, file_format, page_size)
+            write_all({path: rendered(drawn, file_format, page_size)})
         except OSError as error:
-            raise fail(f"--{file_format}: {error}") from error
+            raise fail(f"--{file_format}: {in_words(error)}") from error
         out.print(f"Wrote {path}", markup=False, soft_wrap=True)
 
 

@@ -8,30 +8,27 @@ CUDA is asked about without a GPU, and the page is the same wherever it is made.
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swath import target
 from swath.cache import PagedKV
-from swath.cli.case import Case
+from swath.cli.calls import arguments, case_of
+from swath.cli.elsewhere import INTERPRET, cuda_is, interpreting, without_data
 from swath.dispatch import BACKENDS
 from swath.ops.explain import OPS, explain
 from swath.pages import PageTable
 from swath.quant import KVQuant
 from swath.target import Target, has_triton
+from swath.testing import Case
+from swath.testing.cases import NAMES
 from swath.window import Window
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 HOST_BACKENDS = ("reference", "cpu")
 """Asked about CPU tensors in the tables of options; the others about CUDA tensors."""
-INTERPRET = "TRITON_INTERPRET"
 ARCH = "sm_90"
 """What CUDA stands for: a GPU that has every backend."""
 PREFILL = 256
@@ -39,7 +36,6 @@ PREFILL = 256
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 INT8, E4M3, E5M2 = torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
-NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", INT8: "int8", E4M3: "e4m3", E5M2: "e5m2"}
 
 Change = Callable[[list[Any], dict[str, Any]], None]
 
@@ -49,27 +45,21 @@ class Call:
     """A call of a public function: a case in numbers, and what ``change`` does to its arguments and keywords."""
 
     op: str
-    case: Case = field(default_factory=Case)
+    case: Case = field(default_factory=case_of)
     change: Change | None = None
 
     def prefill(self) -> Call:
         """The same call for more query tokens than decode has."""
-        return replace(self, case=replace(self.case, q_len=PREFILL, kv_len=max(self.case.kv_len, PREFILL)))
+        return replace(self, case=replace(self.case, q_lens=(PREFILL,), kv_lens=(max(*self.case.kv_lens, PREFILL),)))
 
     def reasons(self, device: torch.device) -> dict[str, str | None]:
         """What each backend has against the call on tensors of ``device``, fastest first; None: it takes it."""
-        with FakeTensorMode(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # 0 is aligned
-            args, options = replace(self.case, device=device).arguments(self.op)
-            changed = list(args)
-            if self.op == "paged_attention" and self.case.q_len == 1:
-                # The call that backends are asked about has q [B, 1, Hq, D] in any case, and to make that of
-                # [B, Hq, D] by indexing, torch wants a real GPU.
-                changed[0] = changed[0].unsqueeze(1)
+        with without_data():
+            args, options = arguments(self.op, self.case, device)
             if self.change is not None:
-                self.change(changed, options)
-            # Naming the reference keeps ``explain`` from planning a launch, which would ask for the GPU itself.
-            return explain(self.op, *changed, impl="reference", **options).reasons
+                self.change(args, options)
+            # Naming the reference keeps ``explain`` from planning a launch, which this page does not show.
+            return explain(self.op, *args, impl="reference", **options).reasons
 
 
 @dataclass(frozen=True)
@@ -89,7 +79,7 @@ def page() -> str:
     """
     if not has_triton():
         raise RuntimeError("the page speaks for Triton too, and Triton is not installed")
-    with _interpreting(False), _cuda_is(Target(ARCH, 132)):
+    with interpreting(False), cuda_is(Target(ARCH, 132)):
         notes = _Notes()
         parts = [INTRODUCTION, _devices(notes)]
         for op in OPS:
@@ -132,31 +122,6 @@ class _Notes:
         return "\n".join(["## Reasons", "", *lines]) if lines else ""
 
 
-@contextmanager
-def _interpreting(wanted: bool) -> Iterator[None]:
-    """Triton's interpreter on or off, as far as ``why_not`` is concerned."""
-    before = os.environ.get(INTERPRET)
-    os.environ[INTERPRET] = "1" if wanted else "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[INTERPRET]
-        else:
-            os.environ[INTERPRET] = before
-
-
-@contextmanager
-def _cuda_is(gpu: Target) -> Iterator[None]:
-    """CUDA devices are ``gpu``, as far as backends are concerned."""
-    before = target._gpu_target
-    target._gpu_target = lambda _device: gpu  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        target._gpu_target = before
-
-
 def _devices(notes: _Notes) -> str:
     """Which backend takes which tensors."""
     names = [name for name in reversed(BACKENDS) if any(name in Call(op).reasons(CPU) for op in OPS)]
@@ -167,7 +132,7 @@ def _devices(notes: _Notes) -> str:
             (f"CPU, `{INTERPRET}=1`", CPU, True),
             ("CUDA", CUDA, False),
         ):
-            with _interpreting(interpret):
+            with interpreting(interpret):
                 reasons = Call(op).reasons(device)
             auto = next(name for name, reason in reasons.items() if reason is None)
             answers = [_cell({"": reasons[name]}, notes) if name in reasons else "-" for name in names]
@@ -223,35 +188,35 @@ def _scored(op: str) -> list[Row]:
     """Options that both attention operators have."""
 
     def asked(values: dict[str, Any], name: str, **others: Any) -> dict[str, Call]:
-        return {words: Call(op, Case(**{name: value}, **others)) for words, value in values.items()}
+        return {words: Call(op, case_of(**{name: value}, **others)) for words, value in values.items()}
 
     group = {str(n): n for n in (1, 2, 3, 5, 7, 8, 64)}
-    windows = {
-        "none (full causal)": Window(),
-        "`Window(128)`": Window(128),
-        "`Window(0)`": Window(0),
-        "`Window(128, global_tokens=4)`": Window(128, global_tokens=4),
-        "`Window(0, global_tokens=4)`": Window(0, global_tokens=4),
-        "`Window(causal=False)`": Window(causal=False),
-        "`Window(128, causal=False)`": Window(128, causal=False),
+    windows: dict[str, dict[str, Any]] = {
+        "none (full causal)": {},
+        "`Window(128)`": {"size": 128},
+        "`Window(0)`": {"size": 0},
+        "`Window(128, global_tokens=4)`": {"size": 128, "global_tokens": 4},
+        "`Window(0, global_tokens=4)`": {"size": 0, "global_tokens": 4},
+        "`Window(causal=False)`": {"causal": False},
+        "`Window(128, causal=False)`": {"size": 128, "causal": False},
     }
     return [
         Row("head_dim", asked({str(n): n for n in (64, 80, 96, 128, 192, 256)}, "head_dim")),
-        Row("query heads per kv head", asked(group, "q_heads", kv_heads=1)),
+        Row("query heads per kv head", asked(group, "group", num_kv_heads=1)),
         Row("`gqa`", {f'`"{x}"`': _with(op, gqa=x) for x in ("grouped", "interleaved")}),
-        Row("`window`", asked(windows, "window")),
+        Row("`window`", {words: Call(op, case_of(**window)) for words, window in windows.items()}),
         Row("`global_tokens`, one count per sequence", {"[B]": Call(op, change=_leading_per_sequence)}),
         Row("`q_start`", {"[B]": Call(op, change=_q_start)}),
         Row("`scale`", {"0.5": _with(op, scale=0.5), "-1": _with(op, scale=-1.0)}),
         Row("`softcap`", asked({"30": 30.0}, "softcap")),
-        Row("`sink`", asked({"fp32": True}, "sink") | {"bf16": Call(op, change=_sink_in_bf16)}),
+        Row("`sink`", asked({"fp32": "fp32"}, "sink") | {"bf16": Call(op, change=_sink_in_bf16)}),
         Row("`return_lse`", {"True": _with(op, return_lse=True)}),
         Row("`out`", {"with padded rows": Call(op, change=_padded_out)}),
     ]
 
 
 def _attention_rows() -> list[Row]:
-    dtypes = {NAMES[d]: Call("attention", Case(q_len=64, dtype=d)) for d in (BF16, FP16, FP32)}
+    dtypes = {NAMES[d]: Call("attention", case_of(q_len=64, dtype=d)) for d in (BF16, FP16, FP32)}
     return [Row("dtype of q, k and v", dtypes), *_scored("attention")]
 
 
@@ -259,25 +224,25 @@ def _paged_rows() -> list[Row]:
     op = "paged_attention"
 
     def over(*granularities: KVQuant, **others: Any) -> dict[str, Call]:
-        return {_stored(quant): Call(op, Case(quant=quant, **others)) for quant in granularities}
+        return {_stored(quant): Call(op, case_of(quant=quant, **others)) for quant in granularities}
 
     forms = {"decode": 1, "n-step decode": 4, "chunked prefill (`cu_seqlens_q`)": 64}
     sizes = (1, 8, 16, 48, 64, 544, 1024)
     kept = ("tensor", "head", "channel", "token")
-    fp8_queries = Case(dtype=E4M3, quant=KVQuant(E4M3, "token"))
+    fp8_queries = case_of(dtype=E4M3, quant=KVQuant(E4M3, "token"))
     return [
-        Row("queries", {words: Call(op, Case(q_len=n)) for words, n in forms.items()}, verbatim=True),
-        Row("q and cache alike", {NAMES[d]: Call(op, Case(dtype=d, quant=KVQuant(d))) for d in (BF16, FP16, FP32)}),
+        Row("queries", {words: Call(op, case_of(q_len=n)) for words, n in forms.items()}, verbatim=True),
+        Row("q and cache alike", {NAMES[d]: Call(op, case_of(dtype=d, quant=KVQuant(d))) for d in (BF16, FP16, FP32)}),
         Row("int8 cache, scale per", over(*(KVQuant(INT8, g) for g in kept))),
         Row("fp8 (e4m3) cache, scale per", over(*(KVQuant(E4M3, g) for g in ("none", *kept)))),
         Row("fp8 (e5m2) cache, scale per", over(*(KVQuant(E5M2, g) for g in ("none", *kept)))),
         Row("int8 cache, K and V scaled per", over(KVQuant(INT8, "channel", "token"), KVQuant(INT8, "token", "head"))),
-        Row("int8 cache under q of", {NAMES[d]: Call(op, Case(dtype=d, quant=KVQuant(INT8, "token")))
+        Row("int8 cache under q of", {NAMES[d]: Call(op, case_of(dtype=d, quant=KVQuant(INT8, "token")))
                                       for d in (BF16, FP16, FP32, E4M3)}),
         Row("`q_scale` of e4m3 queries", {"one for all": Call(op, fp8_queries, _q_scale),
                                           "one a row": Call(op, fp8_queries, _q_scale_per_row)}),
         Row('`compute="int8"`, scale per', over(*(KVQuant(INT8, g) for g in kept[:3]), compute="int8")),
-        Row("page_size", {str(n): Call(op, Case(page_size=n)) for n in sizes}),
+        Row("page_size", {str(n): Call(op, case_of(page_size=n)) for n in sizes}),
         Row("`block_table`", {"[B, max_pages]": Call(op), "(page_ids, page_indptr)": Call(op, change=_flat),
                               '`PageTable(rows=..., unit="token")`': Call(op, change=_request_table)}),
         Row("tables, lengths, positions", {"int32": Call(op), "int64": Call(op, change=_in_64_bits)}),
@@ -293,14 +258,17 @@ def _append_rows() -> list[Row]:
     stored = [KVQuant(d) for d in (BF16, FP16, FP32)]
     stored += [KVQuant(d, g) for d in (INT8, E4M3, E5M2) for g in ("tensor", "head", "channel", "token")]
     return [
-        Row("dtype of k and v", {NAMES[d]: Call(op, Case(dtype=d)) for d in (BF16, FP16, FP32)}),
-        Row("cache", {f"{NAMES[q.dtype]} {_stored(q)}".removesuffix(" none"): Call(op, Case(quant=q)) for q in stored}),
-        Row("page_size", {str(n): Call(op, Case(page_size=n)) for n in (1, 8, 16, 48, 64, 544, 1024)}),
+        Row("dtype of k and v", {NAMES[d]: Call(op, case_of(dtype=d)) for d in (BF16, FP16, FP32)}),
+        Row(
+            "cache",
+            {f"{NAMES[q.dtype]} {_stored(q)}".removesuffix(" none"): Call(op, case_of(quant=q)) for q in stored},
+        ),
+        Row("page_size", {str(n): Call(op, case_of(page_size=n)) for n in (1, 8, 16, 48, 64, 544, 1024)}),
     ]
 
 
 def _merge_rows() -> list[Row]:
-    return [Row("dtype of the outs", {NAMES[d]: Call("merge_states", Case(dtype=d)) for d in (BF16, FP16, FP32)})]
+    return [Row("dtype of the outs", {NAMES[d]: Call("merge_states", case_of(dtype=d)) for d in (BF16, FP16, FP32)})]
 
 
 ROWS = {
@@ -315,16 +283,16 @@ def _limits() -> dict[str, Call]:
     """Calls that nobody takes."""
     paged, int8 = "paged_attention", KVQuant(INT8, "token")
     return {
-        "fp8 queries": Call("attention", Case(q_len=64, dtype=E4M3)),
-        "head_dim 100": Call(paged, Case(head_dim=100)),
-        "head_dim 264": Call(paged, Case(head_dim=264)),
-        "page_size 24": Call(paged, Case(page_size=24)),
-        "5 query heads, 2 kv heads": Call(paged, Case(q_heads=5)),
-        "fp16 queries, bf16 cache": Call(paged, Case(dtype=FP16)),
-        "fp8 queries, bf16 cache": Call(paged, Case(dtype=E4M3)),
+        "fp8 queries": Call("attention", case_of(q_len=64, dtype=E4M3)),
+        "head_dim 100": Call(paged, case_of(head_dim=100)),
+        "head_dim 264": Call(paged, case_of(head_dim=264)),
+        "page_size 24": Call(paged, case_of(page_size=24)),
+        "5 query heads, 2 kv heads": Call(paged, change=_five_heads),
+        "fp16 queries, bf16 cache": Call(paged, case_of(dtype=FP16)),
+        "fp8 queries, bf16 cache": Call(paged, case_of(dtype=E4M3)),
         "`q_scale` with bf16 queries": Call(paged, change=_q_scale),
-        '`compute="int8"`, token scales': Call(paged, Case(quant=int8, compute="int8")),
-        '`compute="int8"`, fp8 cache': Call(paged, Case(quant=KVQuant(E4M3, "head"), compute="int8")),
+        '`compute="int8"`, token scales': Call(paged, case_of(quant=int8, compute="int8")),
+        '`compute="int8"`, fp8 cache': Call(paged, case_of(quant=KVQuant(E4M3, "head"), compute="int8")),
         "`split_size=100`": _with(paged, split_size=100),
         "q that requires grad": Call(paged, change=_needs_grad),
     }
@@ -336,6 +304,10 @@ def _stored(quant: KVQuant) -> str:
 
 def _with(op: str, **keywords: Any) -> Call:
     return Call(op, change=lambda _, options: options.update(keywords))
+
+
+def _five_heads(args: list[Any], _: dict[str, Any]) -> None:
+    args[0] = args[0].new_empty(*args[0].shape[:-2], 5, args[0].shape[-1])
 
 
 def _leading_per_sequence(args: list[Any], options: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from swath.demo.measure import Case, full_bf16_bytes, open_cache, stored
+from swath.errors import bad_value
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def generate(case: Case, tokenizer: Any, prompt: str, max_new_tokens: int, show:
     """Answer ``prompt`` greedily; ``show`` gets the text piece by piece."""
     cache = open_cache(case)
     ids = encode(tokenizer, prompt).to(case.model.device)
+    if not ids.numel():
+        raise bad_value("prompt", "a text of a token or more", repr(prompt))
     stream = Stream(tokenizer, _stop_ids(case.model), show)
     case.model.generate(
         ids, attention_mask=torch.ones_like(ids), past_key_values=cache, streamer=stream, do_sample=False,

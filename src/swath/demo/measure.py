@@ -15,10 +15,10 @@ from torch import Tensor
 
 from swath import KVQuant, Window, hf
 from swath.demo.settings import Budget
+from swath.testing.cases import NAMES
 
 ATTENTION = "swath-demo"
 PAGE_SIZE = 16
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def open_cache(case: Case) -> Any:
 
 def stored(case: Case) -> str:
     """What the case's cache holds: "fp32", "bf16", "int8", "fp8"."""
-    return DTYPES[case.model.dtype] if case.kv == "none" else case.kv
+    return NAMES[case.model.dtype] if case.kv == "none" else case.kv
 
 
 def full_bf16_bytes(config: Any, tokens: int) -> int:

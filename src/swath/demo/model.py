@@ -34,15 +34,21 @@ def load(path: Path | None, device: torch.device, dtype: torch.dtype) -> Loaded:
 
     Raises:
         ValueError: no path, and the package that holds the default's weights is not installed.
-        OSError: ``path`` holds no model, or the unpacked weights cannot be written.
+        ValueError: ``path`` holds no model that can be loaded.
+        OSError: the unpacked weights cannot be written.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     source = unpack() if path is None else path
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    if not source.is_dir():
+        raise bad_value("model", "a directory with a model of Hugging Face", source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except Exception as error:  # each library behind it has errors of its own for a file that it cannot read
+        raise bad_value("model", f"a model that Transformers can load from {source}", error) from error
     return Loaded(NAME if path is None else path.resolve().name, model.to(device).eval(), tokenizer)
 
 

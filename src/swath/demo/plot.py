@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from swath.cli.files import write_all
 from swath.cli.palette import FAINT, INK, MUTED, TONES
 from swath.demo.measure import Row
 from swath.demo.report import MIB, Report, caption
@@ -27,8 +29,9 @@ def save(report: Report, path: Path) -> None:
     _draw_kv_legend(ax, report.rows)
     figure.suptitle("Quality against cache memory", x=0.02, ha="left", color=INK, size=13, weight="bold")
     figure.supxlabel(textwrap.fill(caption(report.conditions), 150), x=0.02, ha="left", color=MUTED, size=7.5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=160)
+    write_all({path: data.getvalue()})
 
 
 def _draw_axes(ax: Axes, rows: list[Row]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from rich.box import MARKDOWN
 from rich.console import Console
 
+from swath.cli.files import write_all
 from swath.demo.generate import Generation
 from swath.demo.measure import Row
 from swath.demo.report import Conditions, Report, caption, table
@@ -53,6 +54,4 @@ def _block(report: Report) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(
-        with_table(README.read_text(encoding="utf-8"), JSON.read_text(encoding="utf-8")), encoding="utf-8"
-    )
+    write_all({README: with_table(README.read_text(encoding="utf-8"), JSON.read_text(encoding="utf-8"))})

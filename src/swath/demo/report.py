@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from swath.cli.files import write_all
 from swath.demo.generate import Generation
 from swath.demo.measure import PAGE_SIZE, Row
 from swath.demo.settings import Budget
@@ -43,10 +43,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write JSON; a reader sees the old file or the new one, never a part."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        scratch.write_text(json.dumps({**asdict(self), "page_size": PAGE_SIZE}, indent=2) + "\n", encoding="utf-8")
-        scratch.replace(path)
+        write_all({path: json.dumps({**asdict(self), "page_size": PAGE_SIZE}, indent=2) + "\n"})
 
 
 def table(report: Report) -> Table:

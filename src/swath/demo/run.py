@@ -20,11 +20,12 @@ import swath
 from swath.demo import plot, texts
 from swath.demo.cases import can_reshape, cases, notes, windowed
 from swath.demo.generate import generate
-from swath.demo.measure import DTYPES, Case, measure, stored
+from swath.demo.measure import Case, measure, stored
 from swath.demo.model import Loaded, load, unpacked
 from swath.demo.report import Conditions, Report, caption, in_words, table
 from swath.demo.settings import Settings
 from swath.errors import bad_value
+from swath.testing.cases import NAMES
 
 
 class Demo:
@@ -41,6 +42,7 @@ class Demo:
             ValueError, OSError: a model, a text or the output directory cannot be used.
         """
         s = self.settings
+        s.output.mkdir(parents=True, exist_ok=True)
         loaded = self._load()
         _check_context(loaded.model.config, s.budget.tokens + s.budget.decode_steps + 1)
         text = texts.topics(loaded.tokenizer) if s.text is None else texts.from_file(loaded.tokenizer, s.text)
@@ -59,7 +61,7 @@ class Demo:
         note = "Unpacking the model, once (up to a minute)" if first else "Loading the model"
         with self._busy(note):
             loaded = load(s.model, s.device, s.dtype)
-        self.out.print(f"{loaded.name}, {DTYPES[s.dtype]}, {_device_name(s.device)}\n", style="bold", soft_wrap=True)
+        self.out.print(f"{loaded.name}, {NAMES[s.dtype]}, {_device_name(s.device)}\n", style="bold", soft_wrap=True)
         return loaded
 
     def _generate(self, loaded: Loaded, report: Report) -> None:
@@ -123,7 +125,7 @@ def _check_context(config: Any, tokens: int) -> None:
 def _conditions(settings: Settings, loaded: Loaded, text: str) -> Conditions:
     return Conditions(
         model=loaded.name,
-        dtype=DTYPES[settings.dtype],
+        dtype=NAMES[settings.dtype],
         device=_device_name(settings.device),
         text=text,
         budget=settings.budget,

@@ -44,9 +44,13 @@ def from_file(tokenizer: Any, path: Path) -> Text:
     """A text file in UTF-8.
 
     Raises:
-        OSError, UnicodeDecodeError: it cannot be read.
+        OSError: it cannot be read.
+        ValueError: it is none.
     """
-    return Text(path.name, _ids(tokenizer, path.read_text(encoding="utf-8")))
+    try:
+        return Text(path.name, _ids(tokenizer, path.read_text(encoding="utf-8")))
+    except UnicodeDecodeError as error:
+        raise bad_value("text", "a text file in UTF-8", f"other bytes at {error.start} of {path}") from None
 
 
 def _ids(tokenizer: Any, text: str) -> Tensor:

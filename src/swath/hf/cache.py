@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
-from swath.cache import PagedKV
-from swath.errors import bad_value
-from swath.hf.attention import Scoring
-from swath.hf.masks import BandMask
+from swath.errors import bad_type, bad_value
+from swath.hf.layer import ON_THE_HOST, PagedLayer
 from swath.hf.pages import Pages
 from swath.hf.settings import REGISTERED, WindowChoice, check_window_choice, window_of_layer
-from swath.ops.append import append_kv
-from swath.ops.paged import paged_attention
 from swath.pages import check_page_size
-from swath.quant import KVQuant, calibrate
+from swath.quant import KVQuant
 from swath.window import Window
 
 QUANTS = {
@@ -29,116 +26,7 @@ QUANTS = {
 }
 """Storage by name, all with one scale per token and head."""
 
-
-class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """The keys and values of one layer, in pages.
-
-    ``update`` hands the new keys on with this layer attached to them as ``paged_layer``; swath's attention function
-    finds it there, and ``attend`` stores the keys and reads all of them from the pages.
-    """
-
-    supports_early_init = False
-
-    def __init__(self, pages: Pages, quant: KVQuant | None, overrides: bool) -> None:
-        super().__init__()
-        self.pages, self.quant, self.overrides = pages, quant, overrides
-        self.store: PagedKV | None = None
-        self.length = 0
-        self._new: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def is_sliding(self) -> bool:
-        """Whether old keys are dropped."""
-        return not self.pages.window.is_unbounded
-
-    @property
-    def is_croppable(self) -> bool:
-        """Whether ``crop`` can go back as far as one likes."""
-        return not self.is_sliding or self.pages.keep_past
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of a page with its scales; 0 before the first token."""
-        if self.store is None:
-            return 0
-        return self.store.page_size * self.store.quant.bytes_per_token(self.store.num_kv_heads, self.store.head_dim)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the pool. Static scales (tensor, head, channel) are taken from these keys and values."""
-        quant = KVQuant(key_states.dtype) if self.quant is None else self.quant
-        _, num_kv_heads, _, head_dim = key_states.shape
-        scales = [
-            None
-            if granularity in ("none", "token")
-            else calibrate(x.transpose(1, 2).flatten(0, 1), quant.dtype, granularity)
-            for x, granularity in ((key_states, quant.k), (value_states, quant.v_granularity))
-        ]
-        self.store = PagedKV.empty(
-            quant, self.pages.num_pages, num_kv_heads, self.pages.page_size, head_dim,
-            k_scale=scales[0], v_scale=scales[1], device=key_states.device,
-        )  # fmt: skip
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Take new keys and values [B, Hkv, T, D]; they come back with this layer attached."""
-        if self._new is not None:
-            raise bad_value("attn_implementation", "one registered by swath.hf.register", "one that read no pages")
-        self._new = key_states, value_states
-        self.length += key_states.shape[2]
-        handle = key_states.detach()
-        handle.paged_layer = self  # type: ignore[attr-defined]
-        return handle, value_states
-
-    def attend(self, query: Tensor, band: BandMask, window: Window, scoring: Scoring, impl: str) -> Tensor:
-        """Store the tokens of the last ``update``, then attend to all: query [B, Hq, T, D] to [B, T, Hq, D]."""
-        if self._new is None:
-            raise bad_value("key", "keys of the last update, read once", "keys read before")
-        (key, value), self._new = self._new, None
-        if self.overrides:
-            window = self.pages.window
-        if window != self.pages.window:
-            raise bad_value("past_key_values", f"a PagedCache made for {window}", self.pages.window)
-        new = key.shape[2]
-        passes = self.pages.extend(self.length - new, new, band.first, key.device)
-        store = self._store_for(key, value)
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for p in passes:
-            if p.copies is not None:
-                _copy_pages(store, store, p.copies[0], p.copies[1])
-            part = slice(p.start, p.stop)
-            append_kv(store, k[:, part].flatten(0, 1), v[:, part].flatten(0, 1), p.slot_mapping)
-            paged_attention(
-                q[:, part], store, p.block_table, p.seq_lens, max_kv_len=p.max_kv_len, window=window,
-                out=out[:, part], impl=impl, **scoring,
-            )  # fmt: skip
-        return out
-
-    def forget(self, length: int) -> None:
-        """Go back to ``length`` columns."""
-        self.length, self._new = length, None
-
-    def get_seq_length(self) -> int:
-        """Columns seen, padding included."""
-        return self.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns and first column of the mask for ``query_length`` new tokens."""
-        return self.length + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1
-
-    def _store_for(self, key: Tensor, value: Tensor) -> PagedKV:
-        if self.store is None:
-            self.lazy_initialization(key, value)
-        old = self.store
-        if old is not None and old.num_pages < self.pages.num_pages:
-            self.store = _grown(old, self.pages.num_pages)
-        if self.store is None:
-            raise RuntimeError("lazy_initialization made no pool")
-        return self.store
+AFTER_FAILURE = "a cache of this model, all layers with the same tokens; crop or reset it after a call that failed"
 
 
 class PagedCache(Cache):  # type: ignore[misc]
@@ -152,13 +40,17 @@ class PagedCache(Cache):  # type: ignore[misc]
 
     Args:
         config: ``model.config``; its layer types and sliding window say what each layer keeps.
-        quant: "int8", "fp8" (e4m3), "fp8_e5m2" with one scale per token and head, or any KVQuant (static scales are
-            calibrated on the first call's tokens); None stores what the model computes.
+        quant: "int8", "fp8" (e4m3), "fp8_e5m2" with one scale per token and head, or any KVQuant; None stores what
+            the model computes. Static scales are calibrated on the first tokens: those of the first call, and of later
+            ones as long as fewer than 128 were stored before; what is stored is quantised again as the scales grow.
         page_size: tokens in a page: 1, 8 or a multiple of 16.
         window: replaces the windows of the model and of ``register``: a Window, or ``f(layer_idx)``; where it is
             None, the window given to ``register`` counts, else the model's.
         chunk: where the window is bounded, long prompts go through in passes of so many tokens, so that their
-            pages too are reused.
+            pages too are reused. Layers whose keys other layers read hold a prompt whole until the next call.
+
+    After a call that failed, in the middle of the layers say, ``crop`` goes back to the tokens before it, or ``reset``
+    to none; until then calls are refused. Where ``crop``, ``reorder_cache`` or the like refuse, nothing has changed.
 
     Raises:
         TypeError, ValueError: naming the argument; a layer type that keeps no plain keys and values.
@@ -179,25 +71,37 @@ class PagedCache(Cache):  # type: ignore[misc]
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
             raise bad_value("chunk", "an int >= 1", repr(chunk))
         storage = _quant_of(quant)
-        self._groups: dict[Window, Pages] = {}
-        layers = []
-        for layer_idx, own in enumerate(_model_windows(self._config)):
+        self._groups: dict[tuple[Window, int | None], Pages] = {}
+        self._paged: list[PagedLayer] = []
+        layers: list[Any] = []
+        for layer_idx, kept in enumerate(_kept_by_layers(self._config)):
+            if kept is None:
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING["dummy"]())
+                continue
             override = window_of_layer(window, layer_idx)
-            effective = override or self._settings_window(layer_idx) or own
-            pages = self._groups.setdefault(effective, Pages(effective, page_size, chunk))
-            layers.append(PagedLayer(pages, storage, override is not None))
+            effective = override or self._settings_window(layer_idx) or kept.window
+            group = effective, None if kept.read_again else chunk
+            pages = self._groups.setdefault(group, Pages(effective, page_size, group[1]))
+            self._paged.append(PagedLayer(pages, storage, override is not None, len(self._paged)))
+            layers.append(self._paged[-1])
         super().__init__(layers=layers)
 
     @property
     def nbytes_live(self) -> int:
         """Bytes of the pages in use now, scales included, over all layers."""
-        return sum(layer.pages.live * layer.page_bytes for layer in self.layers)
+        return sum(layer.pages.live * layer.page_bytes for layer in self._paged)
 
     @property
     def nbytes_peak(self) -> int:
         """Bytes of the most pages that each layer ever held at once, summed over the layers."""
-        return sum(layer.pages.peak * layer.page_bytes for layer in self.layers)
+        return sum(layer.pages.peak * layer.page_bytes for layer in self._paged)
 
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes of the pools, pages in use and free ones: after a prompt, the next call gives back what it can."""
+        return sum(store.nbytes for pages in self._groups.values() for store in pages.pools.made)
+
+    @torch.compiler.disable(reason=ON_THE_HOST)  # type: ignore[untyped-decorator]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -205,6 +109,10 @@ class PagedCache(Cache):  # type: ignore[misc]
         if self._config._attn_implementation not in REGISTERED:
             wanted = "one registered by swath.hf.register, and PagedCache(model.config)"
             raise bad_value("attn_implementation", wanted, repr(self._config._attn_implementation))
+        if layer_idx >= len(self.layers):
+            wanted = f"a PagedCache of this model's configuration, whose layers are {layer_idx + 1} or more"
+            raise bad_value("past_key_values", wanted, len(self.layers))
+        self._check_order(self.layers[layer_idx], key_states.shape[2])
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
 
@@ -220,12 +128,19 @@ class PagedCache(Cache):  # type: ignore[misc]
         Raises:
             ValueError: a positive count, or a window's pages are gone (see ``activate_past_recording``).
         """
-        removed = -int(tokens_to_remove)  # assisted decoding passes a tensor
+        removed = -_count("tokens_to_remove", tokens_to_remove)  # assisted decoding passes a tensor
         if removed < 0:
             raise bad_value("tokens_to_remove", "a count <= 0", tokens_to_remove)
+        length = max(self.get_seq_length() - removed, 0)
+        held = min(layer.length for layer in self._paged)
+        if length > held:
+            wanted = f"{held - self.get_seq_length()} or less: a call that failed left some layers with {held} tokens"
+            raise bad_value("tokens_to_remove", wanted, -removed)
         for pages in self._groups.values():
-            pages.crop(removed)
-        self._forget(max(self.get_seq_length() - removed, 0))
+            pages.check_crop(length)
+        for pages in self._groups.values():
+            pages.crop(length)
+        self._forget(length)
 
     def activate_past_recording(self) -> None:
         """From now on ``crop`` alone releases the pages that a window has passed: assisted decoding goes back."""
@@ -234,38 +149,90 @@ class PagedCache(Cache):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let beam i continue beam ``beam_idx[i]``; their pages are shared until one of them writes."""
-        self._select(beam_idx.tolist())
+        self._select("beam_idx", beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence ``repeats`` times."""
-        batch = next(iter(self._groups.values())).batch
-        self._select([b for b in range(batch) for _ in range(repeats)])
+        if _count("repeats", repeats) < 1:
+            raise bad_value("repeats", "an int >= 1", repeats)
+        self._select("repeats", torch.arange(self._batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences ``indices``."""
-        self._select(indices.tolist())
+        """Keep the sequences ``indices``: their numbers, or a bool for each."""
+        self._select("indices", indices)
 
-    def _select(self, sequences: Sequence[int]) -> None:
+    @property
+    def _batch(self) -> int:
+        """Sequences held; 0 before the first token."""
+        batches = {pages.batch for pages in self._groups.values()}
+        if len(batches) > 1:
+            raise bad_value("past_key_values", AFTER_FAILURE, f"{min(batches)} and {max(batches)} sequences")
+        return batches.pop()
+
+    def _select(self, name: str, indices: Tensor) -> None:
+        batch = self._batch
+        if not batch:
+            return
+        try:
+            sequences = torch.arange(batch)[torch.as_tensor(indices).cpu()]
+        except IndexError as error:
+            raise bad_value(name, f"indices of {batch} sequences", f"{indices}: {error}") from None
+        if sequences.dim() != 1:
+            raise bad_value(name, "one dimension", tuple(sequences.shape))
         for pages in self._groups.values():
-            pages.select(sequences)
+            pages.select(sequences.tolist())
 
     def _forget(self, length: int) -> None:
-        for layer in self.layers:
+        for layer in self._paged:
             layer.forget(length)
+
+    def _check_order(self, layer: PagedLayer, new: int) -> None:
+        """Whether the layer before has stored its tokens of this call, and the last layer those of the call before."""
+        before = self._paged[layer.order - 1]
+        if layer.order and before.new is not None:
+            raise bad_value("attn_implementation", "one registered by swath.hf.register", "one that read no pages")
+        length = layer.get_seq_length()
+        if layer.new is not None or before.length != (length + new if layer.order else length):
+            raise bad_value(
+                "past_key_values", AFTER_FAILURE, f"{length} tokens in a layer and {before.length} before it"
+            )
 
     def _settings_window(self, layer_idx: int) -> Window | None:
         settings = REGISTERED.get(self._config._attn_implementation)
         return None if settings is None else settings.override(layer_idx)
 
 
-def _model_windows(config: Any) -> list[Window]:
-    """The window of each layer, from its configuration."""
+@dataclass(frozen=True)
+class Kept:
+    """What a layer of the model keeps: the keys in a window, which later layers may read again."""
+
+    window: Window
+    read_again: bool
+
+
+def _kept_by_layers(config: Any) -> list[Kept | None]:
+    """What each layer keeps, from the configuration; None for a layer that reads another's keys, or has none."""
     layer_types, options = get_layer_types_and_kwargs(config)
-    windows = {"full_attention": Window(), "sliding_attention": Window(options.get("sliding_window"))}
-    unknown = sorted(set(layer_types) - set(windows))
+    if isinstance(options, dict):  # older Transformers have one for all layers
+        options = [options] * len(layer_types)
+    unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention", "dummy"})
     if unknown:
         raise bad_value("config", "layers of full_attention or sliding_attention", ", ".join(unknown))
-    return [windows[t] for t in layer_types]
+    last = {layer_type: layer_idx for layer_idx, layer_type in enumerate(layer_types)}
+    shared = bool(getattr(config, "num_kv_shared_layers", None))
+    return [
+        None
+        if t == "dummy"
+        else Kept(Window(o.get("sliding_window") if t == "sliding_attention" else None), shared and last[t] == i)
+        for i, (t, o) in enumerate(zip(layer_types, options, strict=True))
+    ]
+
+
+def _count(name: str, value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise bad_type(name, "an int", type(value).__name__) from None
 
 
 def _quant_of(quant: KVQuant | str | None) -> KVQuant | None:
@@ -274,28 +241,3 @@ def _quant_of(quant: KVQuant | str | None) -> KVQuant | None:
     if quant not in QUANTS:
         raise bad_value("quant", f"one of {', '.join(map(repr, QUANTS))}, a KVQuant or None", repr(quant))
     return QUANTS[quant]
-
-
-def _grown(old: PagedKV, num_pages: int) -> PagedKV:
-    """A larger pool with the same pages first. Static scales stay."""
-    static = {name: getattr(old, name) for name in ("k_scale", "v_scale") if name not in _token_scales(old.quant)}
-    new = PagedKV.empty(
-        old.quant, num_pages, old.num_kv_heads, old.page_size, old.head_dim, device=old.k.device, **static
-    )
-    _copy_pages(old, new, slice(old.num_pages), slice(old.num_pages))
-    return new
-
-
-def _copy_pages(source: PagedKV, target: PagedKV, source_pages: Tensor | slice, target_pages: Tensor | slice) -> None:
-    """Copy pages with their token scales."""
-    for name in ("k", "v", *_token_scales(source.quant)):
-        old, new = getattr(source, name), getattr(target, name)
-        if old.element_size() == 1:  # fp8 moves as bytes, which torch can index everywhere
-            old, new = old.view(torch.int8), new.view(torch.int8)
-        new[target_pages] = old[source_pages]
-
-
-def _token_scales(quant: KVQuant) -> list[str]:
-    """The scale tensors that have a value for every slot, and so belong to pages."""
-    granularities = {"k_scale": quant.k, "v_scale": quant.v_granularity}
-    return [name for name, granularity in granularities.items() if granularity == "token"]

@@ -28,7 +28,7 @@ def append_kv(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor, *, imp
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
     """
-    APPEND_KV(cache, k, v, slot_mapping, impl=impl)
+    APPEND_KV((cache, k, v, slot_mapping), {}, impl)
 
 
 def prepare(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> AppendCase:

@@ -95,7 +95,7 @@ def attention(
         TypeError, ValueError: naming the argument, what was wanted and what came.
     """
     made: Tensor | tuple[Tensor, Tensor] = ATTENTION(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=return_lse, impl=impl, **options
+        (q, k, v, cu_seqlens_q, cu_seqlens_k), {"return_lse": return_lse, **options}, impl
     )
     return made
 

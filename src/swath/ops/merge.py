@@ -31,7 +31,7 @@ def merge_states(
     Returns:
         (out, lse) shaped as the inputs.
     """
-    merged: tuple[Tensor, Tensor] = MERGE_STATES(out_a, lse_a, out_b, lse_b, impl=impl)
+    merged: tuple[Tensor, Tensor] = MERGE_STATES((out_a, lse_a, out_b, lse_b), {}, impl)
     return merged
 
 

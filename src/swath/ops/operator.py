@@ -47,9 +47,9 @@ class Operator(Generic[C]):
         self.arguments, self.defaults = {**arguments, "impl": str}, defaults
         self.torch_op = TorchOp(name, self.arguments, returns, self._run, self._fake, mutates)
 
-    def __call__(self, *operands: Any, impl: str, **options: Any) -> Any:
+    def __call__(self, operands: tuple[Any, ...], options: dict[str, Any], impl: str) -> Any:
         """What the public function returns."""
-        if not must_dispatch(*operands):
+        if not must_dispatch(operands):
             return self.execute(self.prepare(*operands, **options), impl).result
         if torch.compiler.is_compiling():
             check_names(options, self.defaults, self.name)

@@ -94,7 +94,7 @@ def paged_attention(
         TypeError, ValueError: naming the argument, what was wanted and what came.
     """
     made: Tensor | tuple[Tensor, Tensor] = PAGED_ATTENTION(
-        q, cache, block_table, seq_lens, return_lse=return_lse, impl=impl, **options
+        (q, cache, block_table, seq_lens), {"return_lse": return_lse, **options}, impl
     )
     return made
 

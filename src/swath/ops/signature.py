@@ -22,44 +22,43 @@ ALIGNMENT = 16
 """Bytes: compilers specialise kernels for pointers that are multiples of it."""
 MOST_SIGNATURES = 1024
 BOUND_STEP = 64
-VALUES = (int, float, bool, str)
+VALUES = frozenset({int, float, bool, str, type(None)})
 """Types of arguments that count by their values. They count with their types: 1, 1.0 and True are equal to Python."""
 
 V = TypeVar("V")
 Signature = tuple[object, ...]
 
 
-def signature_of(operands: tuple[object, ...], options: dict[str, Any]) -> Signature:
+def signature_of(operands: tuple[Any, ...], options: dict[str, Any]) -> Signature:
     """The signature of a call: tensors by dtype, shape, strides, device and so on, numbers and words as they are.
 
     Arguments of any type are taken, since wrong ones are for the checks to name. What is no key, such as a list, makes
     a signature that cannot be hashed.
     """
-    looks: list[object] = [torch.is_grad_enabled()]
-    for x in operands:
-        if type(x) is Tensor or type(x) is Parameter:  # no function of its own: calls cost too
-            looks.append((x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % ALIGNMENT, x.requires_grad))
+    if "max_kv_len" in options:
+        options = {**options, "max_kv_len": coarse(options["max_kv_len"])}
+    with_grad = torch.is_grad_enabled()
+    looks: list[object] = [with_grad, *options]
+    for x in (*operands, *options.values()):
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:  # no function of its own: calls cost too
+            needs_grad = with_grad and x.requires_grad
+            looks.append((x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % ALIGNMENT, needs_grad))
+        elif kind in VALUES:
+            looks.append(kind)
+            looks.append(x)
         else:
             looks.append(_look(x))
-    for name, x in options.items():
-        looks.append(name)
-        if type(x) is Tensor or type(x) is Parameter:
-            looks.append((x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % ALIGNMENT, x.requires_grad))
-        else:
-            looks.append(_look(coarse(x) if name == "max_kv_len" else x))
     return tuple(looks)
 
 
 def _look(x: object) -> object:
-    if x is None:
-        return None
-    if type(x) in VALUES:
-        return type(x), x
     if type(x) is PagedKV:
         return PagedKV, signature_of(x.tensors, {})
     if type(x) is Window:
-        g = x.global_tokens
-        return Window, x.size, x.causal, x.max_global_tokens, g if isinstance(g, int) else signature_of((g,), {})
+        if type(x.global_tokens) is int:
+            return Window, x.key
+        return Window, x.size, x.causal, x.max_global_tokens, signature_of((x.global_tokens,), {})
     if type(x) is PageTable:
         return PageTable, signature_of((x.entries, x.indptr, x.rows, x.unit), {})
     if isinstance(x, (tuple, list)):

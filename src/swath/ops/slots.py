@@ -40,7 +40,7 @@ def slots(
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
     """
-    if not must_dispatch(seq_lens):
+    if not must_dispatch((seq_lens,)):
         return _slots(block_table, seq_lens, page_size, num_tokens, cu_seqlens_q)
     if not torch.compiler.is_compiling():  # so that a wrong call is named as everywhere, and not by the schema
         _checked(block_table, seq_lens, page_size, num_tokens, cu_seqlens_q)

@@ -24,7 +24,7 @@ from swath.window import Window
 _lib = torch.library.Library("swath", "DEF")
 
 
-def must_dispatch(*operands: object) -> bool:
+def must_dispatch(operands: tuple[object, ...]) -> bool:
     """Whether a call must go through the dispatcher: tracing, a dispatch mode (fake tensors among them), a subclass.
 
     Or all operands are on "meta", and only shapes are asked for. Operands may be of any type (a PagedKV stands for its

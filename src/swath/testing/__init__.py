@@ -11,6 +11,7 @@ A worked example::
 
 from swath.testing.budget import budget_used, check_budget, lse_budget, out_budget
 from swath.testing.cases import Case
+from swath.testing.filling import make_filled, make_unset
 from swath.testing.inputs import Canary, Inputs
 from swath.testing.making import make, spike
 from swath.testing.oracle import Truth, visible
@@ -25,6 +26,8 @@ __all__ = [
     "check_budget",
     "lse_budget",
     "make",
+    "make_filled",
+    "make_unset",
     "out_budget",
     "pairwise",
     "spike",

@@ -7,7 +7,20 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from swath.errors import bad_type
 from swath.quant import KVQuant
+from swath.window import Window
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "int8": torch.int8,
+    "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+}
+"""What tables and the command line call dtypes."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,13 @@ class Case:
     def storage(self) -> KVQuant:
         """How K and V are stored."""
         return KVQuant(self.dtype) if self.quant is None else self.quant
+
+    @property
+    def window(self) -> Window:
+        """Who sees whom, where all sequences have as many leading tokens."""
+        if not isinstance(self.global_tokens, int):
+            raise bad_type("global_tokens", "an int here; leading(b) is for one sequence", "a count for each sequence")
+        return Window(self.size, self.global_tokens, self.causal)
 
     @property
     def score_scale(self) -> float:

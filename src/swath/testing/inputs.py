@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,21 @@ SENTINEL = -7.25
 """What surrounds the rows of a ``Canary``; every 16-bit type holds it."""
 
 
-class OfEitherKeys:
-    """Inputs whose ``keys`` are a PagedKV or the dense pair (k, v), for who knows which."""
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The tensors of a case, made by ``make``, ``make_filled`` or ``make_unset``."""
 
+    case: Case
+    q: Tensor
     keys: PagedKV | tuple[Tensor, Tensor]
+    block_table: Tensor | tuple[Tensor, Tensor] | PageTable | None
+    seq_lens: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    q_start: Tensor | None
+    global_tokens: int | Tensor
+    q_scale: Tensor | None
+    sink: Tensor | None
 
     @property
     def cache(self) -> PagedKV:
@@ -41,27 +53,15 @@ class OfEitherKeys:
             raise TypeError("a paged case has no dense keys")
         return self.keys
 
-
-@dataclass(frozen=True, eq=False)
-class Inputs(OfEitherKeys):
-    """The tensors of a case, made by ``make``."""
-
-    case: Case
-    q: Tensor
-    keys: PagedKV | tuple[Tensor, Tensor]
-    block_table: Tensor | tuple[Tensor, Tensor] | PageTable | None
-    seq_lens: Tensor | None
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    q_start: Tensor | None
-    global_tokens: int | Tensor
-    q_scale: Tensor | None
-    sink: Tensor | None
-
     @property
     def op(self) -> str:
         """The public function that takes them."""
         return "attention" if self.case.dense else "paged_attention"
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """That function."""
+        return attention if self.case.dense else paged_attention
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -96,8 +96,7 @@ class Inputs(OfEitherKeys):
 
     def run(self, impl: str = "auto", **changes: Any) -> tuple[Tensor, Tensor]:
         """(out, lse) of the public function; ``changes`` replace keyword arguments."""
-        public = attention if self.case.dense else paged_attention
-        out, lse = public(*self.args, **{**self.options, "return_lse": True, **changes}, impl=impl)
+        out, lse = self.function(*self.args, **{**self.options, "return_lse": True, **changes}, impl=impl)
         return out, lse
 
     def truth(self, rows: Tensor | None = None) -> Truth:

@@ -1,7 +1,12 @@
-"""Tensors for a ``Case``: shuffled pages, hostile entries where pages are freed, poison wherever nobody may look."""
+"""Tensors for a ``Case``: their layout, and what they hold in a test.
+
+That is shuffled pages, hostile entries where pages are freed, and poison wherever nothing may be read. ``filling.py``
+has other contents in the same layout.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -27,35 +32,13 @@ _PAD = 16
 
 
 def make(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-    """The tensors of ``case``, the same for the same device and seed.
+    """The tensors of ``case`` for a test, the same for the same device and seed.
 
     Only keys that some query sees, and spiked ones, exist. All other slots of the pool hold NaN (-128 in int8, whose
     token scales are NaN), as do pages that no sequence has, rows of q that no sequence owns, and the padding between
     rows. Pages without an existing key are freed: their entries in the table, and spare ones after them, are hostile.
     """
-    maker = _Maker(case, torch.device(device), seed)
-    live = [maker.existing(b) for b in range(case.num_seqs)]
-    keys: PagedKV | tuple[Tensor, Tensor]
-    if case.dense:
-        keys, table = maker.dense(live), None
-    else:
-        keys, table = maker.paged(live)
-    bounds = [0, *accumulate(case.row_counts)]
-    key_bounds = [0, *accumulate(max(n, 0) for n in case.kv_lens)]
-    leading = case.global_tokens
-    return Inputs(
-        case=case,
-        q=maker.queries(),
-        keys=keys,
-        block_table=table,
-        seq_lens=None if case.dense else maker.ints(case.kv_lens),
-        cu_seqlens_q=maker.ints(bounds) if case.ragged else None,
-        cu_seqlens_k=maker.ints(key_bounds) if case.dense else None,
-        q_start=None if case.q_start is None else maker.ints(case.q_start),
-        global_tokens=leading if isinstance(leading, int) else maker.ints(leading),
-        q_scale=maker.q_unit,
-        sink=maker.sink(),
-    )
+    return _Guarded(case, torch.device(device), seed).inputs()
 
 
 def spike(k: Tensor, v: Tensor, rows: Sequence[int], direction: Tensor, scale: float) -> None:
@@ -70,33 +53,201 @@ def spike(k: Tensor, v: Tensor, rows: Sequence[int], direction: Tensor, scale: f
         v[row, :, i % v.shape[2]] = _SPIKE_VALUE
 
 
-class _Maker:
-    """One case's random numbers, and the pieces made of them."""
+class Maker(ABC):
+    """The layout of a case's tensors; what they hold is the subclass's."""
 
-    def __init__(self, case: Case, device: torch.device, seed: int) -> None:
+    spare = 0
+    """Entries of a table beyond those in use."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.direction = self.normal(case.num_kv_heads, case.head_dim)
-        shapes = {"none": None, "tensor": (), "token": case.q_shape[:-1]}
-        # Of at least 0.015, so that no normal number over it is beyond 448, where e4m3 has only NaN.
-        self.q_unit = self.uniform(0.015, 0.03, shapes[case.q_scale])
 
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.device)
+    def inputs(self) -> Inputs:
+        """All of them."""
+        case = self.case
+        keys: PagedKV | tuple[Tensor, Tensor]
+        if case.dense:
+            keys, table = self.dense(), None
+        else:
+            keys, table = self.paged()
+        leading = case.global_tokens
+        return Inputs(
+            case=case,
+            q=self.queries(),
+            keys=keys,
+            block_table=table,
+            seq_lens=None if case.dense else self.ints(case.kv_lens),
+            cu_seqlens_q=self.bounds(case.row_counts) if case.ragged else None,
+            cu_seqlens_k=self.bounds([max(n, 0) for n in case.kv_lens]) if case.dense else None,
+            q_start=None if case.q_start is None else self.ints(case.q_start),
+            global_tokens=leading if isinstance(leading, int) else self.ints(leading),
+            q_scale=self.q_scale(),
+            sink=self.sink(),
+        )
 
-    def uniform(self, low: float, high: float, shape: Sequence[int] | None) -> Tensor | None:
-        if shape is None:
+    @abstractmethod
+    def fill(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A new tensor of queries, keys or values."""
+
+    @abstractmethod
+    def scales(self, granularity: str, shape: tuple[int, ...]) -> Tensor:
+        """A new scale of a cache."""
+
+    @abstractmethod
+    def logits(self, dtype: torch.dtype) -> Tensor:
+        """A new sink."""
+
+    @abstractmethod
+    def paged(self) -> tuple[PagedKV, Tensor | tuple[Tensor, Tensor] | PageTable]:
+        """The cache, and the table that finds each sequence's pages in it."""
+
+    def q_scale(self) -> Tensor | None:
+        """What multiplies q, if anything does."""
+        return None
+
+    def storage(self, shape: tuple[int, ...], dtype: torch.dtype, pad: bool = False) -> Tensor:
+        """A new tensor of this shape; ``pad``: it lies in a wider buffer."""
+        if not pad:
+            return self.fill(shape, dtype)
+        outer = (*shape[:-2], shape[-2] + 1, shape[-1] + _PAD)
+        return self.fill(outer, dtype)[..., : shape[-2], : shape[-1]]
+
+    def queries(self) -> Tensor:
+        """q."""
+        return self.storage(self.case.q_shape, self.case.dtype, self.case.strided)
+
+    def sink(self) -> Tensor | None:
+        """A logit for each query head, if the case has them."""
+        case = self.case
+        if case.sink == "none":
             return None
-        return low + (high - low) * torch.rand(tuple(shape), generator=self.generator, device=self.device)
+        return self.logits(torch.float32 if case.sink == "fp32" else case.out_dtype)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """k and v [Tk, Hkv, D], with spare rows at the end."""
+        case = self.case
+        rows = sum(max(n, 0) for n in case.kv_lens) + self.spare
+        k, v = (self.storage((rows, case.num_kv_heads, case.head_dim), case.dtype, case.strided) for _ in range(2))
+        return k, v
 
     def ints(self, values: Sequence[int]) -> Tensor:
+        """Host numbers as a tensor."""
         return torch.tensor(values, dtype=self.case.index_dtype, device=self.device)
 
-    def poison(self, shape: Sequence[int], dtype: torch.dtype, pad: bool = False) -> Tensor:
+    def bounds(self, counts: Sequence[int]) -> Tensor:
+        """Where sequences of so many rows, laid end to end, begin and end: [B + 1]."""
+        return self.ints([0, *accumulate(counts)])
+
+    def unused(self, count: int, _end: int) -> Tensor:
+        """Entries of a table that are not in use; ``end`` is the first number after those that name something."""
+        return self.ints([0] * count)
+
+    @property
+    def entries_a_page(self) -> int:
+        """Entries that a table has for a page: one, or one for each token."""
+        return self.case.page_size if self.case.unit == "token" else 1
+
+    def row(self, kv_len: int, used: Tensor, ids: Tensor, num_pages: int) -> Tensor:
+        """The entries of a sequence whose pages at ``used`` are ``ids``. Of tokens the first one of a page counts."""
+        step = self.entries_a_page
+        row = self.unused(page_count(max(kv_len, 0), self.case.page_size // step), num_pages * step)
+        row[used * step] = (ids * step).to(row.dtype)
+        return row
+
+    def table(self, rows: list[Tensor], num_pages: int) -> Tensor | tuple[Tensor, Tensor] | PageTable:
+        """A block table, in the form of the case, of the entries of each sequence."""
+        case = self.case
+        if case.table == "flat":
+            flat = torch.cat([*rows, self.ints([])]), self.bounds([len(row) for row in rows])
+            return flat if case.unit == "page" else PageTable(*flat, unit="token")
+        width = max((len(row) for row in rows), default=0) + self.spare
+        outer, height = width + (_PAD if case.strided else 0), len(rows) + (_SPARE if case.table == "rows" else 0)
+        table = self.unused(height * outer, num_pages * self.entries_a_page).view(height, outer)[:, :width]
+        places = range(height)[::-1][: len(rows)] if case.table == "rows" else range(height)
+        for place, row in zip(places, rows, strict=True):
+            table[place, : len(row)] = row
+        if case.table == "rectangular" and case.unit == "page":
+            return table
+        return PageTable(table, rows=self.ints(places) if case.table == "rows" else None, unit=case.unit)
+
+    def pool(self, num_pages: int) -> PagedKV:
+        """A cache as the case lays it out."""
+        case, stored = self.case, self.case.storage
+        heads, size, dim = case.num_kv_heads, case.page_size, case.head_dim
+        k_scale, v_scale = (self.scale_of(g, num_pages) for g in (stored.k, stored.v_granularity))
+        by_token = case.layout in ("nhd", "packed")
+        shape = (num_pages, size, heads, dim) if by_token else (num_pages, heads, size, dim)
+        if case.layout.startswith("packed"):
+            kv = self.storage((*shape[:3], 2 * dim), stored.dtype)
+            return PagedKV.from_packed(kv, layout="nhd" if by_token else "hnd", k_scale=k_scale, v_scale=v_scale)
+        k, v = (self.storage(shape, stored.dtype, case.layout == "padded") for _ in range(2))
+        return (PagedKV.from_nhd if by_token else PagedKV)(k, v, k_scale=k_scale, v_scale=v_scale)
+
+    def scale_of(self, granularity: str, num_pages: int) -> Tensor | None:
+        """A scale of the cache; those of tokens are laid out as the keys are."""
+        case = self.case
+        heads, size = case.num_kv_heads, case.page_size
+        by_slot = (num_pages, size, heads) if case.layout in ("nhd", "packed") else (num_pages, heads, size)
+        shapes = {"tensor": (), "head": (heads,), "channel": (heads, case.head_dim), "token": by_slot}
+        return None if granularity == "none" else self.scales(granularity, shapes[granularity])
+
+
+class Random(Maker):
+    """A case's random numbers."""
+
+    def __init__(self, case: Case, device: torch.device, seed: int) -> None:
+        super().__init__(case, device)
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Of mean 0 and variance 1."""
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
+
+    def uniform(self, low: float, high: float, shape: Sequence[int]) -> Tensor:
+        """Between two numbers."""
+        return low + (high - low) * torch.rand(tuple(shape), generator=self.generator, device=self.device)
+
+    def logits(self, dtype: torch.dtype) -> Tensor:
+        """Of mean 0 and variance 1."""
+        return self.normal(self.case.num_q_heads).to(dtype)
+
+    def shuffled(self, count: int) -> Tensor:
+        """The numbers of ``count`` pages. On a GPU they are drawn on the host, the same for every seed."""
+        generator = self.generator if self.device.type == "cpu" else torch.Generator().manual_seed(0)
+        return torch.randperm(count, generator=generator).to(self.device)
+
+
+class _Guarded(Random):
+    """Poison everywhere, and then the keys that exist."""
+
+    spare = _SPARE
+
+    def __init__(self, case: Case, device: torch.device, seed: int) -> None:
+        super().__init__(case, device, seed)
+        self.direction = self.normal(case.num_kv_heads, case.head_dim)
+        shapes: dict[str, tuple[int, ...]] = {"tensor": (), "token": case.q_shape[:-1]}
+        # Of at least 0.015, so that no normal number over it is beyond 448, where e4m3 has only NaN.
+        self.q_unit = self.uniform(0.015, 0.03, shapes[case.q_scale]) if case.q_scale != "none" else None
+        self.live = [self.existing(b) for b in range(case.num_seqs)]
+
+    def fill(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """What must never be read: NaN, or -128 in int8, which no symmetric quantiser writes."""
-        outer = (*shape[:-2], shape[-2] + 1, shape[-1] + _PAD) if pad else tuple(shape)
-        filled = torch.full(outer, -128 if dtype == torch.int8 else torch.nan, dtype=dtype, device=self.device)
-        return filled[..., : shape[-2], : shape[-1]]
+        return torch.full(shape, -128 if dtype == torch.int8 else torch.nan, dtype=dtype, device=self.device)
+
+    def scales(self, granularity: str, shape: tuple[int, ...]) -> Tensor:
+        """A random static scale that suits normal keys, or token scales of NaN."""
+        case = self.case
+        if granularity == "token":
+            return self.storage(shape, case.scale_dtype, case.layout == "padded")
+        return (self.uniform(0.7, 3.0, shape) * 5 / LARGEST[case.storage.dtype]).to(case.scale_dtype)
+
+    def unused(self, count: int, end: int) -> Tensor:
+        """Entries that name no page."""
+        kinds = [end if entry is None else entry for entry in _HOSTILE[self.case.index_dtype]]
+        return self.ints([kinds[i % len(kinds)] for i in range(count)])
+
+    def q_scale(self) -> Tensor | None:
+        return self.q_unit
 
     def existing(self, b: int) -> Tensor:
         """Positions of the keys of sequence ``b`` that some query sees, and of its spikes."""
@@ -119,16 +270,10 @@ class _Maker:
             x = along + 0.25 * x
         if self.q_unit is not None:
             x = x / (self.q_unit[..., None] if self.q_unit.dim() else self.q_unit)
-        q = self.poison(case.q_shape, case.dtype, case.strided)
+        q = super().queries()
         owned = sum(case.row_counts) if case.ragged else case.num_seqs
         q[:owned] = x[:owned].to(case.dtype)
         return q
-
-    def sink(self) -> Tensor | None:
-        case = self.case
-        if case.sink == "none":
-            return None
-        return self.normal(case.num_q_heads).to(torch.float32 if case.sink == "fp32" else case.out_dtype)
 
     def keys(self, b: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Values of k and v [N, Hkv, D] at these positions, fp32."""
@@ -140,87 +285,31 @@ class _Maker:
             spike(k, v, torch.nonzero(spikes).flatten().tolist(), self.direction, case.score_scale)
         return k, v
 
-    def dense(self, live: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """k and v [Tk, Hkv, D], with spare rows at the end."""
+    def dense(self) -> tuple[Tensor, Tensor]:
         case = self.case
         first = [0, *accumulate(max(n, 0) for n in case.kv_lens)]
-        shape = (first[-1] + _SPARE, case.num_kv_heads, case.head_dim)
-        k, v = (self.poison(shape, case.dtype, case.strided) for _ in range(2))
-        for b, positions in enumerate(live):
+        k, v = super().dense()
+        for b, positions in enumerate(self.live):
             new_k, new_v = self.keys(b, positions)
             k[first[b] + positions], v[first[b] + positions] = new_k.to(case.dtype), new_v.to(case.dtype)
         return k, v
 
-    def paged(self, live: list[Tensor]) -> tuple[PagedKV, Tensor | tuple[Tensor, Tensor] | PageTable]:
-        """A cache with the keys at the positions ``live`` of each sequence, and the table that finds them."""
-        case, size = self.case, self.case.page_size
+    def paged(self) -> tuple[PagedKV, Tensor | tuple[Tensor, Tensor] | PageTable]:
+        case, size, live = self.case, self.case.page_size, self.live
         used = [torch.unique(positions // size) for positions in live]
         if case.holes:
             used = [pages[torch.arange(len(pages)) != len(pages) // 2] if len(pages) > 1 else pages for pages in used]
         counts = [len(pages) for pages in used]
-        num_pages = sum(counts) + _SPARE
-        generator = self.generator if self.device.type == "cpu" else torch.Generator().manual_seed(0)
-        pool = torch.randperm(num_pages, generator=generator)[: sum(counts)].to(self.device)
+        num_pages = sum(counts) + self.spare
+        pool = self.shuffled(num_pages)[: sum(counts)]
         cache = self.pool(num_pages)
-        step = size if case.unit == "token" else 1  # entries a page
         rows = []
         for b, ids in enumerate(pool.split(counts)):
-            kv_len = max(case.kv_lens[b], 0)
-            row = self.hostile(page_count(kv_len, size // step), num_pages * step)
-            row[used[b] * step] = (ids * step).to(row.dtype)
+            rows.append(self.row(case.kv_lens[b], used[b], ids, num_pages))
             positions = live[b][torch.isin(live[b] // size, used[b])]
-            page = row[positions // size * step].long() // step
+            page = ids[torch.searchsorted(used[b], positions // size)]
             self.write(cache, page, positions % size, *self.keys(b, positions))
-            rows.append(row)
-        return cache, self.table(rows, num_pages * step)
-
-    def hostile(self, count: int, end: int) -> Tensor:
-        """Entries that name no page; ``end`` is the first one after those that do."""
-        kinds = [end if entry is None else entry for entry in _HOSTILE[self.case.index_dtype]]
-        return self.ints([kinds[i % len(kinds)] for i in range(count)])
-
-    def table(self, rows: list[Tensor], end: int) -> Tensor | tuple[Tensor, Tensor] | PageTable:
-        case = self.case
-        if case.table == "flat":
-            ids = torch.cat([*rows, self.ints([])])
-            indptr = self.ints([0, *accumulate(len(row) for row in rows)])
-            return (ids, indptr) if case.unit == "page" else PageTable(ids, indptr, unit="token")
-        width = max((len(row) for row in rows), default=0) + _SPARE
-        outer, height = width + (_PAD if case.strided else 0), len(rows) + (_SPARE if case.table == "rows" else 0)
-        table = self.hostile(height * outer, end).view(height, outer)[:, :width]
-        places = list(range(height))[::-1][: len(rows)] if case.table == "rows" else list(range(height))
-        for place, row in zip(places, rows, strict=True):
-            table[place, : len(row)] = row
-        if case.table == "rectangular" and case.unit == "page":
-            return table
-        return PageTable(table, rows=self.ints(places) if case.table == "rows" else None, unit=case.unit)
-
-    def pool(self, num_pages: int) -> PagedKV:
-        """A cache of nothing but poison, with its static scales."""
-        case, stored = self.case, self.case.storage
-        heads, size, dim = case.num_kv_heads, case.page_size, case.head_dim
-        k_scale, v_scale = (self.scale_of(g, num_pages) for g in (stored.k, stored.v_granularity))
-        by_token = case.layout in ("nhd", "packed")
-        shape = (num_pages, size, heads, dim) if by_token else (num_pages, heads, size, dim)
-        if case.layout.startswith("packed"):
-            kv = self.poison((*shape[:3], 2 * dim), stored.dtype)
-            return PagedKV.from_packed(kv, layout="nhd" if by_token else "hnd", k_scale=k_scale, v_scale=v_scale)
-        k, v = (self.poison(shape, stored.dtype, case.layout == "padded") for _ in range(2))
-        return (PagedKV.from_nhd if by_token else PagedKV)(k, v, k_scale=k_scale, v_scale=v_scale)
-
-    def scale_of(self, granularity: str, num_pages: int) -> Tensor | None:
-        """A random static scale that suits normal keys, or token scales of NaN, laid out as the case says."""
-        case = self.case
-        if granularity == "none":
-            return None
-        if granularity == "token":
-            by_token = (num_pages, case.page_size, case.num_kv_heads)
-            by_head = (num_pages, case.num_kv_heads, case.page_size)
-            nhd = case.layout in ("nhd", "packed")
-            return self.poison(by_token if nhd else by_head, case.scale_dtype, case.layout == "padded")
-        shapes = {"tensor": (), "head": (case.num_kv_heads,), "channel": (case.num_kv_heads, case.head_dim)}
-        spread_out = self.uniform(0.7, 3.0, shapes[granularity])
-        return None if spread_out is None else (spread_out * 5 / LARGEST[case.storage.dtype]).to(case.scale_dtype)
+        return cache, self.table(rows, num_pages)
 
     def write(self, cache: PagedKV, page: Tensor, slot: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v [N, Hkv, D] in their slots, quantised as the cache is."""

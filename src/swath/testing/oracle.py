@@ -173,6 +173,9 @@ def _sequence(
 ) -> Truth:  # fmt: skip
     """Rows q [R, Hq, D] of one sequence, of whose keys row i sees those where seen[i]."""
     stored, v, unit = keys
+    if not len(rows):  # of many sequences most, where few rows are asked for
+        nothing, number = q.new_empty(q.shape), q.new_empty(q.shape[:2])
+        return Truth(rows, nothing, number, number[:, :1], nothing, number, number, number, number, nothing)
     k, num_q_heads = stored * unit, q.shape[1]
     largest_unit = unit.abs().amax(0).expand(num_kv_heads, -1) if unit.numel() else unit.new_ones(num_kv_heads, 1)
     columns: list[tuple[Tensor, ...]] = []
@@ -181,7 +184,7 @@ def _sequence(
         logit = None if sink is None else sink[h].double()
         one = _head(q[:, h], k[:, kv], v[:, kv], seen, scale, softcap, logit)
         q_largest = (q[:, h] * largest_unit[kv]).abs().amax(-1)
-        coarse = scale * q_largest * _masked_max(stored[:, kv].norm(dim=-1).expand_as(seen), seen)
+        coarse = abs(scale) * q_largest * _masked_max(stored[:, kv].norm(dim=-1).expand_as(seen), seen)
         columns.append((*one, coarse))
     out, lse, quadrature, noise, size, peak, v_norm, coarse = (torch.stack(c, 1) for c in zip(*columns, strict=True))
     return Truth(rows, out, lse, seen.sum(1, keepdim=True).double(), quadrature, noise, coarse, size, peak, v_norm)

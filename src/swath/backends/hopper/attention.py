@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swath.backends.hopper.heuristics import BOX_BYTES, decodes_in_tiles, in_boxes
+from swath.backends.hopper.heuristics import BOX_BYTES, HOPPER, HopperHeuristics, decodes_in_tiles, in_boxes
 from swath.backends.triton.attention import Runner
 from swath.backends.triton.features import STORED
-from swath.backends.triton.heuristics import MAX_STEPS, dequantises
+from swath.backends.triton.heuristics.dequantise import dequantises
+from swath.backends.triton.heuristics.splits import MAX_STEPS
 from swath.cache import PagedKeys
 from swath.problem import Problem
 from swath.target import target_of, why_no_triton
 
 if TYPE_CHECKING:
-    from swath.backends.triton.plan import AddTiles
+    from swath.backends.triton.plan import Tiles
 
 NAME = "hopper"
 ARCH = "sm_90"
@@ -61,11 +62,11 @@ def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
     return None
 
 
-def _prefill() -> AddTiles:
-    from swath.backends.hopper.plan import add_hopper_tiles  # here, so that asking why_not needs no Triton
+def _tiles() -> Tiles[HopperHeuristics]:
+    from swath.backends.hopper.plan import hopper_tiles  # here, so that asking why_not needs no Triton
 
-    return add_hopper_tiles
+    return hopper_tiles
 
 
-runner = Runner(NAME, _prefill)
+runner = Runner(NAME, HOPPER, _tiles)
 plan, warm, run = runner.plan, runner.warm, runner.run

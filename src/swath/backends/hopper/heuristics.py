@@ -1,34 +1,37 @@
-"""How tiles are launched on Hopper: as launch.py, every row measured on the machine of ``H200``."""
+"""How tiles are launched on Hopper: launch rows, all measured on an H200, and what is for tiles and what for splits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from swath.backends.triton.features import Features
-from swath.backends.triton.heuristics import (
+from swath.backends.triton.heuristics import Heuristics
+from swath.backends.triton.heuristics.splits import (
     FULL,
-    LARGEST_BOUND,
     MAX_STEPS,
-    SHORT_WINDOW,
     ceil_div,
     filled,
-    is_short,
+    is_mixed,
     keys_in_sight,
-    pack_heads,
+    split_steps,
 )
+from swath.backends.triton.heuristics.tiles import SHORT_WINDOW, is_short, pack_heads
+from swath.backends.triton.work import Work
 from swath.cache import PagedKeys
 from swath.problem import Problem
+from swath.window import LARGEST_SIZE
 
 
 @dataclass(frozen=True)
 class HopperLaunch:
-    """Tile shape and pipeline of hopper_tiles.py; every row was measured on the machine of ``H200``."""
+    """Tile shape and pipeline of kernel.py."""
 
     block_n: int
     stages: int  # of keys and of values
-    q_stages: int  # of query rows; from two of them results leave as boxes (hopper_output.py)
+    q_stages: int  # of query rows; from two of them results leave as boxes (epilogue.py)
     consumers: int = 2  # warpgroups of 64 rows in a program
     programs: int = 1  # that run at once on a multiprocessor
     consumer_registers: int = 240  # a thread's
@@ -82,7 +85,7 @@ def one_pass(F: Features, problem: Problem, pack: int) -> HopperLaunch | None:
     if F.head_dim != 64 or F.leading != "":
         return None
     for launch in ONE_PASS:
-        keys = problem.window.visible_bound(64 * launch.consumers // pack, LARGEST_BOUND)
+        keys = problem.window.visible_bound(64 * launch.consumers // pack, LARGEST_SIZE)
         if F.page_size > 0:
             box = box_rows(F, launch)
             keys = (ceil_div(max(keys - 1, 0), box) + 1) * box
@@ -91,8 +94,9 @@ def one_pass(F: Features, problem: Problem, pack: int) -> HopperLaunch | None:
     return None
 
 
-def hopper_launch(F: Features, problem: Problem) -> HopperLaunch:
+def hopper_launch(work: Work) -> HopperLaunch:
     """Prefill on sm_90: as many stages and registers as a multiprocessor has, in one program or several."""
+    problem, F = work.problem, work.features
     # Few leading keys fit into the last tile of a window, if that is not full: packed rows see fewer keys.
     packed = is_short(problem.window) or F.leading != "" or few_tokens(problem) or problem.max_q_len <= MAX_STEPS
     pack = heads_in_tile(problem, packed)
@@ -141,6 +145,22 @@ def few_tokens(problem: Problem) -> bool:
     whole = tokens == longest * problem.num_seqs and longest % TILE_ROWS == 0
     return not whole and tokens <= PACKED_TOKENS * problem.num_seqs
 
+
+def mixed_steps(problem: Problem) -> int:
+    """Query tokens of a sequence up to which splits take it: those of a mixed batch alone, the others are for tiles."""
+    return split_steps(problem) if is_mixed(problem) else 0
+
+
+@dataclass(frozen=True)
+class HopperHeuristics(Heuristics):
+    """Triton's for decode in a mixed batch, and the launch of Hopper's tiles."""
+
+    split_steps: Callable[[Problem], int] = mixed_steps
+    hopper_launch: Callable[[Work], HopperLaunch] = hopper_launch
+
+
+HOPPER = HopperHeuristics()
+"""The rows and rules as they are."""
 
 MOST_SPLIT_ROWS = 16
 """Query rows (tokens x group) of a sequence up to which splits keep up over 16-bit keys."""

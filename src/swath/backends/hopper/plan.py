@@ -1,4 +1,4 @@
-"""From a Problem to the launch of hopper_tiles.py, whose kernel takes q, k and v as boxes of the memory accelerator."""
+"""From work to the launch of kernel.py, which takes q, k and v as boxes of the memory accelerator."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swath.backends.gluon.pipeline import BOX_COLUMNS, CONSUMER_ROWS
-from swath.backends.hopper.heuristics import HopperLaunch, draws_tiles, hopper_launch, in_boxes
+from swath.backends.hopper.heuristics import HopperHeuristics, draws_tiles, in_boxes
 from swath.backends.hopper.kernel import hopper_tile_kernel
-from swath.backends.triton.features import Features
-from swath.backends.triton.heuristics import tile_slots
-from swath.backends.triton.runtime import KernelCall, Operands, Plan
-from swath.backends.triton.tuning import Tuning
-from swath.problem import Problem
-from swath.target import Target
+from swath.backends.triton.arguments import Operands, shared_args
+from swath.backends.triton.heuristics.tiles import tile_slots
+from swath.backends.triton.runtime import KernelCall, Scratch
+from swath.backends.triton.work import Work
 
 GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -56,40 +54,28 @@ def in_four_dimensions(name: str, x: Tensor) -> Tensor:
     return x[None] if name in ("q", "out") else x.transpose(0, 1)[None]
 
 
-def add_hopper_tiles(
-    plan: Plan,
-    problem: Problem,
-    F: Features,
-    target: Target,
-    args: dict[str, Any],
-    sources: dict[str, str],
-    tuning: Tuning,
-) -> None:
-    """Tiles for the sequences that the splits do not claim; ``sources``: where their keys are."""
-    launch: HopperLaunch = tuning.hopper or hopper_launch(F, problem)
+def hopper_tiles(work: Work, scratch: Scratch, heuristics: HopperHeuristics) -> BoxedCall:
+    """Tiles for the sequences that no other launch claims."""
+    problem, F = work.problem, work.features
+    launch = heuristics.hopper_launch(work)
     rows = CONSUMER_ROWS.value
     steps, slots = tile_slots(problem, launch.consumers * rows // launch.pack)
     num_tiles = slots * (F.kv_heads * F.group // launch.pack)
+    args = shared_args(work, F) | {"steps": steps, "num_tiles": num_tiles, "C": launch}
     if draws_tiles(problem):
-        plan.scratch.add("counter", torch.int32, 1, zeroed=True)
+        scratch.add("counter", torch.int32, 1, zeroed=True)
     else:
-        args = args | {"counter": None}
+        args["counter"] = None
+    sources = work.sources
     boxes: dict[str, tuple[int, ...]] = {"q": (1, rows // launch.pack, launch.pack)}
     if launch.q_stages > 1 and in_boxes(problem.out):
         boxes["out"] = boxes["q"]
     else:
-        args = args | {"out_desc": None}
+        args["out_desc"] = None
     boxes |= dict.fromkeys("kv", (1, 1, launch.box_rows))
     if launch.first_n:
         boxes |= dict.fromkeys(("first_k", "first_v"), (1, 1, launch.first_rows))
         sources = {"first_k": sources.get("k", "k"), "first_v": sources.get("v", "v")} | sources
-    plan.calls.append(
-        BoxedCall(
-            hopper_tile_kernel,
-            min(num_tiles, launch.programs * target.num_sms),
-            args | {"steps": steps, "num_tiles": num_tiles, "C": launch},
-            {"num_warps": 4} | ({"maxnreg": launch.registers} if launch.registers else {}),
-            sources,
-            boxes=boxes,
-        )
-    )
+    programs = min(num_tiles, launch.programs * work.target.num_sms)
+    options = {"num_warps": 4} | ({"maxnreg": launch.registers} if launch.registers else {})
+    return BoxedCall(hopper_tile_kernel, programs, args, options, sources, boxes=boxes)

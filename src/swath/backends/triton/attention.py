@@ -4,29 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from types import ModuleType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from swath.backends.triton.tuning import UNTUNED, Tuning
+from swath.backends.triton.arguments import operands_of
+from swath.backends.triton.heuristics import TRITON, Heuristics
 from swath.problem import Problem
 from swath.target import Target, on_device, target_of, why_no_triton
 
 if TYPE_CHECKING:
-    from swath.backends.triton.plan import AddTiles
+    from swath.backends.triton.plan import Tiles
     from swath.backends.triton.runtime import Plan
+
+H = TypeVar("H", bound=Heuristics)
 
 
 @dataclass(frozen=True)
-class Runner:
+class Runner(Generic[H]):
     """Plans, compiles and launches calls for a backend.
 
     name: the backend, under which a call remembers its plan.
-    prefill: imports the backend's own planner of prefill tiles; None takes Triton's tiles.
+    heuristics: how its kernels are launched.
+    tiles: imports the planner of its tiles, so that asking ``why_not`` needs no Triton.
     """
 
     name: str
-    prefill: Callable[[], AddTiles] | None = None
+    heuristics: H
+    tiles: Callable[[], Tiles[H]]
 
     def plan(self, problem: Problem) -> str:
         """The launches in words."""
@@ -35,31 +38,25 @@ class Runner:
     def warm(self, problem: Problem) -> None:
         """Compile what ``run`` would launch."""
         with on_device(problem.q.device):
-            self._plan(problem).compile(_kernels().operands_of(problem))
+            self._plan(problem).compile(operands_of(problem))
 
     def run(self, problem: Problem) -> None:
         """Launch."""
         device = problem.q.device
         with on_device(device):
-            self._plan(problem).run(_kernels().operands_of(problem), device)
+            self._plan(problem).run(operands_of(problem), device)
 
     def _plan(self, problem: Problem) -> Plan:
         """The plan that was made for the first call of this signature."""
         target = target_of(problem.q.device)
-        made: Plan = problem.remembered(self.name, lambda: self.plan_for(problem, target))
+        made: Plan = problem.remembered(self.name, lambda: self.plan_for(problem, target, self.heuristics))
         return made
 
-    def plan_for(self, problem: Problem, target: Target, tuning: Tuning = UNTUNED) -> Plan:
-        """A new plan for a call on a target."""
-        prefill = None if self.prefill is None else self.prefill()
-        return cast("Plan", _kernels().plan_of(problem, target, prefill, tuning))
+    def plan_for(self, problem: Problem, target: Target, heuristics: H) -> Plan:
+        """A new plan for a call on a target, by its own heuristics or by others."""
+        from swath.backends.triton.plan import plan_of
 
-
-@cache
-def _kernels() -> ModuleType:
-    from swath.backends.triton import plan as kernels  # here, so that asking why_not needs no Triton
-
-    return kernels
+        return plan_of(problem, target, heuristics, self.tiles())
 
 
 def why_not(problem: Problem) -> str | None:
@@ -67,5 +64,11 @@ def why_not(problem: Problem) -> str | None:
     return why_no_triton(problem.q.device)
 
 
-runner = Runner("triton")
+def _tiles() -> Tiles[Heuristics]:
+    from swath.backends.triton.plan import triton_tiles
+
+    return triton_tiles
+
+
+runner = Runner("triton", TRITON, _tiles)
 plan, warm, run = runner.plan, runner.warm, runner.run

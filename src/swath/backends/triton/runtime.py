@@ -1,14 +1,14 @@
 """Kernel launches as values: a plan says everything about the launches of a call but which tensors they get.
 
 Triton works out at every call what an argument specialises: 50 us and more for entries as wide as ours. What it would
-find is fixed by the signature of a call (see swath/signature.py), and so is everything else about its launches. A plan
+find is fixed by the signature of a call (see ops/signature.py), and so is everything else about its launches. A plan
 is therefore made once for a signature, learns its compiled kernels in its first run, and from then on only puts the
 addresses of tensors in their places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -19,10 +19,8 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from swath.backends.triton.arguments import Operands
 from swath.backends.triton.features import FUSED
-
-Operands = Mapping[str, Tensor | None]
-"""The tensors of a call by name; None, or no entry, for what the call lacks."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -23,11 +23,11 @@ def _why_not(case: BenchCase) -> str | None:
 def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
     from flash_attn_interface import flash_attn_varlen_func, flash_attn_with_kvcache
 
-    window = inputs.case.window
+    window = inputs.case.size
     options: dict[str, Any] = {"causal": True, "window_size": (-1, -1) if window is None else (window - 1, 0)}
     if inputs.sink is not None:
         options["sinks"] = inputs.sink
-    if inputs.case.page_size == 0:
+    if inputs.case.dense:
         lengths = (inputs.cu_q, inputs.cu_k, inputs.max_q, inputs.max_kv)
         return lambda: _out(flash_attn_varlen_func(inputs.q, *inputs.dense, *lengths, **options))
     k, v = inputs.nhd

@@ -23,7 +23,7 @@ def _why_not(case: BenchCase) -> str | None:
 def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
     from flash_attn.cute.interface import flash_attn_varlen_func
 
-    window = inputs.case.window
+    window = inputs.case.size
     options: dict[str, Any] = {
         "causal": True,
         "window_size": (None, None) if window is None else (window - 1, 0),
@@ -33,7 +33,7 @@ def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
         "max_seqlen_k": inputs.max_kv,
         "num_splits": 0 if inputs.case.is_decode else 1,  # 0: its own choice
     }
-    if inputs.case.page_size == 0:
+    if inputs.case.dense:
         keys, options["cu_seqlens_k"] = inputs.dense, inputs.cu_k
     else:
         keys, options["seqused_k"], options["page_table"] = inputs.nhd, inputs.seq_lens, inputs.pages

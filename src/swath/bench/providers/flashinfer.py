@@ -24,13 +24,13 @@ TENSOR_CORE_GROUP = 4
 
 def _why_not(case: BenchCase) -> str | None:
     return features(case, sink=True, stored=("e4m3 tensor",)) or first_of(
-        (case.sink and case.page_size == 0, "has sinks over paged keys only"),
-        (case.sink and case.quant.is_quantised, "has sinks over 16-bit caches only"),
+        (case.has_sink and case.dense, "has sinks over paged keys only"),
+        (case.has_sink and case.storage.is_quantised, "has sinks over 16-bit caches only"),
     )
 
 
 def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
-    if inputs.case.page_size == 0:
+    if inputs.case.dense:
         return _ragged(inputs)
     if inputs.sink is not None:
         return _with_sinks(inputs, inputs.sink)
@@ -43,7 +43,7 @@ def _ragged(inputs: Inputs) -> Callable[[], Tensor]:
     wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(_workspace(inputs), "NHD", backend="fa3")
     case = inputs.case
     wrapper.plan(
-        inputs.cu_q, inputs.cu_k, case.heads, case.kv_heads, case.head_dim, causal=True, **_types(inputs),
+        inputs.cu_q, inputs.cu_k, case.num_q_heads, case.num_kv_heads, case.head_dim, causal=True, **_types(inputs),
     )  # fmt: skip
     return lambda: wrapper.run(inputs.q, *inputs.dense)
 
@@ -55,7 +55,7 @@ def _decode(inputs: Inputs) -> Callable[[], Tensor]:
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
         _workspace(inputs), "HND", use_tensor_cores=case.op == "steps" or case.group >= TENSOR_CORE_GROUP, backend="fa2"
     )
-    heads = (case.heads, case.kv_heads, case.head_dim, case.page_size)
+    heads = (case.num_q_heads, case.num_kv_heads, case.head_dim, case.page_size)
     wrapper.plan(bounds, ids, last, *heads, q_len_per_req=inputs.max_q, **_types(inputs))
     return _runs(wrapper, inputs)
 
@@ -63,7 +63,7 @@ def _decode(inputs: Inputs) -> Callable[[], Tensor]:
 def _paged(inputs: Inputs) -> Callable[[], Tensor]:
     import flashinfer
 
-    backend = "fa2" if inputs.case.quant.is_quantised else "fa3"
+    backend = "fa2" if inputs.case.storage.is_quantised else "fa3"
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(inputs), "HND", backend=backend)
     _plan_paged(wrapper, inputs)
     return _runs(wrapper, inputs)
@@ -85,7 +85,7 @@ def _with_sinks(inputs: Inputs, sink: Tensor) -> Callable[[], Tensor]:
 
 def _plan_paged(wrapper: Any, inputs: Inputs) -> None:
     case, (ids, bounds, last) = inputs.case, inputs.flat_pages
-    heads = (case.heads, case.kv_heads, case.head_dim, case.page_size)
+    heads = (case.num_q_heads, case.num_kv_heads, case.head_dim, case.page_size)
     wrapper.plan(inputs.cu_q, bounds, ids, last, *heads, causal=True, **_types(inputs))
 
 
@@ -98,12 +98,12 @@ def _runs(wrapper: Any, inputs: Inputs) -> Callable[[], Tensor]:
 
 
 def _types(inputs: Inputs) -> dict[str, Any]:
-    stored = inputs.q.dtype if inputs.case.page_size == 0 else inputs.cache.k.dtype
+    stored = inputs.q.dtype if inputs.case.dense else inputs.cache.k.dtype
     return {"window_left": _window_left(inputs), "q_data_type": inputs.q.dtype, "kv_data_type": stored}
 
 
 def _window_left(inputs: Inputs) -> int:
-    return -1 if inputs.case.window is None else inputs.case.window - 1
+    return -1 if inputs.case.size is None else inputs.case.size - 1
 
 
 def _workspace(inputs: Inputs) -> Tensor:

@@ -17,10 +17,10 @@ from swath.bench.providers.provider import Provider, features, first_of
 
 
 def _why_not(case: BenchCase) -> str | None:
-    without_leading = features(case) if not case.leading else None
+    without_leading = features(case) if not case.global_tokens else None
     return without_leading or first_of(
-        (case.page_size > 0, "has no paged keys of its own: tables are the caller's"),
-        (case.sink, "has no sinks"),
+        (not case.dense, "has no paged keys of its own: tables are the caller's"),
+        (case.has_sink, "has no sinks"),
     )
 
 
@@ -28,9 +28,9 @@ def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     device, case = inputs.q.device, inputs.case
-    q_doc, q_pos = _owners(inputs.lengths.q, inputs.lengths.kv, device)
-    k_doc, k_pos = _owners(inputs.lengths.kv, inputs.lengths.kv, device)
-    size, leading = case.window, case.leading
+    q_doc, q_pos = _owners(case.row_counts, case.kv_lens, device)
+    k_doc, k_pos = _owners(case.kv_lens, case.kv_lens, device)
+    size, leading = case.size, case.global_tokens
 
     def visible(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         p, k = q_pos[i], k_pos[j]

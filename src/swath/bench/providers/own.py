@@ -12,9 +12,7 @@ from swath.bench.case import BenchCase
 from swath.bench.inputs import Inputs
 from swath.bench.providers.provider import Provider
 from swath.dispatch import backends
-from swath.ops.attention import attention
 from swath.ops.explain import explain
-from swath.ops.paged import paged_attention
 from swath.target import interpreting
 
 GPU_BACKENDS = ("hopper", "triton")
@@ -22,17 +20,7 @@ GPU_BACKENDS = ("hopper", "triton")
 
 def call_of(inputs: Inputs) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """The public function, its positional arguments and its options."""
-    case = inputs.case
-    options: dict[str, Any] = {"window": inputs.window, "max_q_len": inputs.max_q, "max_kv_len": inputs.max_kv}
-    if inputs.sink is not None:
-        options["sink"] = inputs.sink
-    if case.page_size == 0:
-        return attention, (inputs.q, *inputs.dense, inputs.cu_q, inputs.cu_k), options
-    options["compute"] = case.compute
-    q = inputs.q_steps if case.op == "steps" else inputs.q
-    if not case.is_decode:
-        options["cu_seqlens_q"] = inputs.cu_q
-    return paged_attention, (q, inputs.cache, inputs.pages, inputs.seq_lens), options
+    return inputs.call.function, inputs.call.args, inputs.call.options
 
 
 def _launch(impl: str, inputs: Inputs) -> str:

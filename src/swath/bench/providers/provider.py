@@ -10,9 +10,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from swath.bench.case import BenchCase
+from swath.bench.case import BenchCase, stored_name
 from swath.bench.inputs import Inputs
-from swath.bench.results import version_of
+from swath.bench.machine import version_of
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,10 @@ def first_of(*reasons: tuple[bool, str]) -> str | None:
 
 def features(case: BenchCase, *, sink: bool = False, stored: tuple[str, ...] = ()) -> str | None:
     """The reason that most peers share: no leading tokens, no sinks unless said, no 8-bit cache unless ``stored``."""
+    name = stored_name(case.storage)
     return first_of(
-        (bool(case.leading), "has no leading tokens"),
-        (case.sink and not sink, "has no sinks"),
+        (case.global_tokens != 0, "has no leading tokens"),
+        (case.has_sink and not sink, "has no sinks"),
         (case.compute != "float", f"has no compute={case.compute!r}"),
-        (case.quant.is_quantised and case.storage not in stored, f"has no cache of {case.storage}"),
+        (case.storage.is_quantised and name not in stored, f"has no cache of {name}"),
     )

@@ -21,7 +21,7 @@ BLOCK_N, WARPS = 32, 4
 
 def _why_not(case: BenchCase) -> str | None:
     return first_of(
-        (case.page_size == 0, "takes paged keys only"),
+        (case.dense, "takes paged keys only"),
         (case.compute != "float", f"has no compute={case.compute!r}"),
     )
 
@@ -30,19 +30,19 @@ def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
     from swath.bench.scalar_kernel import scalar_kernel
 
     case, cache, q = inputs.case, inputs.cache, inputs.q
-    owners = torch.repeat_interleave(torch.arange(len(inputs.lengths.q)), torch.tensor(inputs.lengths.q))
-    positions = [torch.arange(kv - n, kv) for n, kv in zip(inputs.lengths.q, inputs.lengths.kv, strict=True)]
+    owners = torch.repeat_interleave(torch.arange(case.num_seqs), torch.tensor(case.row_counts))
+    positions = [torch.arange(kv - n, kv) for n, kv in zip(case.row_counts, case.kv_lens, strict=True)]
     row_seq, row_pos = (x.int().to(q.device) for x in (owners, torch.cat(positions)))
     kind, scale = cache.quant.k, cache.k_scale
     strides = {"token": () if scale is None else scale.stride(), "channel": (0, case.head_dim, 0)}.get(kind, (0, 0, 0))
     out = torch.empty_like(q)
 
     def run() -> Tensor:
-        scalar_kernel[(q.shape[0], case.heads)](
+        scalar_kernel[(q.shape[0], case.num_q_heads)](
             q, cache.k, cache.v, out, inputs.sink, scale, cache.v_scale, inputs.pages, row_seq, row_pos,
-            case.head_dim**-0.5, -1 if case.window is None else case.window, case.leading,
+            case.head_dim**-0.5, -1 if case.size is None else case.size, case.global_tokens,
             case.group, *cache.k.stride()[:3], *strides, inputs.pages.stride(0),
-            HEADS=case.heads, DIM=case.head_dim, PADDED_DIM=1 << (case.head_dim - 1).bit_length(),
+            HEADS=case.num_q_heads, DIM=case.head_dim, PADDED_DIM=1 << (case.head_dim - 1).bit_length(),
             PAGE=case.page_size, KIND=kind, HAS_SINK=inputs.sink is not None, BLOCK_N=BLOCK_N, num_warps=WARPS, **FUSED,
         )  # fmt: skip
         return out

@@ -26,14 +26,14 @@ def _why_not_fused(case: BenchCase) -> str | None:
     groups = case.draw.groups if isinstance(case.draw, Groups) else ()
     square = len(groups) == 1 and groups[0][1] == groups[0][2]
     return features(case) or first_of(
-        (case.page_size > 0, "has no paged keys"),
-        (case.window is not None, "has no window"),
+        (not case.dense, "has no paged keys"),
+        (case.size is not None, "has no window"),
         (not square, "its causal mask wants as many queries as keys, in every sequence"),
     )
 
 
 def _prepare_fused(backend: SDPBackend, inputs: Inputs) -> Callable[[], Tensor]:
-    batch = len(inputs.lengths.q)
+    batch = inputs.case.num_seqs
     q, k, v = (x.view(batch, -1, *x.shape[1:]).transpose(1, 2) for x in (inputs.q, *inputs.dense))
 
     def run() -> Tensor:
@@ -46,27 +46,27 @@ def _prepare_fused(backend: SDPBackend, inputs: Inputs) -> Callable[[], Tensor]:
 
 def _why_not_masked(case: BenchCase) -> str | None:
     return first_of(
-        (case.sink, "has no sinks"),
+        (case.has_sink, "has no sinks"),
         (case.compute != "float", f"has no compute={case.compute!r}"),
     )
 
 
 def _prepare_masked(inputs: Inputs) -> Callable[[], Tensor]:
     case = inputs.case
-    needed = 2 * sum(inputs.lengths.kv) * case.heads * case.head_dim * inputs.q.element_size()
-    needed += sum(q * kv for q, kv in zip(inputs.lengths.q, inputs.lengths.kv, strict=True))
+    needed = 2 * sum(case.kv_lens) * case.num_q_heads * case.head_dim * inputs.q.element_size()
+    needed += sum(q * kv for q, kv in zip(case.row_counts, case.kv_lens, strict=True))
     if needed > MAX_PREPARED_BYTES:
         raise NotImplementedError(f"its masks and repeated keys would take {needed / 2**30:.0f} GiB")
-    calls = [_one_sequence(inputs, b) for b in range(len(inputs.lengths.q))]
+    calls = [_one_sequence(inputs, b) for b in range(inputs.case.num_seqs)]
     return lambda: torch.cat([call() for call in calls])
 
 
 def _one_sequence(inputs: Inputs, b: int) -> Callable[[], Tensor]:
     q, k, v = inputs.of_sequence(b)
     keys, values = (x.repeat_interleave(inputs.case.group, 1).transpose(0, 1)[None].contiguous() for x in (k, v))
-    q_len, kv_len = inputs.lengths.q[b], inputs.lengths.kv[b]
+    q_len, kv_len = inputs.case.row_counts[b], inputs.case.kv_lens[b]
     positions = torch.arange(kv_len, device=q.device)
-    mask = inputs.window.mask(positions[kv_len - q_len :], positions)
+    mask = inputs.case.window.mask(positions[kv_len - q_len :], positions)
     rows = q.transpose(0, 1)[None]
     return lambda: scaled_dot_product_attention(rows, keys, values, attn_mask=mask)[0].transpose(0, 1)
 

@@ -22,7 +22,7 @@ MAX_SPLITS = 8
 
 def _why_not(case: BenchCase) -> str | None:
     return features(case, sink=True, stored=("e4m3 tensor",)) or first_of(
-        (case.quant.is_quantised and case.op != "decode", "takes new keys in 16 bits, and this case has them in 8")
+        (case.storage.is_quantised and case.op != "decode", "takes new keys in 16 bits, and this case has them in 8")
     )
 
 
@@ -35,18 +35,18 @@ def _decode(inputs: Inputs) -> Callable[[], Tensor]:
     from sglang.kernels.ops.attention.metadata import get_num_kv_splits_triton
 
     case, q = inputs.case, inputs.q
-    batch, seen = q.shape[0], [min(n, case.window or n) for n in inputs.lengths.kv]
+    batch, seen = q.shape[0], [min(n, case.size or n) for n in case.kv_lens]
     k, v = (x.flatten(0, 1) for x in inputs.nhd)
-    indptr, indices = _indices(inputs, [n - s for n, s in zip(inputs.lengths.kv, seen, strict=True)], inputs.lengths.kv)
+    indptr, indices = _indices(inputs, [n - s for n, s in zip(case.kv_lens, seen, strict=True)], case.kv_lens)
     splits = torch.empty(batch, dtype=torch.int32, device=q.device)
     lens = torch.tensor(seen, dtype=torch.int32, device=q.device)
     cores = torch.cuda.get_device_properties(q.device).multi_processor_count
     rows = max(1 << (batch - 1).bit_length(), 256)
     get_num_kv_splits_triton[(1,)](
-        splits, lens, batch, 1, case.heads, case.kv_heads, MAX_SPLITS, cores, MAX_NUM_SEQ=rows
+        splits, lens, batch, 1, case.num_q_heads, case.num_kv_heads, MAX_SPLITS, cores, MAX_NUM_SEQ=rows
     )
-    partial = torch.empty(batch, case.heads, MAX_SPLITS, case.head_dim, device=q.device)
-    lse, out = torch.empty(batch, case.heads, MAX_SPLITS, device=q.device), torch.empty_like(q)
+    partial = torch.empty(batch, case.num_q_heads, MAX_SPLITS, case.head_dim, device=q.device)
+    lse, out = torch.empty(batch, case.num_q_heads, MAX_SPLITS, device=q.device), torch.empty_like(q)
     scales = [1.0 if x is None else float(x) for x in (inputs.cache.k_scale, inputs.cache.v_scale)]
     arguments = (q, k, v, out, indptr, indices, partial, lse, splits, MAX_SPLITS, case.head_dim**-0.5, *scales)
 
@@ -61,13 +61,13 @@ def _extend(inputs: Inputs) -> Callable[[], Tensor]:
     from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
 
     case, q = inputs.case, inputs.q
-    prefix = [kv - n for n, kv in zip(inputs.lengths.q, inputs.lengths.kv, strict=True)]
-    first = [0 if case.window is None else max(p - case.window + 1, 0) for p in prefix]
-    k, v = inputs.dense if case.page_size == 0 else (x.flatten(0, 1) for x in inputs.nhd)
+    prefix = [kv - n for n, kv in zip(case.row_counts, case.kv_lens, strict=True)]
+    first = [0 if case.size is None else max(p - case.size + 1, 0) for p in prefix]
+    k, v = inputs.dense if case.dense else (x.flatten(0, 1) for x in inputs.nhd)
     indptr, indices = _indices(inputs, first, prefix)
-    new_rows = _indices(inputs, prefix, inputs.lengths.kv)[1]
+    new_rows = _indices(inputs, prefix, case.kv_lens)[1]
     new_k, new_v, out = k[new_rows], v[new_rows], torch.empty_like(q)
-    window = -1 if case.window is None else case.window - 1
+    window = -1 if case.size is None else case.size - 1
 
     def run() -> Tensor:
         extend_attention_fwd(
@@ -84,7 +84,8 @@ def _indices(inputs: Inputs, first: list[int], end: list[int] | tuple[int, ...])
     size, rows = inputs.case.page_size, []
     for b, (start, stop) in enumerate(zip(first, end, strict=True)):
         pos = torch.arange(start, stop, device=inputs.q.device)
-        rows.append(inputs.pages[b, pos // size].long() * size + pos % size if size else inputs.cu_k[b] + pos)
+        in_pool = inputs.cu_k[b] + pos if inputs.case.dense else inputs.pages[b, pos // size].long() * size + pos % size
+        rows.append(in_pool)
     counts = [stop - start for start, stop in zip(first, end, strict=True)]
     return bounds_of(counts, inputs.q.device), torch.cat(rows)
 

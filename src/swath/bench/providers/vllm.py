@@ -23,7 +23,7 @@ MIN_PROGRAMS = 128
 
 def _why_not(case: BenchCase) -> str | None:
     return features(case, sink=True, stored=("e4m3 tensor", "e4m3 token", "int8 token")) or first_of(
-        (case.page_size == 0, "takes paged keys only")
+        (case.dense, "takes paged keys only")
     )
 
 
@@ -35,7 +35,7 @@ def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
     options: dict[str, Any] = dict(
         q=inputs.q, k=k, v=v, out=out, cu_seqlens_q=inputs.cu_q, max_seqlen_q=inputs.max_q,
         seqused_k=inputs.seq_lens, max_seqlen_k=inputs.max_kv, softmax_scale=case.head_dim**-0.5, causal=True,
-        window_size=(-1, -1) if case.window is None else (case.window - 1, 0), block_table=inputs.pages, softcap=0.0,
+        window_size=(-1, -1) if case.size is None else (case.size - 1, 0), block_table=inputs.pages, softcap=0.0,
         q_descale=None, sinks=inputs.sink, **_segments(inputs), **_scales(inputs),
     )  # fmt: skip
 
@@ -48,8 +48,8 @@ def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
 
 def _segments(inputs: Inputs) -> dict[str, Any]:
     case = inputs.case
-    sequences = max(MIN_PROGRAMS // case.kv_heads, 1)
-    shape = (sequences, case.heads, SEGMENTS)
+    sequences = max(MIN_PROGRAMS // case.num_kv_heads, 1)
+    shape = (sequences, case.num_q_heads, SEGMENTS)
     state = [torch.empty(shape, device=inputs.q.device) for _ in range(2)]
     padded = 1 << (case.head_dim - 1).bit_length()
     return {
@@ -64,7 +64,7 @@ def _segments(inputs: Inputs) -> dict[str, Any]:
 def _scales(inputs: Inputs) -> dict[str, Any]:
     from vllm.v1.kv_cache_interface import KVQuantMode
 
-    cache, kind = inputs.cache, inputs.case.quant.k
+    cache, kind = inputs.cache, inputs.case.storage.k
     unused = {"k_descale": None, "v_descale": None}
     if cache.k_scale is None or cache.v_scale is None:
         return unused
@@ -73,7 +73,7 @@ def _scales(inputs: Inputs) -> dict[str, Any]:
         by_slot = (scale.transpose(1, 2).contiguous() for scale in (cache.k_scale, cache.v_scale))
         mode = KVQuantMode[f"{stored}_PER_TOKEN_HEAD"]
         return unused | dict(zip(("k_scale_cache", "v_scale_cache"), by_slot, strict=True)) | {"kv_quant_mode": mode}
-    each = (len(inputs.lengths.q), inputs.case.kv_heads)
+    each = (inputs.case.num_seqs, inputs.case.num_kv_heads)
     scales = {"k_descale": cache.k_scale.expand(each), "v_descale": cache.v_scale.expand(each)}
     return scales | {"kv_quant_mode": KVQuantMode.FP8_PER_TENSOR}
 

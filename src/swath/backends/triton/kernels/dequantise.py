@@ -81,11 +81,11 @@ def dequantise_kernel(
         return
     seq = sequence_of(b, cu_q, steps, lens, q_start, F)
     entries, own_pages = table_row(table, table_index, b, table_stride, table_width, F)
-    kv_len = tl.minimum(seq.kv_len, own_pages * F.page_size)
+    # The new table has as many entries for each sequence: those that its own table lacks are dead ones.
+    kv_len = tl.minimum(seq.kv_len, width * F.page_size)
     band = band_of(seq.start, seq.start + seq.q_len - 1, kv_len, size, leading_of(b, leading, F), F)
     page, seen = page_in_sight(j, band, F.page_size)
-    seen &= page < tl.minimum(own_pages, width)
-    entry = pages_of(load_entries(entries, page, seen, -1, F), F)
+    entry = pages_of(load_entries(entries, page, seen & (page < own_pages), -1, F), F)
     live = (entry >= 0) & (entry < num_pages)
     place = rank * pages + j
     if kv_head == 0:

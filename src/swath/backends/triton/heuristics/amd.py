@@ -1,0 +1,22 @@
+"""Launch rows for AMD's GPUs: they compile, and none was measured yet."""
+
+from __future__ import annotations
+
+from swath.backends.triton.features import Features
+from swath.backends.triton.heuristics.launch import SplitLaunch, TileLaunch
+
+
+def split_row(F: Features, _block_m: int, _short_run: bool) -> SplitLaunch:
+    """Decode."""
+    return SplitLaunch(16, 4, 1) if F.fp32 else SplitLaunch(64, 4, 2)
+
+
+def tile_row(F: Features, short_window: bool) -> TileLaunch:
+    """Prefill; ``short_window``: it is a few tiles wide."""
+    if F.fp32:
+        return TileLaunch(16, 16, 4, 1)
+    if F.stored != "wide":
+        return TileLaunch(64, 32, 8, 2)
+    if F.head_dim <= 64:
+        return TileLaunch(64, 32, 4, 2) if short_window else TileLaunch(128, 64, 4, 3)
+    return TileLaunch(64, 64, 4, 3) if F.head_dim <= 128 else TileLaunch(64, 32, 4, 2)

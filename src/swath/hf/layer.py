@@ -1,0 +1,176 @@
+"""The keys and values of one layer in pages, as Transformers sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from swath.cache import PagedKV
+from swath.errors import bad_value
+from swath.hf.attention import Scoring
+from swath.hf.masks import BandMask
+from swath.hf.pages import Pages, Pass
+from swath.hf.pools import magnitudes, rescale, static_scales
+from swath.ops.append import append_kv
+from swath.ops.paged import paged_attention
+from swath.quant import KVQuant, calibrate
+from swath.window import Window
+
+CALIBRATION_TOKENS = 128
+"""Static scales follow the tokens of calls that find fewer tokens than this, over the whole batch."""
+
+
+ON_THE_HOST = "a PagedCache allocates pages on the host between graphs: compile without fullgraph=True"
+
+
+class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """The keys and values of one layer, in pages.
+
+    ``update`` hands the new keys on with this layer attached to them as ``paged_layer``; swath's attention function
+    finds it there, and ``attend`` stores the keys and reads all of them from the pages. Another layer that is handed
+    the same keys reads the same pages.
+    """
+
+    supports_early_init = False
+
+    def __init__(self, pages: Pages, quant: KVQuant | None, overrides: bool, order: int) -> None:
+        super().__init__()
+        self.pages, self.quant, self.overrides, self.order = pages, quant, overrides, order
+        self.length = 0
+        self.new: tuple[Tensor, Tensor] | None = None
+        self._place = len(pages.pools.stores)
+        self._largest: list[Tensor] = []
+        pages.pools.stores.append(None)
+
+    @property
+    def store(self) -> PagedKV | None:
+        """The pool of this layer; None before the first token."""
+        return self.pages.pools.stores[self._place]
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether old keys are dropped."""
+        return not self.pages.window.is_unbounded
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether ``crop`` can go back as far as one likes."""
+        return not self.is_sliding or self.pages.keep_past
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page with its scales; 0 before the first token."""
+        if self.store is None:
+            return 0
+        return self.store.page_size * self.store.quant.bytes_per_token(self.store.num_kv_heads, self.store.head_dim)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the pool for keys and values of these shapes; static scales (tensor, head, channel) are still 1."""
+        quant = KVQuant(key_states.dtype) if self.quant is None else self.quant
+        _, num_kv_heads, _, head_dim = key_states.shape
+        if value_states.shape[3] != head_dim:
+            raise bad_value("value", f"heads of {head_dim} elements, as the keys have", value_states.shape[3])
+        shapes = {"tensor": (), "head": (num_kv_heads,), "channel": (num_kv_heads, head_dim)}
+        k_scale, v_scale = (
+            torch.ones(shapes[granularity], device=key_states.device) if granularity in shapes else None
+            for granularity in (quant.k, quant.v_granularity)
+        )
+        self.pages.pools.stores[self._place] = PagedKV.empty(
+            quant, self.pages.num_pages, num_kv_heads, self.pages.page_size, head_dim,
+            k_scale=k_scale, v_scale=v_scale, device=key_states.device,
+        )  # fmt: skip
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Take new keys and values [B, Hkv, T, D]; they come back with this layer attached."""
+        if self.new is not None:
+            raise bad_value("attn_implementation", "one registered by swath.hf.register", "one that read no pages")
+        self.new = key_states, value_states
+        handle = key_states.detach()
+        handle.paged_layer = self  # type: ignore[attr-defined]
+        return handle, value_states
+
+    @torch.compiler.disable(reason=ON_THE_HOST)  # type: ignore[untyped-decorator]
+    def attend(self, query: Tensor, band: BandMask, window: Window, scoring: Scoring, impl: str) -> Tensor:
+        """Store the tokens of the last ``update``, then attend to all: query [B, Hq, T, D] to [B, T, Hq, D]."""
+        if self.overrides and window.causal:
+            window = self.pages.window
+        if window != self.pages.window:
+            raise bad_value("past_key_values", f"a PagedCache made for {window}", self.pages.window)
+        passes = self._passes_again(query.shape[2]) if self.new is None else self._passes_of(*self.new, band)
+        if self.store is None:
+            raise RuntimeError("lazy_initialization made no pool")
+        q = query.transpose(1, 2)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for p in (p.on(query.device) for p in passes):
+            part = slice(p.start, p.stop)
+            if self.new is not None:
+                k, v = (x[:, :, part].transpose(1, 2).flatten(0, 1) for x in self.new)
+                append_kv(self.store, k, v, p.slot_mapping)
+            paged_attention(
+                q[:, part], self.store, p.block_table, p.seq_lens, max_kv_len=p.max_kv_len, window=window,
+                out=out[:, part], impl=impl, **scoring,
+            )  # fmt: skip
+        self.forget(self.get_seq_length())
+        return out
+
+    def forget(self, length: int) -> None:
+        """Hold ``length`` columns and no new keys."""
+        self.length, self.new = length, None
+
+    def get_seq_length(self) -> int:
+        """Columns seen, padding included."""
+        return self.length if self.new is None else self.length + self.new[0].shape[2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns and first column of the mask for ``query_length`` new tokens."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def _passes_of(self, key: Tensor, value: Tensor, band: BandMask) -> list[Pass]:
+        """The passes of new keys, with pages to store them in, and scales."""
+        passes = self.pages.extend(self.length, key.shape[2], band.first, key.device)
+        if self.store is None:
+            self.lazy_initialization(key, value)
+        if self.store is not None and self.pages.tokens(self.length) < CALIBRATION_TOKENS:
+            self._calibrate(self.store, [_without_padding(x, band, self.length) for x in (key, value)])
+        return passes
+
+    def _passes_again(self, queries: int) -> list[Pass]:
+        """The passes of the newest call, for another layer that reads the same keys."""
+        passes = self.pages.passes
+        if not passes or passes[-1].stop != queries:
+            raise bad_value("key", f"keys of the newest call, for its {queries} queries", "keys of another call")
+        if len(passes) > 1:
+            wanted = f"at least {queries}, as another layer reads the keys of this one after they are stored"
+            raise bad_value("chunk", wanted, self.pages.chunk)
+        return passes
+
+    def _calibrate(self, store: PagedKV, new: list[Tensor]) -> None:
+        """Let static scales cover these tokens too; what is stored is quantised again."""
+        static = static_scales(store.quant)
+        if not static:
+            return
+        largest = [magnitudes(x) for x in new]
+        held = self.pages.holding(self.length)
+        if held:
+            largest = [torch.maximum(a, b) for a, b in zip(self._largest, largest, strict=True)]
+        self._largest = largest
+        pages = torch.tensor(held, dtype=torch.long, device=store.k.device)
+        for name, granularity in static.items():
+            rescale(store, name, calibrate(largest[name == "v_scale"], store.quant.dtype, granularity), pages)
+
+
+def _without_padding(x: Tensor, band: BandMask, seen: int) -> Tensor:
+    """New keys or values [B, Hkv, T, D], of the columns after the first ``seen``, with 0 where the batch is padded."""
+    if not band.is_padded:
+        return x
+    first, end = torch.tensor([band.first, band.end], device=x.device)[..., None, None, None] - seen
+    column = torch.arange(x.shape[2], device=x.device)[:, None]
+    return x.masked_fill((column < first) | (column >= end), 0)

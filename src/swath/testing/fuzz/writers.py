@@ -1,0 +1,163 @@
+"""Calls of ``append_kv``, ``merge_states`` and ``slots``, each beside a truth of its own."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from swath.cache import PagedKV
+from swath.ops.append import append_kv
+from swath.ops.merge import merge_states
+from swath.ops.slots import slots
+from swath.testing.budget import UNIT
+from swath.testing.fuzz.draw import Call
+from swath.testing.fuzz.truth import page_lists
+from swath.testing.fuzz.twists import build
+from swath.testing.fuzz.verdict import BrokenError, Verdict, on, same_bits, taker, truncates_bf16
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+OUTSIDE = (-1, -(2**63), 2**63 - 1, 2**62)
+"""Slots outside every cache; the first one past its end is another."""
+
+
+def judge_append(call: Call, impl: str, device: torch.device | str) -> Verdict:
+    """New tokens in slots anywhere: every byte of the cache after it."""
+    r, case = call.random("append"), call.case
+    cache = build(call, device).cache
+    pool, tokens = cache.num_pages * cache.page_size, sum(case.row_counts)
+    dtype = r.choice((torch.bfloat16, torch.float16, torch.float32))
+    where = r.sample(range(pool), min(tokens, pool))
+    where = [r.choice((*OUTSIDE, pool)) if r.random() < 0.1 else slot for slot in where]
+    k, v = (_tokens(call, name, len(where), dtype, device) for name in "kv")
+    slot_mapping = torch.tensor(where, dtype=torch.int64, device=device)
+    args = (cache, k, v, slot_mapping)
+    backend = taker("append_kv", args, {}, impl)
+    if truncates_bf16(backend, device) and _rounds_to_bf16(cache, dtype):
+        return Verdict("")
+    wanted = [
+        after_append(x.cpu(), pool.cpu(), None if scale is None else scale.cpu(), where)
+        for x, pool, scale in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale))
+    ]
+    append_kv(*args, impl=backend)
+    names = ("k", "k_scale", "v", "v_scale")
+    came = (cache.k, cache.k_scale, cache.v, cache.v_scale)
+    for name, got, want in zip(names, came, (x for pair in wanted for x in pair), strict=True):
+        if got is not None and want is not None and not same_bits(got.cpu(), want):
+            raise BrokenError(f"append_kv: {name} has other bytes than wanted, {dtype} tokens into {case.storage}")
+    return Verdict(backend)
+
+
+def _rounds_to_bf16(cache: PagedKV, dtype: torch.dtype) -> bool:
+    scales = [s for s in (cache.k_scale, cache.v_scale) if s is not None and s.dim() == 3]
+    return cache.k.dtype == torch.bfloat16 != dtype or any(s.dtype == torch.bfloat16 for s in scales)
+
+
+def _tokens(call: Call, name: str, count: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Rows of many magnitudes, zeros among them."""
+    case, generator = call.case, on(device, call, f"tokens {name}")
+    shape = (count, case.num_kv_heads, case.head_dim + (16 if case.strided else 0))
+    x = torch.randn(shape, generator=generator, device=device)
+    sizes = torch.tensor([0.0, 1e-3, 1.0, 1.0, 1.0, 30.0, 5e3], device=device)
+    chosen = torch.randint(len(sizes), shape[:2], generator=generator, device=device)
+    return (x * sizes[chosen][..., None]).to(dtype)[..., : case.head_dim]
+
+
+def after_append(x: Tensor, pool: Tensor, scale: Tensor | None, where: list[int]) -> tuple[Tensor, Tensor | None]:
+    """A pool and its scale after tokens x [T, Hkv, D] were written to the slots ``where``; on the CPU, copies."""
+    pool, scale, size = pool.clone(), None if scale is None else scale.clone(), pool.shape[2]
+    kept = [i for i, slot in enumerate(where) if 0 <= slot < pool.shape[0] * size]
+    slot = torch.tensor([where[i] for i in kept]).long()
+    page, offset = slot // size, slot % size
+    rows = x[kept]
+    if pool.dtype in LARGEST:
+        largest, wide = LARGEST[pool.dtype], rows.float()
+        unit = torch.ones(())
+        if scale is not None and scale.dim() == 3:
+            peak = wide.abs().amax(-1)
+            scale[page, :, offset] = torch.where(peak > 0, peak / largest, 1.0).to(scale.dtype)
+            unit = scale[page, :, offset].float()[..., None]
+        elif scale is not None:
+            unit = scale.float().reshape((*scale.shape, 1, 1)[:2])
+        wide = (wide / unit).clamp(-largest, largest)
+        rows = wide.round() if pool.dtype == torch.int8 else wide
+    pool[page, :, offset] = rows.to(pool.dtype)
+    return pool, scale
+
+
+def judge_merge(call: Call, impl: str, device: torch.device | str) -> Verdict:
+    """Two states of the same queries, some without keys: their outs are junk then."""
+    r, case = call.random("merge"), call.case
+    spread, empty = r.choice((0.0, 3.0, 1000.0)), r.choice((0.0, 0.3))
+    states = [_state(call, name, spread, empty, device) for name in "ab"]
+    (out_a, lse_a), (out_b, lse_b) = states
+    args = (out_a, lse_a, out_b, lse_b)
+    backend = taker("merge_states", args, {}, impl)
+    out, lse = merge_states(*args, impl=backend)
+    parts = [(o.double().where(s[..., None] > -torch.inf, 0.0), s.double()) for o, s in states]
+    want_lse = torch.logaddexp(parts[0][1], parts[1][1])
+    safe = want_lse.where(want_lse > -torch.inf, 0.0)
+    want = torch.stack([o * torch.exp(s - safe)[..., None] for o, s in parts]).sum(0)
+    e = UNIT[torch.float32]
+    u = UNIT[case.out_dtype] * (2 if truncates_bf16(backend, device) else 1)
+    exponent = 1 + torch.stack([s.abs().where(s > -torch.inf, 0.0) for _, s in parts]).amax(0)
+    size = torch.stack([o.abs() for o, _ in parts]).sum(0)
+    allowed = u * want.abs() + 8 * e * exponent[..., None] * size + 1e-7
+    _within("out", out, want, allowed)
+    _within("lse", lse, want_lse, 4 * e * exponent)
+    return Verdict(backend)
+
+
+def _state(call: Call, name: str, spread: float, empty: float, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    case, generator = call.case, on(device, call, f"state {name}")
+    shape = (*case.q_shape[:-1], case.head_dim + (16 if case.strided else 0))
+    out = torch.randn(shape, generator=generator, device=device)[..., : case.head_dim]
+    lse = spread * torch.randn(shape[:-1], generator=generator, device=device)
+    gone = torch.rand(shape[:-1], generator=generator, device=device) < empty
+    out = out.masked_fill(gone[..., None], torch.nan).to(case.out_dtype)
+    lse = lse.masked_fill(gone, -torch.inf)
+    return out, lse.mT.contiguous().mT if case.strided else lse
+
+
+def _within(name: str, came: Tensor, want: Tensor, allowed: Tensor) -> None:
+    error = torch.where(came.double() == want, 0.0, (came.double() - want).abs())
+    share = torch.where(error == 0, 0.0, error / allowed).nan_to_num(nan=torch.inf)
+    if share.numel() and not float(share.max()) <= 1:
+        at = tuple(int(i) for i in torch.unravel_index(share.argmax(), share.shape))
+        wanted, got = float(want[at]), float(came[at])
+        raise BrokenError(f"merge_states: {name} at {at} is {float(share[at]):.3g} of the allowed error off: "
+                     f"wanted {wanted:.7g}, got {got:.7g}")  # fmt: skip
+
+
+def judge_slots(call: Call, _impl: str, device: torch.device | str) -> Verdict:
+    """Where new tokens go, under hostile tables."""
+    inputs, case = build(call, device), call.case
+    if inputs.seq_lens is None or inputs.block_table is None:
+        raise ValueError("slots is drawn with pages")
+    tokens = sum(case.row_counts) + case.tail
+    found = slots(
+        inputs.block_table, inputs.seq_lens, case.page_size, num_tokens=tokens, cu_seqlens_q=inputs.cu_seqlens_q
+    )
+    wanted: list[int] = []
+    bounds = [b * tokens // max(case.num_seqs, 1) for b in range(case.num_seqs + 1)]
+    if inputs.cu_seqlens_q is not None:
+        bounds = inputs.cu_seqlens_q.tolist()
+    rows = [pages.tolist() for pages in page_lists(inputs.block_table, case.page_size)]
+    for b, (start, end) in enumerate(pairwise(bounds)):
+        kv_len = max(int(inputs.seq_lens[b]), 0)
+        wanted += [slot_of(rows[b], kv_len - (end - start) + i, case.page_size) for i in range(end - start)]
+    wanted += [-1] * (tokens - len(wanted))
+    wrong = [i for i, (a, b) in enumerate(zip(found.tolist(), wanted, strict=True)) if a != b]
+    if wrong:
+        i = wrong[0]
+        raise BrokenError(f"slots: token {i} goes to {int(found[i])}, wanted {wanted[i]}; {len(wrong)} are wrong")
+    return Verdict("torch")
+
+
+def slot_of(row: list[int], position: int, page_size: int) -> int:
+    """The slot of a position, -1 where it has none."""
+    page = position // page_size
+    if position < 0 or page >= len(row) or row[page] < 0:
+        return -1
+    return row[page] * page_size + position % page_size
