@@ -68,18 +68,24 @@ class KVQuant:
 
     Args:
         dtype: int8, float8_e4m3fn or float8_e5m2; or bfloat16, float16, float32 with granularity "none".
-        k: granularity of K: "tensor", "head", "channel", "token", or "none".
+        k: granularity of K: "tensor", "head", "channel", "token", or "none". "default" is "token" for int8, which
+            cannot do without a scale, and "none" for all others: fp8 is then stored as it is.
         v: granularity of V; None is the same as k.
+
+    Raises:
+        TypeError, ValueError: naming the field.
     """
 
     dtype: torch.dtype
-    k: str = "none"
+    k: str = "default"
     v: str | None = None
 
     def __post_init__(self) -> None:
-        quantised = self.dtype in LARGEST
-        if not quantised and self.dtype not in WIDE:
+        if not isinstance(self.dtype, torch.dtype) or self.dtype not in (*LARGEST, *WIDE):
             raise bad_type("dtype", "int8, float8_e4m3fn, float8_e5m2, bfloat16, float16 or float32", self.dtype)
+        if self.k == "default":
+            object.__setattr__(self, "k", "token" if self.dtype == torch.int8 else "none")
+        quantised = self.dtype in LARGEST
         allowed: tuple[str, ...] = GRANULARITIES if quantised else ("none",)
         if self.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
             allowed = ("none", *GRANULARITIES)
@@ -87,6 +93,19 @@ class KVQuant:
             if granularity not in allowed:
                 raise bad_value(name, f"one of {allowed} for {self.dtype}", repr(granularity))
         object.__setattr__(self, "v", self.v_granularity)  # so that equal storages compare equal
+
+    @classmethod
+    def of(cls, quant: object) -> KVQuant:
+        """From the argument of ``PagedKV.empty``: a KVQuant, or a dtype for ``KVQuant(dtype)``.
+
+        Raises:
+            TypeError: anything else.
+        """
+        if isinstance(quant, KVQuant):
+            return quant
+        if isinstance(quant, torch.dtype):
+            return cls(quant)
+        raise bad_type("quant", "a KVQuant or a torch.dtype", repr(quant))
 
     @property
     def v_granularity(self) -> str:

@@ -82,11 +82,21 @@ def paged(
     v_scale: Tensor | None,
     block_table: Tensor | Sequence[Tensor],
     seq_lens: Tensor,
+    *,
+    table_rows: Tensor | None = None,
+    unit: str = "page",
     **options: Any,
 ) -> Truth:
-    """The truth of ``swath.paged_attention`` over k, v [num_pages, Hkv, page_size, D]; options as ``_truth``."""
+    """The truth of ``swath.paged_attention`` over k, v [num_pages, Hkv, page_size, D]; options as ``_truth``.
+
+    ``table_rows``, ``unit``: which rows of a larger table count, and whether entries are pages or the slots of tokens.
+    """
     num_pages, num_kv_heads, page_size, _ = k.shape
     pages = _page_lists(block_table)
+    if table_rows is not None:
+        pages = [pages[row] for row in table_rows.tolist()]
+    if unit == "token":
+        pages = [slots[::page_size].div(page_size, rounding_mode="floor") for slots in pages]
     live = []
     for entries, kv_len in zip(pages, seq_lens.tolist(), strict=True):
         owner = entries.repeat_interleave(page_size)[: max(kv_len, 0)]

@@ -50,7 +50,7 @@ def operands_of(problem: Problem) -> Operands:
         "k_scale": kernel_scale(cache.k_scale),
         "v_scale": kernel_scale(cache.v_scale),
         "table": _entries(table),
-        "indptr": _contiguous(table.indptr),
+        "table_index": _contiguous(table.rows if table.indptr is None else table.indptr),
         "lens": keys.seq_lens.contiguous(),
     }
 
@@ -97,7 +97,7 @@ def _row_strides(problem: Problem, x: Tensor) -> tuple[int, ...]:
 def _paged_args(keys: PagedKeys, F: Features) -> dict[str, Any]:
     cache, table = keys.cache, keys.table
     args: dict[str, Any] = {
-        "max_pages": table.max_pages,
+        "table_width": table.entries.shape[-1],
         "num_pages": cache.num_pages,
         "table_stride": _entries(table).stride(0),
     }
@@ -108,7 +108,7 @@ def _paged_args(keys: PagedKeys, F: Features) -> dict[str, Any]:
 
 
 def _dense_args(keys: DenseKeys) -> dict[str, Any]:
-    absent = "ks_page ks_head ks_token vs_page vs_head vs_token max_pages num_pages table_stride"
+    absent = "ks_page ks_head ks_token vs_page vs_head vs_token table_width num_pages table_stride"
     # [Tk, Hkv, D] as one page that nobody looks up.
     k, v = ((0, *x.stride()[1::-1]) for x in (keys.k, keys.v))
     return dict.fromkeys(absent.split(), 0) | _kv_strides(k, v)

@@ -131,7 +131,8 @@ def dequantise(work: Work, scratch: Scratch) -> tuple[KernelCall, list[Work]]:
     scratch.add("new_table", torch.int32, problem.num_seqs, width)
     made = scratch.tensors("meta")
     copied = PagedKeys(PagedKV(made["new_k"], made["new_v"]), PageTable(made["new_table"]), keys.seq_lens)
-    names = {"k": "new_k", "v": "new_v", "table": "new_table"} | dict.fromkeys(("k_scale", "v_scale", "indptr"), "")
+    absent = dict.fromkeys(("k_scale", "v_scale", "table_index"), "")
+    names = {"k": "new_k", "v": "new_v", "table": "new_table"} | absent
     parts = [replace(work, problem=replace(problem, keys=copied), sources=names)]
     if rows < most_unclaimed(problem):
         scratch.add("copied", torch.int32, 3)

@@ -33,7 +33,7 @@ def append_kernel(
     """One program per (token, kv head), heads fastest; a slot outside the cache is skipped."""
     kv_head = tl.program_id(0) % F.kv_heads
     token = (tl.program_id(0) // F.kv_heads).to(tl.int64)
-    slot = tl.load(slots + token)
+    slot = tl.load(slots + token).to(tl.int64)
     if (slot < 0) | (slot >= num_slots):
         return
     page, offset = slot // F.page_size, slot % F.page_size

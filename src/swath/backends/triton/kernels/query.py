@@ -7,6 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from swath.backends.device.cache import load_int32
 from swath.backends.device.quant import channel_scale, decode_e4m3, head_scale, unit_rows
 from swath.backends.device.softmax import add_sink, finish
 from swath.backends.triton.kernels.walk import Query, TokenScales
@@ -31,8 +32,8 @@ def tokens_of(b, cu_q, steps):
     if cu_q is None:
         return b * steps, steps
     else:
-        q_row = tl.load(cu_q + b)
-        return q_row, tl.maximum(tl.load(cu_q + b + 1) - q_row, 0)
+        q_row = load_int32(cu_q + b)
+        return q_row, tl.maximum(load_int32(cu_q + b + 1) - q_row, 0)
 
 
 LENGTHS_AT_ONCE = tl.constexpr(256)
@@ -52,7 +53,7 @@ def ranked_sequence(rank, cu_q, num_seqs, claimed):
         for first in range(0, num_seqs, LENGTHS_AT_ONCE):
             b = first + tl.arange(0, LENGTHS_AT_ONCE)
             inside = b < num_seqs
-            q_len = tl.load(cu_q + b + 1, mask=inside, other=0) - tl.load(cu_q + b, mask=inside, other=0)
+            q_len = load_int32(cu_q + b + 1, inside, 0) - load_int32(cu_q + b, inside, 0)
             longer = (q_len > claimed).to(tl.int32)
             found += tl.sum((inside & (before + tl.cumsum(longer, 0) <= rank)).to(tl.int32), 0)
             before += tl.sum(longer, 0)
@@ -87,11 +88,11 @@ def sequence_of(b, cu_q, steps, lens, q_start, F: tl.constexpr):
     q_row, q_len = tokens_of(b, cu_q, steps)
     kv_row = b * 0
     if F.page_size == 0:
-        kv_row = tl.load(lens + b)
-        kv_len = tl.maximum(tl.load(lens + b + 1) - kv_row, 0)
+        kv_row = load_int32(lens + b)
+        kv_len = tl.maximum(load_int32(lens + b + 1) - kv_row, 0)
     else:
-        kv_len = tl.maximum(tl.load(lens + b), 0)
-    start = kv_len - q_len if q_start is None else tl.load(q_start + b)
+        kv_len = tl.maximum(load_int32(lens + b), 0)
+    start = kv_len - q_len if q_start is None else load_int32(q_start + b)
     return Sequence(q_row, q_len, start, kv_len, kv_row)
 
 
@@ -99,7 +100,7 @@ def sequence_of(b, cu_q, steps, lens, q_start, F: tl.constexpr):
 def lead_of(b, lead, F: tl.constexpr):
     """How many leading tokens sequence ``b`` keeps: its ``global_tokens``, which kernels call ``lead``."""
     if F.lead == "tensor":
-        return tl.load(lead + b)
+        return load_int32(lead + b)
     else:
         return lead
 

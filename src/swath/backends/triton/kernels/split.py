@@ -80,7 +80,7 @@ RUN_TIME = (
     "num_splits",
     "least_tiles",
     "slice_tiles",
-    "max_pages",
+    "table_width",
     "num_pages",
     "table_stride",
 )
@@ -89,8 +89,8 @@ RUN_TIME = (
 @triton.jit(do_not_specialize=RUN_TIME)
 def split_kernel(
     q, k, v, out, lse, partial, partial_state, counts, sink, q_scale, k_scale, v_scale,
-    table, indptr, lens, cu_q, q_start, lead,
-    scale_log2, cap_log2, window_size, steps, num_splits, least_tiles, slice_tiles, max_pages, num_pages,
+    table, table_index, lens, cu_q, q_start, lead,
+    scale_log2, cap_log2, window_size, steps, num_splits, least_tiles, slice_tiles, table_width, num_pages,
     q_seq, q_token, q_head, out_seq, out_token, out_head, kv_page, kv_head_stride, kv_token, table_stride,
     ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -117,7 +117,7 @@ def split_kernel(
         if partial is not None and j == 0:
             tl.store(counts + owner, 0)
         return
-    entries, pages = table_row(table, indptr, b, table_stride, max_pages)
+    entries, pages = table_row(table, table_index, b, table_stride, table_width, F)
     pos = seq.q_start + r // F.group  # [BLOCK_M]
     first = seq.q_start + row_tile * BLOCK_M // F.group
     last = seq.q_start + (tl.minimum((row_tile + 1) * BLOCK_M, num_rows) - 1) // F.group

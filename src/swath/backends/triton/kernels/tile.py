@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from swath.backends.device.cache import Keys, table_row
+from swath.backends.device.cache import Keys, load_int32, table_row
 from swath.backends.device.window import band_of, reach_of
 from swath.backends.triton.kernels.query import (
     join_columns,
@@ -60,7 +60,7 @@ def search_sequence(m_block, cu_q, num_seqs, POSITIONS: tl.constexpr):
 @triton.jit
 def first_m_block(b, cu_q, POSITIONS: tl.constexpr):
     """Where the m-blocks of a sequence of a ragged batch begin."""
-    return tl.load(cu_q + b) // POSITIONS + b
+    return load_int32(cu_q + b) // POSITIONS + b
 
 
 @triton.jit
@@ -73,13 +73,13 @@ def num_m_blocks(b, first, cu_q, steps, POSITIONS: tl.constexpr):
         return first_m_block(b + 1, cu_q, POSITIONS) - first
 
 
-RUN_TIME = ("lead", "window_size", "steps", "claimed", "num_seqs", "max_pages", "num_pages", "table_stride")
+RUN_TIME = ("lead", "window_size", "steps", "claimed", "num_seqs", "table_width", "num_pages", "table_stride")
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def tile_kernel(
-    q, k, v, out, lse, sink, q_scale, k_scale, v_scale, table, indptr, lens, cu_q, q_start, lead,
-    scale_log2, cap_log2, window_size, steps, claimed, num_seqs, max_pages, num_pages,
+    q, k, v, out, lse, sink, q_scale, k_scale, v_scale, table, table_index, lens, cu_q, q_start, lead,
+    scale_log2, cap_log2, window_size, steps, claimed, num_seqs, table_width, num_pages,
     q_seq, q_token, q_head, out_seq, out_token, out_head, k_page, k_head, k_token, v_page, v_head, v_token,
     table_stride, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_M: tl.constexpr, PACK: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -110,7 +110,7 @@ def tile_kernel(
     kv_len = seq.kv_len
     entries = table
     if F.page_size > 0:
-        entries, pages = table_row(table, indptr, b, table_stride, max_pages)
+        entries, pages = table_row(table, table_index, b, table_stride, table_width, F)
         kv_len = tl.minimum(kv_len, pages * F.page_size)
     first = seq.q_start + q_begin
     last = seq.q_start + tl.minimum(q_begin + POSITIONS, seq.q_len) - 1
