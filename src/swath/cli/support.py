@@ -16,7 +16,7 @@ import torch
 
 from swath.cache import PagedKV
 from swath.cli.calls import arguments, case_of
-from swath.cli.elsewhere import INTERPRET, cuda_is, interpreting, without_data
+from swath.cli.elsewhere import GPUS, INTERPRET, cuda_is, interpreting, without_data
 from swath.dispatch import BACKENDS
 from swath.ops.explain import OPS, explain
 from swath.pages import PageTable
@@ -79,7 +79,7 @@ def page() -> str:
     """
     if not has_triton():
         raise RuntimeError("the page speaks for Triton too, and Triton is not installed")
-    with interpreting(False), cuda_is(Target(ARCH, 132)):
+    with interpreting(False), cuda_is(Target(ARCH, GPUS[ARCH][0])):
         notes = _Notes()
         parts = [INTRODUCTION, _devices(notes)]
         for op in OPS:
