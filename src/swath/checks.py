@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,8 @@ Q_DTYPES = WIDE
 MAX_HEAD_DIM = 256
 GQA_LAYOUTS = ("grouped", "interleaved")
 COMPUTES = ("float", "int8")
+SMALLEST_FACTOR, LARGEST_FACTOR = 1e-15, 1e15
+"""Of scores: a quotient of two such numbers leaves room in float32 for the product of q and k."""
 
 
 def check_no_grad(**tensors: Tensor | None) -> None:
@@ -119,10 +122,9 @@ def check_options(q: Tensor, num_seqs: int, options: dict[str, Any]) -> dict[str
     window, scale, sink = Window.of(options["window"]), options["scale"], options["sink"]
     if isinstance(window.global_tokens, Tensor):
         check_int32("window.global_tokens", window.global_tokens, num_seqs, q.device)
-    scale = float(q.shape[-1]) ** -0.5 if scale is None else check_float("scale", scale, "a float or None")
-    softcap = check_float("softcap", options["softcap"], "a float >= 0")
-    if not softcap >= 0:
-        raise bad_value("softcap", "a float >= 0", softcap)
+    scale = float(q.shape[-1]) ** -0.5 if scale is None else _check_factor("scale", scale, "None", signed=True)
+    softcap = _check_factor("softcap", options["softcap"], "inf", signed=False)
+    softcap = 0.0 if softcap == math.inf else softcap
     if sink is not None:
         _check_sink(sink, q)
     check_choice("gqa", options["gqa"], GQA_LAYOUTS)
@@ -161,6 +163,16 @@ def check_float(name: str, value: object, wanted: str) -> float:
         return float(value)
     except OverflowError:
         raise bad_value(name, wanted, value) from None
+
+
+def _check_factor(name: str, value: object, other: str, *, signed: bool) -> float:
+    """A number that scores are multiplied with (``signed``), or capped at."""
+    wanted = f"0, {other}, or a float from {SMALLEST_FACTOR:g} to {LARGEST_FACTOR:g}" + signed * " in size"
+    number = check_float(name, value, wanted)
+    size = abs(number) if signed else number
+    if number and not (SMALLEST_FACTOR <= size <= LARGEST_FACTOR or (size == math.inf and not signed)):
+        raise bad_value(name, wanted, value)
+    return number
 
 
 def check_bound(name: str, value: object, most: int) -> int:

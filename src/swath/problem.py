@@ -90,6 +90,11 @@ class Problem:
         """Query heads that share a kv head."""
         return self.num_q_heads // self.keys.num_kv_heads
 
+    @property
+    def score_unit(self) -> float:
+        """What makes scores of q . k: in base 2, or in units of the soft cap where there is one."""
+        return self.scale / self.softcap if self.softcap > 0 else self.scale * LOG2_E
+
     def sequences(self) -> Iterator[SequenceRows]:
         """The rows of each sequence, for host backends; reads lengths to the host."""
         num_rows = self.q.shape[0]

@@ -230,7 +230,7 @@ class _Queries:
         q = problem.by_kv_head(rows.dequantised_q(0, rows.q.shape[0], torch.float32)).flatten(1, 2)
         q = fold_q(q, keys.quant.k, keys.k_scale)
         cap_log2 = problem.softcap * LOG2_E
-        unit = problem.scale / problem.softcap if problem.softcap > 0 else problem.scale * LOG2_E
+        unit = problem.score_unit
         if problem.compute == "float":
             return cls(q * unit, None, cap_log2)
         step = token_scale(q, torch.int8)[..., None]

@@ -70,13 +70,13 @@ def decode(x, F: tl.constexpr):
 
 @triton.jit
 def unit_rows(q, divisor, F: tl.constexpr):
-    """Query rows over an 8-bit cache as dot operands: divided by plus or minus their largest magnitude (a row of 0 by
-    1), in 127ths for int8."""
-    unit = q / tl.where(divisor != 0, divisor, 1.0)[:, None]
+    """Query rows over an 8-bit cache as dot operands: divided by plus or minus their largest magnitude, in 127ths for
+    int8, in which NaN is 0."""
+    unit = q / divisor[:, None]
     if F.compute_int8:
-        return round_half_even(unit * 127.0).to(tl.int8)
+        return round_half_even(tl.where(unit == unit, unit, 0.0) * 127.0).to(tl.int8)
     else:
-        return unit if F.fp32 else unit.to(tl.float16)
+        return unit.to(tl.float16)
 
 
 @triton.jit

@@ -47,12 +47,16 @@ def finish_rows(state, n, place, c: gl.constexpr, output, batch, F: gl.constexpr
     """Normalise the ``n``-th rows of a consumer and write them."""
     m, l, acc = state
     begin = place.begin + c * (CONSUMER_ROWS // C.pack)
-    inverse, log_sum = finish(m, l)
+    sink = None
     if output.lse is not None:
         i = gl.arange(0, CONSUMER_ROWS, layout=m.type.layout)
+        heads = q_heads(i, place.head, F, C)
+        if output.sink is not None:
+            sink = gl.load(output.sink + heads).to(gl.float32)
+    inverse, log_sum = finish(m, l, sink)
+    if output.lse is not None:
         row = begin + i // C.pack
-        at = (place.token + row) * (F.kv_heads * F.group) + q_heads(i, place.head, F, C)
-        gl.store(output.lse + at, log_sum, mask=row < place.q_len)
+        gl.store(output.lse + (place.token + row) * (F.kv_heads * F.group) + heads, log_sum, mask=row < place.q_len)
     rows = (acc * of_rows(inverse, acc)[:, None]).to(output.out.dtype.element_ty)
     if output.boxes is None:
         store_rows(gl.convert_layout(rows, row_layout(F.head_dim)), begin, place, output, batch, F, C)

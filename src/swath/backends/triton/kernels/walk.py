@@ -34,7 +34,7 @@ class Rows(NamedTuple):
 
     q: tl.tensor
     q_odd: tl.tensor
-    scale: tl.tensor  # > 0, [M] (unit_q) or scalar: makes base-2 scores of dots
+    scale: tl.tensor  # > 0, [M] (unit_q) or scalar: makes scores of dots, in base 2 or in units of the soft cap
     reach: tl.tensor  # a Reach in places of the list: who sees whom
 
 
