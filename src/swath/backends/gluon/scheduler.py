@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from swath.backends.device.cache import table_row
-from swath.backends.device.window import band_of
+from swath.backends.device.window import band_of, view_of
 from swath.backends.gluon.pipeline import BOX_COLUMNS, CONSUMER_ROWS, Place
 from swath.backends.triton.kernels.query import leading_of, q_head_of, sequence_of, takes
 from swath.backends.triton.kernels.tile import sequence_at, slots_of
@@ -40,6 +40,7 @@ class Tile(NamedTuple):
     """The rows of a tile and the key tiles they see."""
 
     place: gl.tensor
+    view: gl.tensor
     kv_head: gl.tensor
     band: gl.tensor
     walk: gl.tensor
@@ -114,15 +115,16 @@ def tile_of(place, batch, F: gl.constexpr, C: gl.constexpr):
     """Lay out the key tiles of a place."""
     POSITIONS: gl.constexpr = C.consumers * CONSUMER_ROWS // C.pack
     kv_head = place.head if C.pack > 1 else place.head // F.group
-    first = place.start + place.begin
-    last = place.start + gl.minimum(place.begin + POSITIONS, place.q_len) - 1
-    band = band_of(first, last, place.kv_len, batch.size, place.leading, F)
+    view = view_of(place.start, place.q_len, place.kv_len, batch.size)
+    first = view.start + place.begin
+    last = view.start + gl.minimum(place.begin + POSITIONS, place.q_len) - 1
+    band = band_of(first, last, place.kv_len, view.size, place.leading, F)
     KEYS: gl.constexpr = C.block_n + C.first_n
     walk = plan_walk(band, C.box_rows, key_align(F, C), KEYS)
     # A row tile without keys gets zeros to see, and no branch of its own.
     walk = Walk(walk.lead, walk.gap, gl.maximum(walk.total, 1))
-    interior, interior_end = interior_tiles(band, walk, first, last, batch.size, F, KEYS)
-    return Tile(place, kv_head, band, walk, interior, interior_end)
+    interior, interior_end = interior_tiles(band, walk, first, last, view.size, F, KEYS)
+    return Tile(place, view, kv_head, band, walk, interior, interior_end)
 
 
 @gluon.jit

@@ -131,9 +131,10 @@ def next_query(rows, c: gl.constexpr, sink, scales, rings, batch, F: gl.constexp
         forget(rows, rings.places)
     tile = tile_of(place, batch, F, C)
     m, l = nothing_seen(i, tile, sink, F, C)
-    first = place.start + place.begin + c * POSITIONS
-    reach = listed(reach_of(first + i // C.pack, tile.band, batch.size, place.leading, F), tile.walk)
-    from_all, to_all = interior_of(tile.band, first, first + POSITIONS - 1, batch.size, F)
+    view = tile.view
+    first = view.start + place.begin + c * POSITIONS
+    reach = listed(reach_of(first + i // C.pack, tile.band, view.size, place.leading, F), tile.walk)
+    from_all, to_all = interior_of(tile.band, first, first + POSITIONS - 1, view.size, F)
     scale_log2, cap_log2 = scales
     return Query(
         tile, m, l, reach, from_all - tile.walk.gap, to_all - tile.walk.gap, scale_log2, cap_log2,

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from swath.backends.device.cache import page_in_sight, table_row
 from swath.backends.device.quant import channel_scale, decode, head_scale
-from swath.backends.device.window import band_of
+from swath.backends.device.window import band_of, view_of
 from swath.backends.triton.kernels.query import leading_of, ranked_sequence, sequence_of, store_claim
 
 
@@ -82,7 +82,8 @@ def dequantise_kernel(
     seq = sequence_of(b, cu_q, steps, lens, q_start, F)
     entries, own_pages = table_row(table, indptr, b, table_stride, max_pages)
     kv_len = tl.minimum(seq.kv_len, own_pages * F.page_size)
-    band = band_of(seq.start, seq.start + seq.q_len - 1, kv_len, size, leading_of(b, leading, F), F)
+    view = view_of(seq.start, seq.q_len, kv_len, size)
+    band = band_of(view.start, view.start + seq.q_len - 1, kv_len, view.size, leading_of(b, leading, F), F)
     page, seen = page_in_sight(j, band, F.page_size)
     seen &= page < tl.minimum(own_pages, width)
     entry = tl.load(entries + page, mask=seen, other=-1)

@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from swath.backends.device.cache import Keys, table_row
-from swath.backends.device.window import band_of, reach_of
+from swath.backends.device.window import band_of, reach_of, view_of
 from swath.backends.triton.kernels.query import (
     join_columns,
     leading_of,
@@ -116,11 +116,12 @@ def split_kernel(
             tl.store(counts + owner, 0)
         return
     entries, pages = table_row(table, indptr, b, table_stride, max_pages)
-    p = seq.start + r // F.group
-    first = seq.start + tile * BLOCK_M // F.group
-    last = seq.start + (tl.minimum((tile + 1) * BLOCK_M, rows) - 1) // F.group
+    kv_len = tl.minimum(seq.kv_len, pages * F.page_size)
+    view = view_of(seq.start, seq.q_len, kv_len, size)
+    first = view.start + tile * BLOCK_M // F.group
+    last = view.start + (tl.minimum((tile + 1) * BLOCK_M, rows) - 1) // F.group
     lead = leading_of(b, leading, F)
-    band = band_of(first, last, tl.minimum(seq.kv_len, pages * F.page_size), size, lead, F)
+    band = band_of(first, last, kv_len, view.size, lead, F)
     align = tl.where(slice_tiles > 0, BLOCK_N, 1)
     walk = plan_walk(band, align, align, BLOCK_N)
     cut = slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N)
@@ -133,7 +134,7 @@ def split_kernel(
     keys = Keys(k + base, v + base, entries, num_pages, kv_page, kv_token, kv_page, kv_token)
     begin, end = cut.first, cut.end
     if CLEAR_FIRST:
-        begin, end = clear_tiles(keys, band, walk, first, last, size, cut.first, cut.end, F, BLOCK_N)
+        begin, end = clear_tiles(keys, band, walk, first, last, view.size, cut.first, cut.end, F, BLOCK_N)
     page = tile_pages(keys, band, walk, begin, F, BLOCK_N)
     tl.debug_barrier()  # or ptxas asks for the pages only when the query is there: one more trip to memory before K
     member = q_head_of(kv_head, r % F.group, F)
@@ -141,7 +142,7 @@ def split_kernel(
     valid = r < rows
     at = row_offsets(b, r // F.group, token, member, q_seq, q_token, q_head, cu_q)
     row_scale = query_scale(q_scale, token * F.kv_heads * F.group + member, valid, F)
-    reach = listed(reach_of(p, band, size, lead, F), walk)
+    reach = listed(reach_of(view.start + r // F.group, band, view.size, lead, F), walk)
     query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
     m, l, acc, acc_odd = new_state(BLOCK_M, F)

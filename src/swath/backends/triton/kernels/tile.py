@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from swath.backends.device.cache import Keys, table_row
-from swath.backends.device.window import band_of, reach_of
+from swath.backends.device.window import band_of, reach_of, view_of
 from swath.backends.triton.kernels.query import (
     join_columns,
     leading_of,
@@ -102,22 +102,23 @@ def tile_kernel(
     if F.page_size > 0:
         entries, pages = table_row(table, indptr, b, table_stride, max_pages)
         kv_len = tl.minimum(kv_len, pages * F.page_size)
-    first = seq.start + begin
-    last = seq.start + tl.minimum(begin + POSITIONS, seq.q_len) - 1
+    view = view_of(seq.start, seq.q_len, kv_len, size)
+    first = view.start + begin
+    last = view.start + tl.minimum(begin + POSITIONS, seq.q_len) - 1
     lead = leading_of(b, leading, F)
-    band = band_of(first, last, kv_len, size, lead, F)
+    band = band_of(first, last, kv_len, view.size, lead, F)
     walk = plan_walk(band, 1, 1, BLOCK_N)
     token = seq.token + step
     at = row_offsets(b, step, token, member, q_seq, q_token, q_head, cu_q)
     row_scale = query_scale(q_scale, token * F.kv_heads * F.group + member, valid, F)
-    reach = listed(reach_of(seq.start + step, band, size, lead, F), walk)
+    reach = listed(reach_of(view.start + step, band, view.size, lead, F), walk)
     query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
     key_row = seq.key_row.to(tl.int64)
     k += kv_head.to(tl.int64) * k_head + key_row * k_token
     v += kv_head.to(tl.int64) * v_head + key_row * v_token
     keys = Keys(k, v, entries, num_pages, k_page, k_token, v_page, v_token)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
-    begin, end = clear_tiles(keys, band, walk, first, last, size, 0, walk.total, F, BLOCK_N)
+    begin, end = clear_tiles(keys, band, walk, first, last, view.size, 0, walk.total, F, BLOCK_N)
     page = tile_pages(keys, band, walk, begin, F, BLOCK_N)
     m, l, acc, acc_odd = attend_clear_first(
         new_state(BLOCK_M, F), page, query, keys, scales, band, cap_log2,
