@@ -356,7 +356,7 @@ class DenseKeys:
         return max(self._bounds[b + 1] - self._bounds[b], 0)
 
     def slice(self, b: int, start: int, stop: int) -> KeySlice:
-        """The keys at positions ``start .. stop - 1`` of sequence ``b``, as views."""
-        first = self._bounds[b]
+        """The keys at positions ``start .. stop - 1`` of sequence ``b``, as views; fewer where k ends before them."""
+        first = max(self._bounds[b], 0)
         k, v = (x[first + start : first + stop].transpose(0, 1) for x in (self.k, self.v))
         return KeySlice(k, v, torch.ones(k.shape[1], dtype=torch.bool, device=k.device), KVQuant(k.dtype))

@@ -89,12 +89,18 @@ class Problem:
         """Query heads that share a kv head."""
         return self.num_q_heads // self.keys.num_kv_heads
 
+    @property
+    def score_unit(self) -> float:
+        """What makes scores of q . k: in base 2, or in units of the soft cap where there is one."""
+        return self.scale / self.softcap if self.softcap > 0 else self.scale * LOG2_E
+
     def sequences(self) -> Iterator[SequenceRows]:
         """The rows of each sequence, for host backends; reads lengths to the host."""
-        bounds = None if self.cu_seqlens_q is None else self.cu_seqlens_q.tolist()
+        num_rows = self.q.shape[0]
+        bounds = [] if self.cu_seqlens_q is None else [min(max(i, 0), num_rows) for i in self.cu_seqlens_q.tolist()]
         starts = None if self.q_start is None else self.q_start.tolist()
         for b in range(self.num_seqs):
-            if bounds is not None:
+            if bounds:
                 rows: int | slice = slice(bounds[b], max(bounds[b], bounds[b + 1]))
             else:
                 rows = b if self.q.dim() == 4 else slice(b, b + 1)

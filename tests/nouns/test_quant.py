@@ -145,3 +145,9 @@ def test_the_worked_example() -> None:
     scale = token_scale(x, torch.int8)
     torch.testing.assert_close(scale, torch.tensor([0.02]))
     assert quantise(x, scale[..., None], torch.int8).tolist() == [[25, -127, 50]]
+
+
+def test_calibration_leaves_out_what_is_not_finite() -> None:
+    x = torch.tensor([[1.0, -2.0, torch.nan, torch.inf, -torch.inf, 0.0]]).expand(4, 1, 6)
+    assert float(calibrate(x, torch.int8, "tensor")) == pytest.approx(2 / 127)
+    assert calibrate(x, torch.int8, "channel")[0].tolist() == pytest.approx([1 / 127, 2 / 127, 1, 1, 1, 1])

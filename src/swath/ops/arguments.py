@@ -18,7 +18,8 @@ Q_DTYPES = WIDE
 MAX_HEAD_DIM = 256
 GQA_LAYOUTS = ("grouped", "interleaved")
 COMPUTES = ("float", "int8")
-
+SMALLEST_FACTOR, LARGEST_FACTOR = 1e-15, 1e15
+"""Of scores: a quotient of two such numbers leaves room in float32 for the product of q and k."""
 
 OTHER_WORDS = {
     "softmax_scale": "scale=",
@@ -80,12 +81,9 @@ def check_options(q: Tensor, num_seqs: int, options: dict[str, Any]) -> dict[str
     window, scale, sink = Window.of(options["window"]), options["scale"], options["sink"]
     if isinstance(window.global_tokens, Tensor):
         check_ints("window.global_tokens", window.global_tokens, num_seqs, q.device)
-    scale = float(q.shape[-1]) ** -0.5 if scale is None else check_float("scale", scale, "a float or None")
-    if not math.isfinite(scale):
-        raise bad_value("scale", "a finite float", scale)
-    softcap = check_float("softcap", options["softcap"], "a float >= 0")
-    if not softcap >= 0:
-        raise bad_value("softcap", "a float >= 0", softcap)
+    scale = float(q.shape[-1]) ** -0.5 if scale is None else _check_factor("scale", scale, "None", signed=True)
+    softcap = _check_factor("softcap", options["softcap"], "inf", signed=False)
+    softcap = 0.0 if softcap == math.inf else softcap
     if sink is not None:
         _check_sink(sink, q)
     check_choice("gqa", options["gqa"], GQA_LAYOUTS)
@@ -93,6 +91,16 @@ def check_options(q: Tensor, num_seqs: int, options: dict[str, Any]) -> dict[str
         check_ints("q_start", options["q_start"], num_seqs, q.device)
     check_outputs(q, options["out"], options["return_lse"])
     return {"scale": scale, "softcap": softcap, "gqa": options["gqa"]}
+
+
+def _check_factor(name: str, value: object, other: str, *, signed: bool) -> float:
+    """A number that scores are multiplied with (``signed``), or capped at."""
+    wanted = f"0, {other}, or a float from {SMALLEST_FACTOR:g} to {LARGEST_FACTOR:g}" + signed * " in size"
+    number = check_float(name, value, wanted)
+    size = abs(number) if signed else number
+    if number and not (SMALLEST_FACTOR <= size <= LARGEST_FACTOR or (size == math.inf and not signed)):
+        raise bad_value(name, wanted, value)
+    return number
 
 
 def _check_sink(sink: object, q: Tensor) -> None:

@@ -79,7 +79,7 @@ def attention(
         max_q_len, max_kv_len: host bounds of the lengths, for the launch only; None: Tq and Tk.
         window: who sees whom (see ``Window``); an int n is ``Window(n)``, None is full causal attention.
         scale: multiplies q . k; None is ``D ** -0.5``.
-        softcap: scores become ``softcap * tanh(s / softcap)``; 0 is none.
+        softcap: scores become ``softcap * tanh(s / softcap)``; 0 or inf is none.
         sink: [Hq] logits, bf16, fp16 or fp32, that join the softmax's denominator and nothing else (gpt-oss).
         gqa: "grouped" (kv head = q head // group) or "interleaved" (kv head = q head % Hkv).
         q_start: int32 or int64 [B], position of each sequence's first query; None: the queries are the last keys.

@@ -76,7 +76,7 @@ def paged_attention(
         window: who sees whom (see ``Window``); an int n is ``Window(n)``, None is full causal attention.
         scale: multiplies q . k; None is ``D ** -0.5``.
         q_scale: fp32 scale of fp8 queries, [] or as q without D; None is 1.
-        softcap: scores become ``softcap * tanh(s / softcap)``; 0 is none.
+        softcap: scores become ``softcap * tanh(s / softcap)``; 0 or inf is none.
         sink: [Hq] logits, bf16, fp16 or fp32, that join the softmax's denominator and nothing else (gpt-oss).
         gqa: "grouped" (kv head = q head // group) or "interleaved" (kv head = q head % Hkv).
         q_start: [B], position of each sequence's first query; None: the queries are the last keys.

@@ -108,11 +108,12 @@ def next_rows(work_count, WG: gl.constexpr, sink, score_scales, pipes, batch, C:
         release_work(work_count, pipes.work)
     key_tiles = key_tiles_of(work, batch, C)
     m, l = initial_state(i, work.head, sink, C)
-    first = work.q_start + work.q_begin + WG * POSITIONS
+    view = key_tiles.view
+    first = view.start + work.q_begin + WG * POSITIONS
     reach = reach_in_list(
-        reach_of(first + i // C.pack, key_tiles.band, batch.window_size, work.lead, C.F), key_tiles.walk
+        reach_of(first + i // C.pack, key_tiles.band, view.size, work.lead, C.F), key_tiles.walk
     )  # fmt: skip
-    full_from, full_to = interior_of(key_tiles.band, first, first + POSITIONS - 1, batch.window_size, C.F)
+    full_from, full_to = interior_of(key_tiles.band, first, first + POSITIONS - 1, view.size, C.F)
     scale_log2, cap_log2 = score_scales
     return QueryRows(
         key_tiles, m, l, reach, full_from - key_tiles.walk.gap, full_to - key_tiles.walk.gap, scale_log2, cap_log2,

@@ -60,7 +60,7 @@ def shared_args(work: Work, F: Features) -> dict[str, Any]:
     problem = work.problem
     window, keys = problem.window, problem.keys
     args: dict[str, Any] = {
-        "scale_log2": problem.scale * LOG2_E,
+        "scale_log2": problem.score_unit,
         "cap_log2": problem.softcap * LOG2_E,
         "window_size": window.size or 0,
         "num_seqs": problem.num_seqs,

@@ -68,7 +68,7 @@ class Features:
     @property
     def unit_q(self) -> bool:
         """Whether query rows are divided by their largest magnitude: over 8-bit caches, unless dots are float32."""
-        return self.quantised
+        return self.quantised and (self.compute_int8 or not self.fp32)
 
 
 def features_of(problem: Problem, target: Target) -> Features:

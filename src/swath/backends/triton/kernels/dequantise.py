@@ -13,7 +13,7 @@ import triton.language as tl
 
 from swath.backends.device.cache import load_entries, page_in_sight, pages_of, table_row
 from swath.backends.device.quant import channel_scale, decode, head_scale
-from swath.backends.device.window import band_of
+from swath.backends.device.window import band_of, view_of
 from swath.backends.triton.kernels.query import lead_of, ranked_sequence, sequence_of, store_claim
 
 
@@ -83,7 +83,8 @@ def dequantise_kernel(
     entries, own_pages = table_row(table, table_index, b, table_stride, table_width, F)
     # The new table has as many entries for each sequence: those that its own table lacks are dead ones.
     kv_len = tl.minimum(seq.kv_len, width * F.page_size)
-    band = band_of(seq.q_start, seq.q_start + seq.q_len - 1, kv_len, window_size, lead_of(b, lead, F), F)
+    view = view_of(seq.q_start, seq.q_len, kv_len, window_size)
+    band = band_of(view.start, view.start + seq.q_len - 1, kv_len, view.size, lead_of(b, lead, F), F)
     page, seen = page_in_sight(j, band, F.page_size)
     entry = pages_of(load_entries(entries, page, seen & (page < own_pages), -1, F), F)
     live = (entry >= 0) & (entry < num_pages)

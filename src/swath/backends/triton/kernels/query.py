@@ -12,7 +12,7 @@ from swath.backends.device.quant import channel_scale, decode_e4m3, head_scale, 
 from swath.backends.device.softmax import add_sink, finish
 from swath.backends.triton.kernels.walk import Query, TokenScales
 
-SMALLEST_FACTOR = tl.constexpr(1.0e-30)
+SMALLEST_FACTOR = tl.constexpr(2.0**-126)
 """The factor of scores that are all 0, or that a scale makes so: a factor may not be 0."""
 
 
@@ -161,9 +161,17 @@ def load_columns(q, offset, valid, column, k_scale, kv_head, F: tl.constexpr):
 
 @triton.jit
 def load_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach, F: tl.constexpr):
-    """Query rows as dot operands with their score factors, K's scales folded in (all but a token scale)."""
+    """Query rows as dot operands with their score factors, K's scales folded in (all but a token scale).
+
+    A float32 row takes the factor itself: scores and their maximum are then the same numbers, however large, where the
+    multiply-add that scales others may be off by a rounding of the maximum.
+    """
     if F.unit_q:
         return load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
+    elif F.fp32:
+        x = load_columns(q, offset, valid, tl.arange(0, F.block_d), k_scale, kv_head, F)
+        x *= scale_log2 * head_scale(k_scale, kv_head, False, F)
+        return Query(x, x, 1.0, reach)
     else:
         column = tl.arange(0, F.block_d)
         mask = valid[:, None] & (column < F.head_dim)[None, :] if F.padded else valid[:, None]
@@ -173,18 +181,25 @@ def load_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach,
 
 @triton.jit
 def load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach, F: tl.constexpr):
-    """``load_query`` over an 8-bit cache: rows are divided by their largest magnitude, which joins their factors."""
+    """``load_query`` over an 8-bit cache: rows are divided by their largest magnitude, which joins their factors.
+
+    Rows with a NaN or an infinity, or under such a scale, have only scores of NaN.
+    """
     column = tl.arange(0, F.block_d)
     even = 2 * column if F.pairs else column
     x_even = load_columns(q, offset, valid, even, k_scale, kv_head, F)
     x_odd = load_columns(q, offset, valid, even + 1, k_scale, kv_head, F) if F.pairs else x_even
-    largest = tl.max(tl.maximum(tl.abs(x_even), tl.abs(x_odd)), 1)
+    size = tl.maximum(tl.abs(x_even), tl.abs(x_odd))
+    if F.compute_int8:  # in which a row has no NaN, but may have the scores 0 x inf
+        size = tl.where(size == size, size, float("inf"))
+    largest = tl.max(size, 1)
     factor = largest * row_scale * (scale_log2 * head_scale(k_scale, kv_head, False, F))
     if F.compute_int8:
         factor *= 1.0 / 127.0
-    # Masked scores are -inf and must stay so: a sign goes into the rows, and no factor is 0.
-    divisor = tl.where(factor < 0, -largest, largest)
-    factor = tl.where(factor == 0, SMALLEST_FACTOR, tl.abs(factor))
+    # Masked scores are -inf and must stay so: signs, zeros and NaN go into the rows, and a factor is above 0.
+    divisor = tl.where(factor == 0, float("inf"), tl.where(factor < 0, -largest, largest))
+    divisor = tl.where(factor == factor, divisor, float("nan"))
+    factor = tl.where(factor == factor, tl.maximum(tl.abs(factor), SMALLEST_FACTOR), float("inf"))
     return Query(unit_rows(x_even, divisor, F), unit_rows(x_odd, divisor, F), factor, reach)
 
 
@@ -204,10 +219,12 @@ def join_columns(acc, acc_odd, v_scale, kv_head, F: tl.constexpr):
 @triton.jit
 def store_output(out, lse, sink, at, q_row, q_head, valid, m, l, acc, column, F: tl.constexpr):
     """The epilogue: join the sink, normalise rows, and store them at the offsets ``at``, and the LSE at [T, Hq]."""
+    logit = None
     if sink is not None:
-        m, l, weight = add_sink(m, l, tl.load(sink + q_head, mask=valid, other=0.0).to(tl.float32))
+        logit = tl.load(sink + q_head, mask=valid, other=0.0).to(tl.float32)
+        m, l, weight = add_sink(m, l, logit)
         acc *= weight[:, None]
-    inverse, log_sum = finish(m, l)
+    inverse, log_sum = finish(m, l, logit)
     mask = valid[:, None] & (column < F.head_dim)[None, :]
     tl.store(out + at[:, None] + column[None, :], (acc * inverse[:, None]).to(out.dtype.element_ty), mask=mask)
     if lse is not None:

@@ -51,10 +51,12 @@ def reduce_kernel(
         m, l, acc = merge_tile(m, l, acc, m_part, l_part, acc_part)
     q_head = q_head_of(kv_head, r % F.group, F)
     q_row += r // F.group
+    logit = None
     if sink is not None:
-        m, l, weight = add_sink(m, l, tl.load(sink + q_head).to(tl.float32))
+        logit = tl.load(sink + q_head).to(tl.float32)
+        m, l, weight = add_sink(m, l, logit)
         acc *= weight
-    inverse, log_sum = finish(m, l)
+    inverse, log_sum = finish(m, l, logit)
     at = row_offsets(b, r // F.group, q_row, q_head, out_seq, out_token, out_head, cu_q)
     tl.store(out + at + column, (acc * inverse).to(out.dtype.element_ty), mask=live)
     if lse is not None:

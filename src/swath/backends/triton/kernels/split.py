@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from swath.backends.device.cache import Keys, table_row
-from swath.backends.device.window import band_of, reach_of
+from swath.backends.device.window import band_of, reach_of, view_of
 from swath.backends.triton.kernels.query import (
     join_columns,
     lead_of,
@@ -118,11 +118,12 @@ def split_kernel(
             tl.store(counts + owner, 0)
         return
     entries, pages = table_row(table, table_index, b, table_stride, table_width, F)
-    pos = seq.q_start + r // F.group  # [BLOCK_M]
-    first = seq.q_start + row_tile * BLOCK_M // F.group
-    last = seq.q_start + (tl.minimum((row_tile + 1) * BLOCK_M, num_rows) - 1) // F.group
+    kv_len = tl.minimum(seq.kv_len, pages * F.page_size)
+    view = view_of(seq.q_start, seq.q_len, kv_len, window_size)
+    first = view.start + row_tile * BLOCK_M // F.group
+    last = view.start + (tl.minimum((row_tile + 1) * BLOCK_M, num_rows) - 1) // F.group
     lead = lead_of(b, lead, F)
-    band = band_of(first, last, tl.minimum(seq.kv_len, pages * F.page_size), window_size, lead, F)
+    band = band_of(first, last, kv_len, view.size, lead, F)
     align = tl.where(slice_tiles > 0, BLOCK_N, 1)
     walk = plan_walk(band, align, align, BLOCK_N)
     key_slice = slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N)
@@ -136,7 +137,7 @@ def split_kernel(
     unmasked, unmasked_end = key_slice.first, key_slice.end
     if UNMASKED_FIRST:
         unmasked, unmasked_end = unmasked_tiles(
-            keys, band, walk, first, last, window_size, key_slice.first, key_slice.end, F, BLOCK_N
+            keys, band, walk, first, last, view.size, key_slice.first, key_slice.end, F, BLOCK_N
         )  # fmt: skip
     page = tile_pages(keys, band, walk, unmasked, F, BLOCK_N)
     tl.debug_barrier()  # or ptxas asks for the pages only when the query is there: one more trip to memory before K
@@ -145,7 +146,7 @@ def split_kernel(
     valid = r < num_rows
     at = row_offsets(b, r // F.group, q_row, q_heads, q_seq, q_token, q_head, cu_q)
     row_scale = query_scale(q_scale, q_row * F.kv_heads * F.group + q_heads, valid, F)
-    reach = reach_in_list(reach_of(pos, band, window_size, lead, F), walk)
+    reach = reach_in_list(reach_of(view.start + r // F.group, band, view.size, lead, F), walk)
     query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
     m, l, acc, acc_odd = new_state(BLOCK_M, F)  # [BLOCK_M], [BLOCK_M], [BLOCK_M, columns] twice

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from swath.backends.device.cache import Keys, load_int32, table_row
-from swath.backends.device.window import band_of, reach_of
+from swath.backends.device.window import band_of, reach_of, view_of
 from swath.backends.triton.kernels.query import (
     join_columns,
     lead_of,
@@ -112,22 +112,23 @@ def tile_kernel(
     if F.page_size > 0:
         entries, pages = table_row(table, table_index, b, table_stride, table_width, F)
         kv_len = tl.minimum(kv_len, pages * F.page_size)
-    first = seq.q_start + q_begin
-    last = seq.q_start + tl.minimum(q_begin + POSITIONS, seq.q_len) - 1
+    view = view_of(seq.q_start, seq.q_len, kv_len, window_size)
+    first = view.start + q_begin
+    last = view.start + tl.minimum(q_begin + POSITIONS, seq.q_len) - 1
     lead = lead_of(b, lead, F)
-    band = band_of(first, last, kv_len, window_size, lead, F)
+    band = band_of(first, last, kv_len, view.size, lead, F)
     walk = plan_walk(band, 1, 1, BLOCK_N)
     q_row = seq.q_row + q_index
     at = row_offsets(b, q_index, q_row, q_heads, q_seq, q_token, q_head, cu_q)
     row_scale = query_scale(q_scale, q_row * F.kv_heads * F.group + q_heads, valid, F)
-    reach = reach_in_list(reach_of(seq.q_start + q_index, band, window_size, lead, F), walk)  # each [BLOCK_M]
+    reach = reach_in_list(reach_of(view.start + q_index, band, view.size, lead, F), walk)  # each [BLOCK_M]
     query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
     kv_row = seq.kv_row.to(tl.int64)
     k += kv_head.to(tl.int64) * k_head + kv_row * k_token
     v += kv_head.to(tl.int64) * v_head + kv_row * v_token
     keys = Keys(k, v, entries, num_pages, k_page, k_token, v_page, v_token)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
-    unmasked, unmasked_end = unmasked_tiles(keys, band, walk, first, last, window_size, 0, walk.total, F, BLOCK_N)
+    unmasked, unmasked_end = unmasked_tiles(keys, band, walk, first, last, view.size, 0, walk.total, F, BLOCK_N)
     page = tile_pages(keys, band, walk, unmasked, F, BLOCK_N)
     m, l, acc, acc_odd = attend_unmasked_first(  # [BLOCK_M], [BLOCK_M], [BLOCK_M, columns] twice
         new_state(BLOCK_M, F), page, query, keys, scales, band, cap_log2,

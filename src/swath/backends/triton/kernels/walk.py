@@ -39,7 +39,7 @@ class Query(NamedTuple):
 
     q: tl.tensor  # [BLOCK_M, columns]; the even columns where 8-bit keys are read as pairs
     q_odd: tl.tensor  # the odd columns then, else q again
-    scale: tl.tensor  # > 0, [BLOCK_M] (unit_q) or a number: makes base-2 scores of dots
+    scale: tl.tensor  # > 0, [BLOCK_M] (unit_q) or a number: dots to scores, in base 2 or in units of the soft cap
     reach: tl.tensor  # a Reach in places of the list
 
 
