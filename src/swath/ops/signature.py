@@ -55,15 +55,15 @@ def signature_of(operands: tuple[Any, ...], options: dict[str, Any]) -> Signatur
 def _look(x: object) -> object:
     if type(x) is PagedKV:
         return PagedKV, signature_of(x.tensors, {})
-    if isinstance(x, Window):
+    if type(x) is Window:
         if type(x.global_tokens) is int:
-            return type(x), x.key
-        return type(x), x.size, x.causal, x.max_global_tokens, signature_of((x.global_tokens,), {})
+            return Window, x.key
+        return Window, x.size, x.causal, x.max_global_tokens, signature_of((x.global_tokens,), {})
     if isinstance(x, PageTable):
         return PageTable, signature_of((x.entries, x.indptr), {})
     if isinstance(x, (tuple, list)):
-        return type(x), signature_of(tuple(x), {})
-    return [x]  # not a key: what else decides about an unknown type, or a subclass of Tensor, is not known
+        return tuple, signature_of(tuple(x), {})
+    return [x]  # not a key: what else decides about an unknown type, or a subclass, is not known
 
 
 def coarse(bound: Any) -> Any:

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from swath.backends.device.cache import table_row
 from swath.backends.device.window import band_of, view_of
 from swath.backends.gluon.pipeline import BOX_COLUMNS, CONSUMER_ROWS, Place
-from swath.backends.triton.kernels.query import leading_of, q_head_of, sequence_of, takes
+from swath.backends.triton.kernels.query import keys_within, leading_of, q_head_of, sequence_of, takes
 from swath.backends.triton.kernels.tile import sequence_at, slots_of
 from swath.backends.triton.kernels.walk import Walk, interior_tiles, plan_walk
 
@@ -56,18 +56,18 @@ def place_of(t, batch, F: gl.constexpr, C: gl.constexpr):
     i = batch.num_tiles - 1 - t
     b, first_slot = sequence_at(i // HEADS, batch.cu_q, batch.num_seqs, batch.steps, POSITIONS)
     i -= first_slot * HEADS
-    seq = sequence_of(b, batch.cu_q, batch.steps, batch.lens, batch.q_start, F)
-    kv_len = seq.kv_len
+    seq = sequence_of(b, batch.cu_q, batch.steps, batch.steps, batch.lens, batch.q_start, F)
+    pages = batch.max_pages
     if F.page_size > 0:
         _, pages = table_row(batch.table, batch.indptr, b, batch.table_stride, batch.max_pages)
-        kv_len = gl.minimum(kv_len, pages * F.page_size)
+    kv_len = keys_within(seq, pages, F)
     if F.window:
         slot, head = i // HEADS, HEADS - 1 - i % HEADS
     else:
         slots = slots_of(b, first_slot, batch.cu_q, batch.steps, POSITIONS)
         slot, head = in_section(i, slots, kv_len, HEADS, F.kv_heads, F.head_dim)
     begin = slot * POSITIONS
-    used = (begin < seq.q_len) & takes(b, seq.q_len, batch.claimed)
+    used = (i >= 0) & (begin < seq.q_len) & takes(b, seq.q_len, batch.claimed)
     return Place(
         head, b, begin, gl.where(used, seq.q_len, 0), seq.token, seq.start, gl.where(used, kv_len, 0), seq.key_row,
         leading_of(b, batch.leading, F),

@@ -65,6 +65,7 @@ def shared_args(work: Work, F: Features) -> dict[str, Any]:
         "cap_log2": problem.softcap * LOG2_E,
         "size": window.size or 0,
         "num_seqs": problem.num_seqs,
+        "num_tokens": problem.q.shape[0],
         "F": F,
     }
     if "claimed" not in work.sources:
@@ -109,10 +110,10 @@ def _paged_args(keys: PagedKeys, F: Features) -> dict[str, Any]:
 
 
 def _dense_args(keys: DenseKeys) -> dict[str, Any]:
-    absent = "ks_page ks_head ks_token vs_page vs_head vs_token max_pages num_pages table_stride"
-    # [Tk, Hkv, D] as one page that nobody looks up.
+    absent = "ks_page ks_head ks_token vs_page vs_head vs_token num_pages table_stride"
+    # [Tk, Hkv, D] as one page that nobody looks up; where there are pages, max_pages is how many.
     k, v = ((0, *x.stride()[1::-1]) for x in (keys.k, keys.v))
-    return dict.fromkeys(absent.split(), 0) | _kv_strides(k, v)
+    return dict.fromkeys(absent.split(), 0) | {"max_pages": keys.capacity} | _kv_strides(k, v)
 
 
 def _kv_strides(k: tuple[int, ...], v: tuple[int, ...]) -> dict[str, int]:

@@ -14,7 +14,7 @@ import triton.language as tl
 from swath.backends.device.cache import page_in_sight, table_row
 from swath.backends.device.quant import channel_scale, decode, head_scale
 from swath.backends.device.window import band_of, view_of
-from swath.backends.triton.kernels.query import leading_of, ranked_sequence, sequence_of, store_claim
+from swath.backends.triton.kernels.query import keys_within, leading_of, ranked_sequence, sequence_of, store_claim
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def dequantise_kernel(
     F: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One program per (sequence not claimed, page in sight, kv head), heads fastest; ``pages`` of scratch each, and
-    ``width`` entries of the new table.
+    ``width`` entries of the new table. ``steps``: query tokens of each sequence, or (with cu_q) of all.
 
     Where there may be more such sequences than the grid has, the first program writes which ones the launch over the
     scratch takes (``copied``) and which the one over the cache (``others``).
@@ -73,15 +73,15 @@ def dequantise_kernel(
     rank = tl.program_id(0) // F.kv_heads // pages
     if copied is not None:
         if tl.program_id(0) == 0:
-            end = ranked_sequence(tl.num_programs(0) // F.kv_heads // pages, cu_q, num_seqs, claimed)
+            end = ranked_sequence(tl.num_programs(0) // F.kv_heads // pages, cu_q, steps, num_seqs, claimed)
             store_claim(copied, claimed, 0, end)
             store_claim(others, claimed, end, num_seqs)
-    b = ranked_sequence(rank, cu_q, num_seqs, claimed)
+    b = ranked_sequence(rank, cu_q, steps, num_seqs, claimed)
     if b >= num_seqs:
         return
-    seq = sequence_of(b, cu_q, steps, lens, q_start, F)
+    seq = sequence_of(b, cu_q, steps, steps, lens, q_start, F)
     entries, own_pages = table_row(table, indptr, b, table_stride, max_pages)
-    kv_len = tl.minimum(seq.kv_len, own_pages * F.page_size)
+    kv_len = keys_within(seq, own_pages, F)
     view = view_of(seq.start, seq.q_len, kv_len, size)
     band = band_of(view.start, view.start + seq.q_len - 1, kv_len, view.size, leading_of(b, leading, F), F)
     page, seen = page_in_sight(j, band, F.page_size)

@@ -26,13 +26,19 @@ class Sequence(NamedTuple):
 
 
 @triton.jit
-def tokens_of(b, cu_q, steps):
+def first_token(b, cu_q, num_tokens, mask=None):
+    """Where the query tokens of sequence ``b`` begin, and those of the one before it end: within those that exist."""
+    return tl.minimum(tl.maximum(tl.load(cu_q + b, mask=mask), 0), num_tokens)
+
+
+@triton.jit
+def tokens_of(b, cu_q, steps, num_tokens):
     """The first query token of sequence ``b`` and how many there are; a negative number counts as 0."""
     if cu_q is None:
         return b * steps, steps
     else:
-        token = tl.load(cu_q + b)
-        return token, tl.maximum(tl.load(cu_q + b + 1) - token, 0)
+        token = first_token(b, cu_q, num_tokens)
+        return token, tl.maximum(first_token(b + 1, cu_q, num_tokens) - token, 0)
 
 
 RANKED = tl.constexpr(256)
@@ -40,7 +46,7 @@ RANKED = tl.constexpr(256)
 
 
 @triton.jit
-def ranked_sequence(rank, cu_q, num_seqs, claimed):
+def ranked_sequence(rank, cu_q, num_tokens, num_seqs, claimed):
     """The ``rank``-th sequence, from 0 on, of more than ``claimed`` query tokens; ``num_seqs`` where there is none.
 
     Without ``cu_q`` all sequences have more.
@@ -52,8 +58,8 @@ def ranked_sequence(rank, cu_q, num_seqs, claimed):
         for first in range(0, num_seqs, RANKED):
             b = first + tl.arange(0, RANKED)
             inside = b < num_seqs
-            q_len = tl.load(cu_q + b + 1, mask=inside, other=0) - tl.load(cu_q + b, mask=inside, other=0)
-            longer = (q_len > claimed).to(tl.int32)
+            q_len = first_token(b + 1, cu_q, num_tokens, inside) - first_token(b, cu_q, num_tokens, inside)
+            longer = (inside & (q_len > claimed)).to(tl.int32)
             found += tl.sum((inside & (before + tl.cumsum(longer, 0) <= rank)).to(tl.int32), 0)
             before += tl.sum(longer, 0)
         return found
@@ -81,17 +87,26 @@ def takes(b, q_len, claimed):
 
 
 @triton.jit
-def sequence_of(b, cu_q, steps, lens, q_start, F: tl.constexpr):
+def sequence_of(b, cu_q, steps, num_tokens, lens, q_start, F: tl.constexpr):
     """Read the lengths of sequence ``b``; negative ones count as 0."""
-    token, q_len = tokens_of(b, cu_q, steps)
+    token, q_len = tokens_of(b, cu_q, steps, num_tokens)
     key_row = b * 0
     if F.page_size == 0:
-        key_row = tl.load(lens + b)
-        kv_len = tl.maximum(tl.load(lens + b + 1) - key_row, 0)
+        key_row = tl.maximum(tl.load(lens + b), 0)
+        kv_len = tl.maximum(tl.load(lens + b + 1), key_row) - key_row
     else:
         kv_len = tl.maximum(tl.load(lens + b), 0)
     start = kv_len - q_len if q_start is None else tl.load(q_start + b)
     return Sequence(token, q_len, start, kv_len, key_row)
+
+
+@triton.jit
+def keys_within(seq, pages, F: tl.constexpr):
+    """How many of a sequence's keys exist: in its ``pages``, or of dense keys, of which there are ``pages`` in all."""
+    if F.page_size > 0:
+        return tl.minimum(seq.kv_len, pages * F.page_size)
+    else:
+        return tl.minimum(seq.kv_len, tl.maximum(pages - seq.key_row, 0))
 
 
 @triton.jit
@@ -196,6 +211,12 @@ def load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, r
     divisor = tl.where(factor == factor, divisor, float("nan"))
     factor = tl.where(factor == factor, tl.maximum(tl.abs(factor), SMALLEST_FACTOR), float("inf"))
     return Rows(unit_rows(x_even, divisor, F), unit_rows(x_odd, divisor, F), factor, reach)
+
+
+@triton.jit
+def states_of(partial, rows, F: tl.constexpr):
+    """Where the m and l of splits are: behind the accumulators of all their ``rows``."""
+    return partial + rows.to(tl.int64) * F.head_dim
 
 
 @triton.jit

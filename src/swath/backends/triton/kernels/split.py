@@ -16,12 +16,14 @@ from swath.backends.device.cache import Keys, table_row
 from swath.backends.device.window import band_of, reach_of, view_of
 from swath.backends.triton.kernels.query import (
     join_columns,
+    keys_within,
     leading_of,
     load_query,
     q_head_of,
     query_scale,
     row_offsets,
     sequence_of,
+    states_of,
     store_rows,
     token_scales,
 )
@@ -75,6 +77,7 @@ RUN_TIME = (
     "leading",
     "size",
     "steps",
+    "num_tokens",
     "num_splits",
     "least_tiles",
     "slice_tiles",
@@ -86,9 +89,9 @@ RUN_TIME = (
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def split_kernel(
-    q, k, v, out, lse, partial, partial_state, counts, sink, q_scale, k_scale, v_scale,
+    q, k, v, out, lse, partial, counts, sink, q_scale, k_scale, v_scale,
     table, indptr, lens, cu_q, q_start, leading,
-    scale_log2, cap_log2, size, steps, num_splits, least_tiles, slice_tiles, max_pages, num_pages,
+    scale_log2, cap_log2, size, steps, num_tokens, num_splits, least_tiles, slice_tiles, max_pages, num_pages,
     q_seq, q_token, q_head, out_seq, out_token, out_head, kv_page, kv_head_stride, kv_token, table_stride,
     ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -96,6 +99,7 @@ def split_kernel(
     """One program per (sequence, row tile, kv head, slice), slices fastest.
 
     ``steps``: query tokens of each sequence, or (with cu_q) the most that this schedule claims; others return.
+    ``partial``: acc of all rows of all slices, then m and l of each.
     """
     # Programs over 8-bit keys issue so many instructions that those of masks and maxima count: 8 steps over int8 take
     # 13 % less so. Others wait for memory, and a second run of tiles begins with a wait.
@@ -108,7 +112,7 @@ def split_kernel(
     b = owner // F.kv_heads // row_tiles
     if F.pdl and partial is not None:
         gdc_launch_dependents()
-    seq = sequence_of(b, cu_q, steps, lens, q_start, F)
+    seq = sequence_of(b, cu_q, steps, num_tokens, lens, q_start, F)
     r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.where(seq.q_len > steps, 0, seq.q_len * F.group)
     if tile * BLOCK_M >= rows:
@@ -116,7 +120,7 @@ def split_kernel(
             tl.store(counts + owner, 0)
         return
     entries, pages = table_row(table, indptr, b, table_stride, max_pages)
-    kv_len = tl.minimum(seq.kv_len, pages * F.page_size)
+    kv_len = keys_within(seq, pages, F)
     view = view_of(seq.start, seq.q_len, kv_len, size)
     first = view.start + tile * BLOCK_M // F.group
     last = view.start + (tl.minimum((tile + 1) * BLOCK_M, rows) - 1) // F.group
@@ -165,8 +169,9 @@ def split_kernel(
             place = (owner.to(tl.int64) * num_splits + j) * tile_rows + tl.arange(0, BLOCK_M)
             mask = valid[:, None] & (column < F.head_dim)[None, :]
             tl.store(partial + place[:, None] * F.head_dim + column[None, :], acc, mask=mask)
-            tl.store(partial_state + 2 * place, m, mask=valid)
-            tl.store(partial_state + 2 * place + 1, l, mask=valid)
+            states = states_of(partial, tl.num_programs(0) * tile_rows, F) + 2 * place
+            tl.store(states, m, mask=valid)
+            tl.store(states + 1, l, mask=valid)
             return
     at = row_offsets(b, r // F.group, token, member, out_seq, out_token, out_head, cu_q)
     store_rows(out, lse, sink, at, token, member, valid, m, l, acc, column, F)

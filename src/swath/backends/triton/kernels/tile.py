@@ -13,7 +13,9 @@ import triton.language as tl
 from swath.backends.device.cache import Keys, table_row
 from swath.backends.device.window import band_of, reach_of, view_of
 from swath.backends.triton.kernels.query import (
+    first_token,
     join_columns,
+    keys_within,
     leading_of,
     load_query,
     q_head_of,
@@ -29,30 +31,33 @@ from swath.backends.triton.kernels.walk import attend_clear_first, clear_tiles, 
 
 @triton.jit
 def sequence_at(slot, cu_q, num_seqs, steps, POSITIONS: tl.constexpr):
-    """The sequence that owns a slot of the flat tile list, and its first slot."""
+    """The sequence that owns a slot of the flat tile list, and its first slot, which may be a later one.
+
+    ``steps``: query tokens of each sequence, or (with cu_q) of all.
+    """
     if cu_q is None:
         each = tl.cdiv(steps, POSITIONS)
         return slot // each, slot // each * each
     else:
-        return search_sequence(slot, cu_q, num_seqs, POSITIONS)
+        return search_sequence(slot, cu_q, num_seqs, steps, POSITIONS)
 
 
 @triton.jit
-def search_sequence(slot, cu_q, num_seqs, POSITIONS: tl.constexpr):
+def search_sequence(slot, cu_q, num_seqs, num_tokens, POSITIONS: tl.constexpr):
     """The same for a ragged batch: the last sequence that begins at or before the slot."""
     low, high = slot * 0, num_seqs - 1
     while low < high:
         middle = (low + high + 1) // 2
-        begins = first_slot_of(middle, cu_q, POSITIONS)
+        begins = first_slot_of(middle, cu_q, num_tokens, POSITIONS)
         low = tl.where(begins <= slot, middle, low)
         high = tl.where(begins <= slot, high, middle - 1)
-    return low, first_slot_of(low, cu_q, POSITIONS)
+    return low, first_slot_of(low, cu_q, num_tokens, POSITIONS)
 
 
 @triton.jit
-def first_slot_of(b, cu_q, POSITIONS: tl.constexpr):
+def first_slot_of(b, cu_q, num_tokens, POSITIONS: tl.constexpr):
     """Where the slots of a sequence of a ragged batch begin."""
-    return tl.load(cu_q + b) // POSITIONS + b
+    return first_token(b, cu_q, num_tokens) // POSITIONS + b
 
 
 @triton.jit
@@ -61,7 +66,7 @@ def slots_of(b, first_slot, cu_q, steps, POSITIONS: tl.constexpr):
     if cu_q is None:
         return tl.cdiv(steps, POSITIONS)
     else:
-        return first_slot_of(b + 1, cu_q, POSITIONS) - first_slot
+        return first_slot_of(b + 1, cu_q, steps, POSITIONS) - first_slot
 
 
 RUN_TIME = ("leading", "size", "steps", "claimed", "num_seqs", "max_pages", "num_pages", "table_stride")
@@ -84,9 +89,9 @@ def tile_kernel(
     head = tl.program_id(0) % HEADS
     slot = (tl.num_programs(0) - 1 - tl.program_id(0)) // HEADS
     b, first_slot = sequence_at(slot, cu_q, num_seqs, steps, POSITIONS)
-    seq = sequence_of(b, cu_q, steps, lens, q_start, F)
+    seq = sequence_of(b, cu_q, steps, steps, lens, q_start, F)
     begin = (slot - first_slot) * POSITIONS
-    if (begin >= seq.q_len) | (takes(b, seq.q_len, claimed) == 0):
+    if (begin < 0) | (begin >= seq.q_len) | (takes(b, seq.q_len, claimed) == 0):
         return
     i = tl.arange(0, BLOCK_M)
     step = begin + i // PACK
@@ -97,11 +102,10 @@ def tile_kernel(
     else:
         kv_head = head // F.group
         member = q_head_of(kv_head, head % F.group + i * 0, F)
-    kv_len = seq.kv_len
-    entries = table
+    entries, pages = table, max_pages
     if F.page_size > 0:
         entries, pages = table_row(table, indptr, b, table_stride, max_pages)
-        kv_len = tl.minimum(kv_len, pages * F.page_size)
+    kv_len = keys_within(seq, pages, F)
     view = view_of(seq.start, seq.q_len, kv_len, size)
     first = view.start + begin
     last = view.start + tl.minimum(begin + POSITIONS, seq.q_len) - 1
