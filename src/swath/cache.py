@@ -348,8 +348,7 @@ class DenseKeys:
 
     @cached_property
     def _bounds(self) -> list[int]:
-        bounds: list[int] = self.cu_seqlens.tolist()
-        return bounds
+        return [max(row, 0) for row in self.cu_seqlens.tolist()]
 
     def kv_len(self, b: int) -> int:
         """Keys of sequence ``b``."""
@@ -357,6 +356,6 @@ class DenseKeys:
 
     def slice(self, b: int, start: int, stop: int) -> KeySlice:
         """The keys at positions ``start .. stop - 1`` of sequence ``b``, as views; fewer where k ends before them."""
-        first = max(self._bounds[b], 0)
+        first = self._bounds[b]
         k, v = (x[first + start : first + stop].transpose(0, 1) for x in (self.k, self.v))
         return KeySlice(k, v, torch.ones(k.shape[1], dtype=torch.bool, device=k.device), KVQuant(k.dtype))

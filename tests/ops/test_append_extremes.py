@@ -25,6 +25,8 @@ def appended(rows: Tensor, dtype: torch.dtype, impl: str, scale: Tensor | None =
     num_rows, dim = rows.shape
     quant = KVQuant(dtype, granularity)
     cache = PagedKV.empty(quant, 1, 1, 16, dim, k_scale=scale, v_scale=scale, device=rows.device)
+    for pool in (cache.k, cache.v):
+        pool.view(torch.int8).zero_()
     append(cache, rows[:, None], rows[:, None], torch.arange(num_rows, device=rows.device), impl)
     assert_same_bytes(cache.v, cache.k)
     return cache

@@ -12,7 +12,7 @@ import torch
 
 from conftest import impls
 from swath import KVQuant, PagedKV, attention, merge_states
-from swath.checks import LARGEST_FACTOR, SMALLEST_FACTOR
+from swath.ops.arguments import LARGEST_FACTOR, SMALLEST_FACTOR
 from swath.testing import Case, Inputs
 from swath.testing.budget import UNIT
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from conftest import PORTABLE
-from swath import KVQuant, append_kv, dispatch, merge_states, slots
+from swath import KVQuant, Window, append_kv, dispatch, merge_states, slots
 from swath.target import interpreting
 from swath.testing import Case, Inputs
 
@@ -149,3 +151,20 @@ def test_a_forked_child_computes_the_same(name: str, prepare: Prepare, impl: str
     child.join()
     assert child.exitcode == 0
     assert_same(place, want)
+
+
+def test_nothing_of_a_call_stays_alive(prepare: Prepare, impl: str) -> None:
+    """What is remembered of calls holds no tensor, no window, and no class that somebody made of Window."""
+    inputs = prepare(Case((70, 33), 1))
+
+    def call() -> list[weakref.ref[object]]:
+        class OwnWindow(Window):
+            pass
+
+        window = OwnWindow(18, torch.ones(2, dtype=torch.int32, device=inputs.q.device))
+        inputs.run(impl, window=window)
+        return [weakref.ref(x) for x in (OwnWindow, window, window.global_tokens)]
+
+    left = call()
+    gc.collect()
+    assert [ref() for ref in left] == [None] * 3

@@ -62,7 +62,7 @@ def _look(x: object) -> object:
     if type(x) is PageTable:
         return PageTable, signature_of((x.entries, x.indptr, x.rows, x.unit), {})
     if isinstance(x, (tuple, list)):
-        return type(x), signature_of(tuple(x), {})
+        return tuple, signature_of(tuple(x), {})
     return [x]  # not a key, so not kept: what else decides about an unknown type, or a subclass, is not known
 
 

@@ -64,6 +64,7 @@ def shared_args(work: Work, F: Features) -> dict[str, Any]:
         "cap_log2": problem.softcap * LOG2_E,
         "window_size": window.size or 0,
         "num_seqs": problem.num_seqs,
+        "num_tokens": problem.q.shape[0],
         "F": F,
     }
     if "claimed" not in work.sources:
@@ -108,10 +109,10 @@ def _paged_args(keys: PagedKeys, F: Features) -> dict[str, Any]:
 
 
 def _dense_args(keys: DenseKeys) -> dict[str, Any]:
-    absent = "ks_page ks_head ks_token vs_page vs_head vs_token table_width num_pages table_stride"
-    # [Tk, Hkv, D] as one page that nobody looks up.
+    absent = "ks_page ks_head ks_token vs_page vs_head vs_token num_pages table_stride"
+    # [Tk, Hkv, D] as one page that no table names; where a table has a width, this says how many keys there are.
     k, v = ((0, *x.stride()[1::-1]) for x in (keys.k, keys.v))
-    return dict.fromkeys(absent.split(), 0) | _kv_strides(k, v)
+    return dict.fromkeys(absent.split(), 0) | {"table_width": keys.capacity} | _kv_strides(k, v)
 
 
 def _kv_strides(k: tuple[int, ...], v: tuple[int, ...]) -> dict[str, int]:

@@ -27,13 +27,19 @@ class Sequence(NamedTuple):
 
 
 @triton.jit
-def tokens_of(b, cu_q, steps):
+def first_token(b, cu_q, num_tokens, mask=None):
+    """Where the query tokens of sequence ``b`` begin, and those of the one before it end: within those that exist."""
+    return tl.minimum(tl.maximum(load_int32(cu_q + b, mask), 0), num_tokens)
+
+
+@triton.jit
+def tokens_of(b, cu_q, steps, num_tokens):
     """The row of the first query token of sequence ``b``, and how many it has; a negative number counts as 0."""
     if cu_q is None:
         return b * steps, steps
     else:
-        q_row = load_int32(cu_q + b)
-        return q_row, tl.maximum(load_int32(cu_q + b + 1) - q_row, 0)
+        q_row = first_token(b, cu_q, num_tokens)
+        return q_row, tl.maximum(first_token(b + 1, cu_q, num_tokens) - q_row, 0)
 
 
 LENGTHS_AT_ONCE = tl.constexpr(256)
@@ -41,7 +47,7 @@ LENGTHS_AT_ONCE = tl.constexpr(256)
 
 
 @triton.jit
-def ranked_sequence(rank, cu_q, num_seqs, claimed):
+def ranked_sequence(rank, cu_q, num_tokens, num_seqs, claimed):
     """The ``rank``-th sequence, from 0 on, of more than ``claimed`` query tokens; ``num_seqs`` where there is none.
 
     Without ``cu_q`` all sequences have more.
@@ -53,8 +59,8 @@ def ranked_sequence(rank, cu_q, num_seqs, claimed):
         for first in range(0, num_seqs, LENGTHS_AT_ONCE):
             b = first + tl.arange(0, LENGTHS_AT_ONCE)
             inside = b < num_seqs
-            q_len = load_int32(cu_q + b + 1, inside, 0) - load_int32(cu_q + b, inside, 0)
-            longer = (q_len > claimed).to(tl.int32)
+            q_len = first_token(b + 1, cu_q, num_tokens, inside) - first_token(b, cu_q, num_tokens, inside)
+            longer = (inside & (q_len > claimed)).to(tl.int32)
             found += tl.sum((inside & (before + tl.cumsum(longer, 0) <= rank)).to(tl.int32), 0)
             before += tl.sum(longer, 0)
         return found
@@ -83,17 +89,26 @@ def takes(b, q_len, claimed):
 
 
 @triton.jit
-def sequence_of(b, cu_q, steps, lens, q_start, F: tl.constexpr):
+def sequence_of(b, cu_q, steps, num_tokens, lens, q_start, F: tl.constexpr):
     """Read the lengths of sequence ``b``; negative ones count as 0."""
-    q_row, q_len = tokens_of(b, cu_q, steps)
+    q_row, q_len = tokens_of(b, cu_q, steps, num_tokens)
     kv_row = b * 0
     if F.page_size == 0:
-        kv_row = load_int32(lens + b)
-        kv_len = tl.maximum(load_int32(lens + b + 1) - kv_row, 0)
+        kv_row = tl.maximum(load_int32(lens + b), 0)
+        kv_len = tl.maximum(load_int32(lens + b + 1), kv_row) - kv_row
     else:
         kv_len = tl.maximum(load_int32(lens + b), 0)
     start = kv_len - q_len if q_start is None else load_int32(q_start + b)
     return Sequence(q_row, q_len, start, kv_len, kv_row)
+
+
+@triton.jit
+def keys_within(seq, pages, F: tl.constexpr):
+    """How many of a sequence's keys exist: in its ``pages``, or of dense keys, of which there are ``pages`` in all."""
+    if F.page_size > 0:
+        return tl.minimum(seq.kv_len, pages * F.page_size)
+    else:
+        return tl.minimum(seq.kv_len, tl.maximum(pages - seq.kv_row, 0))
 
 
 @triton.jit
@@ -201,6 +216,12 @@ def load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, r
     divisor = tl.where(factor == factor, divisor, float("nan"))
     factor = tl.where(factor == factor, tl.maximum(tl.abs(factor), SMALLEST_FACTOR), float("inf"))
     return Query(unit_rows(x_even, divisor, F), unit_rows(x_odd, divisor, F), factor, reach)
+
+
+@triton.jit
+def states_of(partial, rows, F: tl.constexpr):
+    """Where the m and l of splits are: behind the accumulators of all their ``rows``."""
+    return partial + rows.to(tl.int64) * F.head_dim
 
 
 @triton.jit
