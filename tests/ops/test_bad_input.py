@@ -106,8 +106,8 @@ def test_tensors_of_transforms_are_refused(name: str, transform: Callable[..., A
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"softcap": -1.0}, "softcap: wanted a float >= 0, got -1.0"),
-        ({"scale": "x"}, "scale: wanted a float or None, got str"),
+        ({"softcap": -1.0}, "softcap: wanted .*, got -1.0"),
+        ({"scale": "x"}, "scale: wanted .*, got str"),
         ({"split_size": 100}, "split_size: wanted a multiple of 64"),
         ({"softmax_scale": 1.0}, "softmax_scale: wanted scale=, as swath calls it"),
         ({"impl": []}, "impl: wanted a str, got list"),
