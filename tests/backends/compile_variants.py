@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from conftest import plan_for
-from swath import KVQuant, PagedKV, Window
+from swath import KVQuant, PagedKV, PageTable, Window
 from swath.backends.hopper import attention as hopper
 from swath.backends.triton.heuristics.dequantise import SCRATCH_BYTES
 from swath.ops import attention as attention_call
@@ -40,6 +40,15 @@ ONE_PASS = [
     ("ragged", "fp16", "64", "both sides", "softcap", "16"),
 ]
 """What pairs need not meet and a kernel of its own is compiled for: prefill of the paired target in one pass."""
+TABLES = [
+    ("decode", "bf16", "128", "size+tensor", "plain", "tokens 16"),
+    ("ragged", "fp16", "64", "size", "plain", "tokens 16"),
+    ("long ragged", "int8 token", "128", "none", "plain", "tokens 16"),
+    ("dense", "bf16", "128", "size+tensor", "plain", "wide 16"),
+    ("ragged", "bf16", "128", "size+tensor", "plain", "wide 16"),
+    ("many steps", "int8 channel", "256", "size", "plain", "wide 16"),
+]
+"""Page tables and integers that few callers have, with every kernel that reads them: rows of token slots, 64 bits."""
 
 
 def rows_of(arch: str) -> list[dict[str, Any]]:
@@ -47,7 +56,7 @@ def rows_of(arch: str) -> list[dict[str, Any]]:
     rows = pairwise(OPTIONS)
     if arch != PAIRED_TARGET:
         return rows[::4]
-    return rows + [dict(zip(OPTIONS, values, strict=True)) for values in ONE_PASS]
+    return rows + [dict(zip(OPTIONS, values, strict=True)) for values in ONE_PASS + TABLES]
 
 
 WINDOWS = {
@@ -72,16 +81,20 @@ def problem_of(row: dict[str, str]) -> Problem:
         "gqa": "interleaved" if row["scoring"] == "interleaved" else "grouped",
         "return_lse": lse,
     }
-    tokens, cu = 512, torch.zeros(num_seqs + 1, dtype=torch.int32)
+    ints = torch.int64 if row["paging"].startswith("wide") else torch.int32
+    tokens, cu = 512, torch.zeros(num_seqs + 1, dtype=ints)
     if row["queries"] == "dense":
         q, k, v = (torch.empty(tokens, h, head_dim, dtype=dtype) for h in (group * kv_heads, kv_heads, kv_heads))
         return attention_call.prepare(q, k, v, cu, cu, **options)
     page_size = int(row["paging"].split()[-1]) if row["paging"] != "split 256" else 16
     if row["queries"] == "long ragged":  # so many 8-bit keys that only one sequence has room when dequantised
         capacity = options["max_kv_len"] = (3 * SCRATCH_BYTES // 4) // (kv_heads * head_dim * 4)
-    table: Any = torch.zeros(num_seqs, -(-capacity // page_size), dtype=torch.int32)
+    table: Any = torch.zeros(num_seqs, -(-capacity // page_size), dtype=ints)
     if row["paging"].startswith("flat"):
         table = (table.reshape(-1), cu)
+    if row["paging"].startswith("tokens"):
+        rows = torch.zeros(num_seqs, dtype=ints)
+        table = PageTable(torch.zeros(8, capacity, dtype=ints), rows=rows, unit="token")
     if row["paging"] == "split 256":
         options["split_size"] = 256
     if granularity == "compute":
@@ -91,7 +104,7 @@ def problem_of(row: dict[str, str]) -> Problem:
     q = torch.empty(*uniform.get(row["queries"], (tokens,)), group * kv_heads, head_dim, dtype=dtype)
     if row["queries"] not in uniform:
         options["cu_seqlens_q"] = cu
-    return paged_call.prepare(q, cache, table, torch.zeros(num_seqs, dtype=torch.int32), **options)
+    return paged_call.prepare(q, cache, table, torch.zeros(num_seqs, dtype=ints), **options)
 
 
 def _cache(storage: str, granularity: str, heads: int, page_size: int, head_dim: int, dtype: torch.dtype) -> PagedKV:
@@ -129,7 +142,8 @@ def compiled_calls(arch: str, rows: list[dict[str, Any]]) -> Iterator[tuple[dict
             operands = operands_of(problem) | plan.scratch.tensors("meta")
             for call in plan.calls:
                 constants = (call.args[p] for p in call.kernel.arg_names if p.isupper())
-                key = (call.kernel.fn.__name__, "claimed" in call.sources, *constants)
+                wide = row["paging"].startswith("wide")
+                key = (call.kernel.fn.__name__, "claimed" in call.sources, wide, *constants)
                 if key not in seen:
                     seen.add(key)
                     yield row, call, operands

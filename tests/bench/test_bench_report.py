@@ -204,6 +204,9 @@ def test_the_readmes_table_is_written_between_its_marks(tmp_path: Path, monkeypa
     assert "| **482 us** |" in once
     assert once.startswith("before\n")
     assert once.endswith("after\n")
+    twice = once + once
+    with pytest.raises(ValueError, match="more than one"):
+        readme.with_table(twice, read(results), "x.jsonl")
     page.write_text("no marks")
     other = write(tmp_path / "y.jsonl", [row("000a p32", "swath-triton", 5.0)])
     for argument in (results, other, tmp_path / "absent.jsonl"):

@@ -146,7 +146,7 @@ def test_a_spelled_window_is_that_window(window: Window) -> None:
     ("args", "message"),
     [
         (["--window", -1], "size: wanted an int >= 0 or None, got -1"),
-        (["--global-tokens", -2], "global_tokens: wanted an int >= 0 or an int32 tensor [B], got -2"),
+        (["--global-tokens", -2], "global_tokens: wanted an int >= 0 or a tensor [B], got -2"),
         (["--flash", "4,2", "--no-causal"], "right: wanted 0 (causal) or 4 (as left), got 2"),
         (["--flash", "4"], "flash: wanted L,R: two integers, such as 127,0, got '4'"),
         (["--flash", "none,0"], "flash: wanted L,R: two integers, such as 127,0, got 'none,0'"),

@@ -100,6 +100,7 @@ def main(arguments: Sequence[str]) -> None:
         shown = in_order(files.values())[0]
         name = next(name for name, rows in files.items() if rows is shown)
         write_all({README: with_table(README.read_text(encoding="utf-8"), shown, name)})
+    print(f"written: {README}, from {name}")
 
 
 if __name__ == "__main__":

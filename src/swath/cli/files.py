@@ -46,12 +46,13 @@ def between(page: str, name: str, block: str) -> str:
     """A page with ``block`` between ``<!-- name: begin -->`` and ``<!-- name: end -->``.
 
     Raises:
-        ValueError: the marks are missing.
+        ValueError: the marks are not there once, one after the other.
     """
     begin, end = marks(name)
-    if begin not in page or end not in page:
-        raise bad_value("readme", f"a text with {begin} and {end}", "one without")
-    before, after = page.split(begin)[0], page.split(end)[1]
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found or begin in rest or end in before + after:
+        raise bad_value("readme", f"a text with {begin} and {end}", "one without, or with more than one of them")
     return f"{before}{begin}\n{block}\n{end}{after}"
 
 

@@ -71,13 +71,13 @@ def decode(x, F: tl.constexpr):
 
 @triton.jit
 def unit_rows(q, divisor, F: tl.constexpr):
-    """Query rows over an 8-bit cache as dot operands: divided by plus or minus their largest magnitude (a row of 0 by
-    1), in 127ths for int8."""
-    unit = q / tl.where(divisor != 0, divisor, 1.0)[:, None]
+    """Query rows over an 8-bit cache as dot operands: divided by plus or minus their largest magnitude, in 127ths for
+    int8, in which NaN is 0."""
+    unit = q / divisor[:, None]
     if F.compute_int8:
-        return round_half_even(unit * 127.0).to(tl.int8)
+        return round_half_even(tl.where(unit == unit, unit, 0.0) * 127.0).to(tl.int8)
     else:
-        return unit if F.fp32 else unit.to(tl.float16)
+        return unit.to(tl.float16)
 
 
 @triton.jit
@@ -98,8 +98,8 @@ def channel_scale(scale, head, column, dim, live):
     return tl.load(scale + head * dim + column, mask=live, other=0.0).to(tl.float32)
 
 
-SMALLEST_SCALE = tl.constexpr(1.0e-35)
-"""What V's token scales are at least relative to: it has a reciprocal in float32."""
+SMALLEST_SCALE = tl.constexpr(2.0**-126)
+"""Of a token: as in swath/quant.py. V's scales are relative to that at least, for it has a reciprocal in float32."""
 
 
 @triton.jit
@@ -117,7 +117,8 @@ def round_half_even(x):
 
 @triton.jit
 def encode_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
-    """float32 to the byte of an 8-bit float: round half to even, saturated, NaN kept. By bits, on every target."""
+    """float32 to the byte of an 8-bit float: round half to even, saturated, any NaN the positive one. By bits, on every
+    target."""
     dropped: tl.constexpr = 23 - MANTISSA
     magnitude = tl.minimum(tl.abs(x), LARGEST)
     bits = magnitude.to(tl.int32, bitcast=True)
@@ -125,14 +126,16 @@ def encode_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.conste
     normal = (rounded >> dropped) - ((127 - BIAS) << MANTISSA)
     subnormal = round_half_even(magnitude * (2.0 ** (BIAS - 1 + MANTISSA))).to(tl.int32)
     code = tl.where(magnitude < 2.0 ** (1 - BIAS), subnormal, normal)
-    code = tl.where(x == x, code, 0x7F)
-    return (code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
+    code = code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)
+    return tl.where(x == x, code, 0x7F).to(tl.uint8)
 
 
 @triton.jit
 def encode(x, F: tl.constexpr):
-    """float32 values, scale divided out, as stored: int8 clamped to +-127, fp8 as bytes, other types as they are."""
+    """float32 values, scale divided out, as stored: int8 clamped to +-127 and 0 for NaN, fp8 as bytes, other types as
+    they are."""
     if F.stored == "int8":
+        x = tl.where(x == x, x, 0.0)
         return round_half_even(tl.minimum(tl.maximum(x, -127.0), 127.0)).to(tl.int8)
     elif F.stored == "e4m3":
         return encode_fp8(x, 3, 7, 448.0)

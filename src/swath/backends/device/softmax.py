@@ -1,7 +1,8 @@
 """The online softmax in base 2: taking in a tile of scores, merging two states, normalising a row.
 
 The state of a row is (m, l): the maximum of its base-2 scores so far, and the sum of ``exp2(score - m)``. ``m`` starts
-at a finite floor, so that a row without keys needs no special case: masked scores are -inf and add exactly 0.
+at the least float32, so that a row without keys needs no special case: masked scores are -inf and add exactly 0. That
+row is known by its l of 0, not by its m, which a score may equal.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 
 LN_2 = tl.constexpr(0.6931471805599453)
-FLOOR = tl.constexpr(-1.0e30)
+FLOOR = tl.constexpr(-3.4028234663852886e38)
 SLACK = tl.constexpr(8)
 """In base 2, how far a kept maximum may be too small: p is 256 at most, as precise in any 16-bit type as below 1."""
 
@@ -75,9 +76,18 @@ def exp_scores(s, scale, m, BY_ROW: tl.constexpr = False):
 
 
 @triton.jit
-def soft_cap(s, cap_log2):
-    """``cap * tanh(s / cap)`` in base-2 units; tanh(x) = 1 - 2 / (1 + exp(2x)) for want of a portable one."""
-    return cap_log2 * (1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 / (cap_log2 * LN_2)))))
+def soft_cap(x, cap_log2):
+    """``cap * tanh(x)`` in base-2 units, of scores in units of the cap.
+
+    tanh as x * P(x^2) / Q(x^2), fitted to 4 units in the last place of tanh(x) itself, also where x is small: by way of
+    exp(2x) its error would be one of the cap. From 9.01 on tanh is 1 in float32.
+    """
+    x = tl.maximum(x, -9.01, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.minimum(x, 9.01, propagate_nan=tl.PropagateNan.ALL)
+    z = x * x
+    p = ((1.33193072e-8 * z + 2.05836787e-5) * z + 3.49404779e-3) * z + 0.133797303
+    q = ((7.76212346e-7 * z + 3.28311347e-4) * z + 2.58711260e-2) * z + 0.467130452
+    return cap_log2 * (x * (p * z + 1.0) / (q * z + 1.0))
 
 
 @triton.jit
@@ -99,9 +109,29 @@ def merge_tile(m, l, acc, m_part, l_part, acc_part):
 
 
 @triton.jit
+def shares(log_a, log_b):
+    """What two states with these LSEs weigh beside the larger of them, their sum, and the union's LSE.
+
+    One of -inf weighs nothing; beside one of +inf only such weigh anything.
+    """
+    top = tl.maximum(log_a, log_b)
+    w_a, w_b = share(log_a, top), share(log_b, top)
+    total = w_a + w_b
+    return w_a, w_b, total, top + tl.where(total != 0, tl.log2(tl.where(total != 0, total, 1.0)) * LN_2, float("-inf"))
+
+
+@triton.jit
+def share(log, top):
+    """``exp(log - top)``, also of infinite ones."""
+    weight = tl.where(log == top, 1.0, tl.exp2((log - top) / LN_2))
+    return tl.where(log == float("-inf"), 0.0, weight)
+
+
+@triton.jit
 def add_sink(m, l, sink):
     """The state with a sink logit (natural units) in the denominator, and the factor of its accumulator."""
-    m, l, weight, _ = merge(m, l, sink / LN_2, 1.0)
+    level, one = state_of_sink(sink)
+    m, l, weight, _ = merge(m, l, level, one)
     return m, l, weight
 
 
@@ -109,17 +139,27 @@ def add_sink(m, l, sink):
 def state_of_sink(sink):
     """The state (m, l) of a row that has only its sink logit: what ``add_sink`` makes of no key, in fewer instructions
     and registers."""
-    m = tl.maximum(sink / LN_2, FLOOR)
-    return m, tl.exp2(sink / LN_2 - m)
+    return sink_level(sink), tl.where(sink == sink, tl.where(sink == float("-inf"), 0.0, 1.0), sink)
 
 
 @triton.jit
-def finish(m, l):
-    """The factor 1 / l that normalises an accumulator, and the natural-log LSE: 0 and -inf for a row without keys.
+def sink_level(sink):
+    """The maximum that stands for a sink logit: the largest logits are beyond float32 in base 2."""
+    return tl.minimum(tl.maximum(sink / LN_2, FLOOR), -FLOOR)
 
-    A NaN that a row may see stays NaN.
+
+@triton.jit
+def finish(m, l, sink):
+    """The factor that normalises an accumulator, and the natural-log LSE: 0 and -inf for a row without keys.
+
+    ``sink``: the logits that joined the states, if any did, for an LSE that is exactly one of them. A NaN that a row
+    may see stays NaN; a score of +inf makes the row NaN and its LSE +inf.
     """
     seen = l != 0
-    inverse = tl.where(seen, 1.0 / tl.where(seen, l, 1.0), 0.0)
-    lse = tl.where(seen, (m + tl.log2(tl.where(seen, l, 1.0))) * LN_2, float("-inf"))
-    return inverse, lse
+    total = tl.where(seen, l, 1.0)
+    inverse = tl.where(seen, 1.0 / total, 0.0)
+    natural = m * LN_2
+    if sink is not None:
+        natural = tl.where(m == sink_level(sink), sink, natural)
+    lse = tl.where(seen, natural + tl.log2(total) * LN_2, float("-inf"))
+    return inverse, tl.where(m == float("inf"), m, lse)

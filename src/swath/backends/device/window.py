@@ -27,14 +27,34 @@ class Reach(NamedTuple):
     lead: tl.tensor
 
 
+class View(NamedTuple):
+    """From where a sequence's queries see: the position of the first, and how many keys their windows have."""
+
+    start: tl.tensor
+    size: tl.tensor
+
+
+@triton.jit
+def view_of(start, q_len, kv_len, size):
+    """The view of ``q_len`` > 0 queries from ``start`` on over ``kv_len`` keys, which are all that may be seen.
+
+    Queries before all keys or behind them are moved near, and their windows are as much shorter: who sees whom stays,
+    and no sum of what is returned overflows, whatever int32 ``start`` and ``size`` are.
+    """
+    near = tl.maximum(start, -q_len)
+    beside = tl.minimum(near, kv_len)
+    size = tl.maximum(size - (near - start) - (near - beside), 0)
+    return View(beside, tl.minimum(size, kv_len + q_len + 1))
+
+
 @triton.jit
 def reach_of(p, band, window_size, lead, F: tl.constexpr):
     """The reach of queries at positions ``p``; no key from ``band.right`` on is in it."""
     low, end = p * 0, p * 0 + band.right
     if F.window:
-        low = p - tl.minimum(window_size, 1 << 30) + 1
+        low = p - window_size + 1
         if not F.causal:
-            end = tl.minimum(p + tl.minimum(window_size, 1 << 30), end)
+            end = tl.minimum(p + window_size, end)
     if F.causal:
         end = tl.minimum(p + 1, end)
     return Reach(low, end, tl.minimum(lead, end if F.causal else band.right + p * 0))
@@ -60,9 +80,8 @@ def band_of(first, last, kv_len, window_size, lead, F: tl.constexpr):
     end = tl.minimum(tl.maximum(last + 1, 0), kv_len) if F.causal else kv_len
     lead_end, left, right = end * 0, end * 0, end
     if F.window:
-        width = tl.minimum(window_size, 1 << 30)
-        right = tl.where(window_size > 0, tl.minimum(tl.maximum(last + width, 0), end), 0)
-        left = tl.minimum(tl.maximum(first - width + 1, 0), right)
+        right = tl.where(window_size > 0, tl.minimum(tl.maximum(last + window_size, 0), end), 0)
+        left = tl.minimum(tl.maximum(first - window_size + 1, 0), right)
         if F.lead != "":
             lead_end = tl.minimum(tl.maximum(lead, 0), end)
             left = tl.where(left <= lead_end, 0, left)
@@ -76,9 +95,9 @@ def interior_of(band, first, last, window_size, F: tl.constexpr):
     """Keys ``start .. stop - 1`` that every query at positions ``first .. last`` sees by its window alone."""
     start, stop = band.left, band.right
     if F.window:
-        start = tl.maximum(start, last - tl.minimum(window_size, 1 << 30) + 1)
+        start = tl.maximum(start, last - window_size + 1)
     if F.causal:
         stop = tl.minimum(stop, first + 1)
     elif F.window:
-        stop = tl.minimum(stop, first + tl.minimum(window_size, 1 << 30))
+        stop = tl.minimum(stop, first + window_size)
     return start, stop

@@ -24,7 +24,7 @@ from swath.backends.gluon.pipeline import (
     pipeline_state,
     producer_commit,
 )
-from swath.backends.triton.kernels.query import lead_of, q_head_of, sequence_of, takes
+from swath.backends.triton.kernels.query import keys_within, lead_of, q_head_of, sequence_of, takes
 from swath.backends.triton.kernels.tile import num_m_blocks, sequence_at
 
 
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     """The arguments of the call that a tile number is turned into rows and keys with."""
 
     table: gl.tensor
-    indptr: gl.tensor
+    table_index: gl.tensor
     lens: gl.tensor
     cu_q: gl.tensor
     q_start: gl.tensor
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
     steps: gl.tensor
     claimed: gl.tensor
     num_seqs: gl.tensor
-    max_pages: gl.tensor
+    table_width: gl.tensor
     num_pages: gl.tensor
     table_stride: gl.tensor
     num_tiles: gl.tensor
@@ -93,11 +93,11 @@ def work_tile_of(t, batch, C: gl.constexpr):
     b, first_block = sequence_at(i // HEADS, batch.cu_q, batch.num_seqs, batch.steps, POSITIONS)
     i -= first_block * HEADS
     owned = i >= 0  # before the first sequence there may be rows that no sequence owns
-    seq = sequence_of(b, batch.cu_q, batch.steps, batch.lens, batch.q_start, C.F)
-    kv_len = seq.kv_len
+    seq = sequence_of(b, batch.cu_q, batch.steps, batch.steps, batch.lens, batch.q_start, C.F)
+    pages = batch.table_width
     if C.F.page_size > 0:
-        _, pages = table_row(batch.table, batch.indptr, b, batch.table_stride, batch.max_pages)
-        kv_len = gl.minimum(kv_len, pages * C.F.page_size)
+        _, pages = table_row(batch.table, batch.table_index, b, batch.table_stride, batch.table_width, C.F)
+    kv_len = keys_within(seq, pages, C.F)
     if C.F.window:
         m_block, head = i // HEADS, HEADS - 1 - i % HEADS
     else:

@@ -48,11 +48,16 @@ def epilogue(state, count, work, WG: gl.constexpr, output, batch, C: gl.constexp
     """Normalise and store the rows of an MMA warpgroup in the ``count``-th work tile: O = acc / l, LSE = m + log l."""
     m, l, acc = state  # [M], [M], [M, D]
     q_begin = work.q_begin + WG * (CONSUMER_ROWS // C.pack)
-    inverse, log_sum = finish(m, l)
+    sink = None
     if output.lse is not None:
         i = gl.arange(0, CONSUMER_ROWS, layout=m.type.layout)
+        heads = q_heads(i, work.head, C)
+        if output.sink is not None:
+            sink = gl.load(output.sink + heads).to(gl.float32)
+    inverse, log_sum = finish(m, l, sink)
+    if output.lse is not None:
         q_index = q_begin + i // C.pack
-        at = (work.q_row + q_index) * (C.F.kv_heads * C.F.group) + q_heads(i, work.head, C)
+        at = (work.q_row + q_index) * (C.F.kv_heads * C.F.group) + heads
         gl.store(output.lse + at, log_sum, mask=q_index < work.q_len)
     o = (acc * of_rows(inverse, acc)[:, None]).to(output.out.dtype.element_ty)  # [M, D]
     if output.desc is None:

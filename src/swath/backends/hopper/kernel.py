@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
 
-from swath.backends.device.cache import page_in_sight, pages_in_sight, table_row
+from swath.backends.device.cache import load_entries, page_in_sight, pages_in_sight, pages_of, table_row
 from swath.backends.device.softmax import FLOOR, state_of_sink
 from swath.backends.device.window import interior_of, reach_of
 from swath.backends.gluon.key_tiles import key_tiles_of
@@ -108,11 +108,12 @@ def next_rows(work_count, WG: gl.constexpr, sink, score_scales, pipes, batch, C:
         release_work(work_count, pipes.work)
     key_tiles = key_tiles_of(work, batch, C)
     m, l = initial_state(i, work.head, sink, C)
-    first = work.q_start + work.q_begin + WG * POSITIONS
+    view = key_tiles.view
+    first = view.start + work.q_begin + WG * POSITIONS
     reach = reach_in_list(
-        reach_of(first + i // C.pack, key_tiles.band, batch.window_size, work.lead, C.F), key_tiles.walk
+        reach_of(first + i // C.pack, key_tiles.band, view.size, work.lead, C.F), key_tiles.walk
     )  # fmt: skip
-    full_from, full_to = interior_of(key_tiles.band, first, first + POSITIONS - 1, batch.window_size, C.F)
+    full_from, full_to = interior_of(key_tiles.band, first, first + POSITIONS - 1, view.size, C.F)
     scale_log2, cap_log2 = score_scales
     return QueryRows(
         key_tiles, m, l, reach, full_from - key_tiles.walk.gap, full_to - key_tiles.walk.gap, scale_log2, cap_log2,
@@ -137,25 +138,27 @@ def all_pages_live(key_tiles, batch, C: gl.constexpr):
         return key_tiles.work.head == key_tiles.work.head
     else:
         lane = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-        entries, _ = table_row(batch.table, batch.indptr, key_tiles.work.b, batch.table_stride, batch.max_pages)
+        entries, _ = table_row(
+            batch.table, batch.table_index, key_tiles.work.b, batch.table_stride, batch.table_width, C.F
+        )
         dead = lane * 0
         for i in range(gl.cdiv(pages_in_sight(key_tiles.band, C.F.page_size), 128)):
             page, seen = page_in_sight(i * 128 + lane, key_tiles.band, C.F.page_size)
-            entry = gl.load(entries + page, mask=seen, other=0)
+            entry = pages_of(load_entries(entries, page, seen, 0, C.F), C.F)
             dead = dead | gl.where((entry < 0) | (entry >= batch.num_pages), 1, 0)
         return gl.max(dead, 0) == 0
 
 
 RUN_TIME = (
-    "lead", "window_size", "steps", "claimed", "num_seqs", "max_pages", "num_pages", "table_stride", "num_tiles",
+    "lead", "window_size", "steps", "claimed", "num_seqs", "table_width", "num_pages", "table_stride", "num_tiles",
 )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def hopper_tile_kernel(
     q_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc, out_desc, counter, out, lse, sink,
-    table, indptr, lens, cu_q, q_start, lead, scale_log2, cap_log2, window_size,
-    steps, claimed, num_seqs, max_pages, num_pages, table_stride, num_tiles,
+    table, table_index, lens, cu_q, q_start, lead, scale_log2, cap_log2, window_size,
+    steps, claimed, num_seqs, table_width, num_pages, table_stride, num_tiles,
     out_seq, out_token, out_head, F: gl.constexpr, LAUNCH: gl.constexpr,
 ):  # fmt: skip
     """The programs of a launch, as many as multiprocessors hold at once, share ``num_tiles`` work tiles."""
@@ -175,7 +178,7 @@ def hopper_tile_kernel(
     cut_loaded = new_barriers(1, 1).index(0)
     fence_async_shared()
     batch = Batch(
-        table, indptr, lens, cu_q, q_start, lead, window_size, steps, claimed, num_seqs, max_pages, num_pages,
+        table, table_index, lens, cu_q, q_start, lead, window_size, steps, claimed, num_seqs, table_width, num_pages,
         table_stride, num_tiles,
     )  # fmt: skip
     output = Output(out_desc, q_pipe, out, lse, sink, out_seq, out_token, out_head)

@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from swath.backends.device.cache import slot_of, table_row
+from swath.backends.device.cache import load_entries, pages_of, slot_of, table_row
 from swath.backends.gluon.compat import reinterpret, tma_load
 from swath.backends.gluon.key_tiles import key_tile, key_tiles_of, narrow_tile
 from swath.backends.gluon.pipeline import (
@@ -171,8 +171,10 @@ def box_pages(start, key_tiles, KEYS: gl.constexpr, WARPS: gl.constexpr, batch, 
         lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
         pos = key_at(start + lane * C.box_rows, key_tiles.walk, C.F)
         wanted = some_seen(pos, pos + C.box_rows, key_tiles.band) & (lane < KEYS // C.box_rows)
-        entries, _ = table_row(batch.table, batch.indptr, key_tiles.work.b, batch.table_stride, batch.max_pages)
-        return gl.load(entries + pos // C.F.page_size, mask=wanted, other=-1)
+        entries, _ = table_row(
+            batch.table, batch.table_index, key_tiles.work.b, batch.table_stride, batch.table_width, C.F
+        )
+        return pages_of(load_entries(entries, pos // C.F.page_size, wanted, -1, C.F), C.F)
 
 
 @gluon.jit

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from swath.cache import PagedKeys, PagedKV
+from swath.cache import DenseKeys, PagedKeys, PagedKV
 from swath.problem import Problem
 from swath.target import Target
 
@@ -31,6 +32,9 @@ class Features:
     softcap: bool = False
     interleaved: bool = False
     page_size: int = 0  # 0: dense keys
+    table: str = ""  # "", "rows" or "flat"
+    table_rows: int = 0  # of a table in which sequences name their rows: engines keep one, of one height
+    token_table: bool = False  # a slot for each position
     stored: str = "unquantised"  # or a name of ``STORED``
     pairs: bool = False  # 8-bit rows read as 16-bit units (NVIDIA)
     k_fold: str = "none"
@@ -64,7 +68,7 @@ class Features:
     @property
     def unit_q(self) -> bool:
         """Whether query rows are divided by their largest magnitude: over 8-bit caches, unless dots are float32."""
-        return self.quantised
+        return self.quantised and (self.compute_int8 or not self.fp32)
 
 
 def features_of(problem: Problem, target: Target) -> Features:
@@ -87,6 +91,7 @@ def features_of(problem: Problem, target: Target) -> Features:
         softcap=problem.softcap > 0,
         interleaved=problem.interleaved,
         page_size=0 if paged is None else paged.page_size,
+        **_table_features(keys),
         stored=stored,
         pairs=stored != "unquantised"
         and target.has_pairs(stored)
@@ -100,6 +105,16 @@ def features_of(problem: Problem, target: Target) -> Features:
         pdl=target.has_pdl,
         interpret=target.interpret,
     )
+
+
+def _table_features(keys: DenseKeys | PagedKeys) -> dict[str, Any]:
+    if not isinstance(keys, PagedKeys):
+        return {}
+    table = keys.table
+    form = {"token_table": table.unit == "token"}
+    if table.rows is not None:
+        return form | {"table": "rows", "table_rows": table.entries.shape[0]}
+    return form | {"table": "" if table.indptr is None else "flat"}
 
 
 def cache_features(cache: PagedKV) -> Features:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from swath.backends.device.cache import page_in_sight, table_row
+from swath.backends.device.cache import load_entries, page_in_sight, pages_of, table_row
 from swath.backends.device.quant import channel_scale, decode, head_scale
-from swath.backends.device.window import band_of
-from swath.backends.triton.kernels.query import lead_of, ranked_sequence, sequence_of, store_claim
+from swath.backends.device.window import band_of, view_of
+from swath.backends.triton.kernels.query import keys_within, lead_of, ranked_sequence, sequence_of, store_claim
 
 
 @triton.jit
@@ -49,7 +49,7 @@ RUN_TIME = (
     "num_seqs",
     "pages",
     "width",
-    "max_pages",
+    "table_width",
     "num_pages",
     "table_stride",
 )
@@ -57,8 +57,8 @@ RUN_TIME = (
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def dequantise_kernel(
-    k, v, k_scale, v_scale, table, indptr, lens, cu_q, q_start, lead, new_k, new_v, new_table, copied, others,
-    window_size, steps, claimed, num_seqs, pages, width, max_pages, num_pages,
+    k, v, k_scale, v_scale, table, table_index, lens, cu_q, q_start, lead, new_k, new_v, new_table, copied, others,
+    window_size, steps, claimed, num_seqs, pages, width, table_width, num_pages,
     kv_page, kv_head_stride, kv_token, table_stride, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -66,26 +66,27 @@ def dequantise_kernel(
 
     A sequence has ``pages`` scratch pages, and ``width`` entries of the new table. Where there may be more sequences
     than the grid has, the first program writes which ones the launch over the scratch takes (``copied``), and which the
-    one over the cache (``others``).
+    one over the cache (``others``). ``steps``: query tokens of each sequence, or (with cu_q) of all.
     """
     kv_head = tl.program_id(0) % F.kv_heads
     j = tl.program_id(0) // F.kv_heads % pages
     rank = tl.program_id(0) // F.kv_heads // pages
     if copied is not None:
         if tl.program_id(0) == 0:
-            end = ranked_sequence(tl.num_programs(0) // F.kv_heads // pages, cu_q, num_seqs, claimed)
+            end = ranked_sequence(tl.num_programs(0) // F.kv_heads // pages, cu_q, steps, num_seqs, claimed)
             store_claim(copied, claimed, 0, end)
             store_claim(others, claimed, end, num_seqs)
-    b = ranked_sequence(rank, cu_q, num_seqs, claimed)
+    b = ranked_sequence(rank, cu_q, steps, num_seqs, claimed)
     if b >= num_seqs:
         return
-    seq = sequence_of(b, cu_q, steps, lens, q_start, F)
-    entries, own_pages = table_row(table, indptr, b, table_stride, max_pages)
+    seq = sequence_of(b, cu_q, steps, steps, lens, q_start, F)
+    entries, own_pages = table_row(table, table_index, b, table_stride, table_width, F)
     # The new table has as many entries for each sequence: those that its own table lacks are dead ones.
-    kv_len = tl.minimum(seq.kv_len, width * F.page_size)
-    band = band_of(seq.q_start, seq.q_start + seq.q_len - 1, kv_len, window_size, lead_of(b, lead, F), F)
+    kv_len = keys_within(seq, width, F)
+    view = view_of(seq.q_start, seq.q_len, kv_len, window_size)
+    band = band_of(view.start, view.start + seq.q_len - 1, kv_len, view.size, lead_of(b, lead, F), F)
     page, seen = page_in_sight(j, band, F.page_size)
-    entry = tl.load(entries + page, mask=seen & (page < own_pages), other=-1)
+    entry = pages_of(load_entries(entries, page, seen & (page < own_pages), -1, F), F)
     live = (entry >= 0) & (entry < num_pages)
     new_page = rank * pages + j
     if kv_head == 0:

@@ -14,15 +14,17 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from swath.backends.device.cache import Keys, table_row
-from swath.backends.device.window import band_of, reach_of
+from swath.backends.device.window import band_of, reach_of, view_of
 from swath.backends.triton.kernels.query import (
     join_columns,
+    keys_within,
     lead_of,
     load_query,
     q_head_of,
     query_scale,
     row_offsets,
     sequence_of,
+    states_of,
     store_output,
     token_scales,
 )
@@ -77,10 +79,11 @@ RUN_TIME = (
     "lead",
     "window_size",
     "steps",
+    "num_tokens",
     "num_splits",
     "least_tiles",
     "slice_tiles",
-    "max_pages",
+    "table_width",
     "num_pages",
     "table_stride",
 )
@@ -88,9 +91,9 @@ RUN_TIME = (
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def split_kernel(
-    q, k, v, out, lse, partial, partial_state, counts, sink, q_scale, k_scale, v_scale,
-    table, indptr, lens, cu_q, q_start, lead,
-    scale_log2, cap_log2, window_size, steps, num_splits, least_tiles, slice_tiles, max_pages, num_pages,
+    q, k, v, out, lse, partial, counts, sink, q_scale, k_scale, v_scale,
+    table, table_index, lens, cu_q, q_start, lead,
+    scale_log2, cap_log2, window_size, steps, num_tokens, num_splits, least_tiles, slice_tiles, table_width, num_pages,
     q_seq, q_token, q_head, out_seq, out_token, out_head, kv_page, kv_head_stride, kv_token, table_stride,
     ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -98,6 +101,7 @@ def split_kernel(
     """One program per (sequence, row tile, kv head, slice), slices fastest.
 
     ``steps``: query tokens of each sequence, or (with cu_q) the most that this schedule claims; others return.
+    ``partial``: acc of all rows of all slices, then m and l of each.
     """
     # Programs over 8-bit keys are limited by instructions, of which masks and maxima are a part: 8 steps over int8 take
     # 13 % less time so. Others wait for memory, and a second run of tiles begins with a wait.
@@ -110,19 +114,20 @@ def split_kernel(
     b = owner // F.kv_heads // row_tiles
     if F.pdl and partial is not None:
         gdc_launch_dependents()
-    seq = sequence_of(b, cu_q, steps, lens, q_start, F)
+    seq = sequence_of(b, cu_q, steps, num_tokens, lens, q_start, F)
     r = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # rows: query token r // group, member r % group of the group
     num_rows = tl.where(seq.q_len > steps, 0, seq.q_len * F.group)
     if row_tile * BLOCK_M >= num_rows:
         if partial is not None and j == 0:
             tl.store(counts + owner, 0)
         return
-    entries, pages = table_row(table, indptr, b, table_stride, max_pages)
-    pos = seq.q_start + r // F.group  # [BLOCK_M]
-    first = seq.q_start + row_tile * BLOCK_M // F.group
-    last = seq.q_start + (tl.minimum((row_tile + 1) * BLOCK_M, num_rows) - 1) // F.group
+    entries, pages = table_row(table, table_index, b, table_stride, table_width, F)
+    kv_len = keys_within(seq, pages, F)
+    view = view_of(seq.q_start, seq.q_len, kv_len, window_size)
+    first = view.start + row_tile * BLOCK_M // F.group
+    last = view.start + (tl.minimum((row_tile + 1) * BLOCK_M, num_rows) - 1) // F.group
     lead = lead_of(b, lead, F)
-    band = band_of(first, last, tl.minimum(seq.kv_len, pages * F.page_size), window_size, lead, F)
+    band = band_of(first, last, kv_len, view.size, lead, F)
     align = tl.where(slice_tiles > 0, BLOCK_N, 1)
     walk = plan_walk(band, align, align, BLOCK_N)
     key_slice = slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N)
@@ -136,7 +141,7 @@ def split_kernel(
     unmasked, unmasked_end = key_slice.first, key_slice.end
     if UNMASKED_FIRST:
         unmasked, unmasked_end = unmasked_tiles(
-            keys, band, walk, first, last, window_size, key_slice.first, key_slice.end, F, BLOCK_N
+            keys, band, walk, first, last, view.size, key_slice.first, key_slice.end, F, BLOCK_N
         )  # fmt: skip
     page = tile_pages(keys, band, walk, unmasked, F, BLOCK_N)
     tl.debug_barrier()  # or ptxas asks for the pages only when the query is there: one more trip to memory before K
@@ -145,7 +150,7 @@ def split_kernel(
     valid = r < num_rows
     at = row_offsets(b, r // F.group, q_row, q_heads, q_seq, q_token, q_head, cu_q)
     row_scale = query_scale(q_scale, q_row * F.kv_heads * F.group + q_heads, valid, F)
-    reach = reach_in_list(reach_of(pos, band, window_size, lead, F), walk)
+    reach = reach_in_list(reach_of(view.start + r // F.group, band, view.size, lead, F), walk)
     query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
     m, l, acc, acc_odd = new_state(BLOCK_M, F)  # [BLOCK_M], [BLOCK_M], [BLOCK_M, columns] twice
@@ -168,8 +173,9 @@ def split_kernel(
             partial_row = (owner.to(tl.int64) * num_splits + j) * tile_rows + tl.arange(0, BLOCK_M)
             mask = valid[:, None] & (column < F.head_dim)[None, :]
             tl.store(partial + partial_row[:, None] * F.head_dim + column[None, :], acc, mask=mask)
-            tl.store(partial_state + 2 * partial_row, m, mask=valid)
-            tl.store(partial_state + 2 * partial_row + 1, l, mask=valid)
+            states = states_of(partial, tl.num_programs(0) * tile_rows, F) + 2 * partial_row
+            tl.store(states, m, mask=valid)
+            tl.store(states + 1, l, mask=valid)
             return
     at = row_offsets(b, r // F.group, q_row, q_heads, out_seq, out_token, out_head, cu_q)
     store_output(out, lse, sink, at, q_row, q_heads, valid, m, l, acc, column, F)

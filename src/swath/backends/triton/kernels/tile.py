@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 
 from swath.backends.device.cache import Keys, table_row
-from swath.backends.device.window import band_of, reach_of
+from swath.backends.device.window import band_of, reach_of, view_of
 from swath.backends.triton.kernels.query import (
+    first_token,
     join_columns,
+    keys_within,
     lead_of,
     load_query,
     q_head_of,
@@ -37,30 +39,33 @@ from swath.backends.triton.kernels.walk import (
 
 @triton.jit
 def sequence_at(m_block, cu_q, num_seqs, steps, POSITIONS: tl.constexpr):
-    """The sequence that has an m-block of the flat list, and the first m-block of the sequence."""
+    """The sequence that has an m-block of the flat list, and its first m-block, which may be a later one.
+
+    ``steps``: query tokens of each sequence, or (with cu_q) of all.
+    """
     if cu_q is None:
         each = tl.cdiv(steps, POSITIONS)
         return m_block // each, m_block // each * each
     else:
-        return search_sequence(m_block, cu_q, num_seqs, POSITIONS)
+        return search_sequence(m_block, cu_q, num_seqs, steps, POSITIONS)
 
 
 @triton.jit
-def search_sequence(m_block, cu_q, num_seqs, POSITIONS: tl.constexpr):
+def search_sequence(m_block, cu_q, num_seqs, num_tokens, POSITIONS: tl.constexpr):
     """The same for a ragged batch: the last sequence whose first m-block is at or before this one."""
     low, high = m_block * 0, num_seqs - 1
     while low < high:
         middle = (low + high + 1) // 2
-        first = first_m_block(middle, cu_q, POSITIONS)
+        first = first_m_block(middle, cu_q, num_tokens, POSITIONS)
         low = tl.where(first <= m_block, middle, low)
         high = tl.where(first <= m_block, high, middle - 1)
-    return low, first_m_block(low, cu_q, POSITIONS)
+    return low, first_m_block(low, cu_q, num_tokens, POSITIONS)
 
 
 @triton.jit
-def first_m_block(b, cu_q, POSITIONS: tl.constexpr):
+def first_m_block(b, cu_q, num_tokens, POSITIONS: tl.constexpr):
     """Where the m-blocks of a sequence of a ragged batch begin."""
-    return tl.load(cu_q + b) // POSITIONS + b
+    return first_token(b, cu_q, num_tokens) // POSITIONS + b
 
 
 @triton.jit
@@ -70,16 +75,16 @@ def num_m_blocks(b, first, cu_q, steps, POSITIONS: tl.constexpr):
     if cu_q is None:
         return tl.cdiv(steps, POSITIONS)
     else:
-        return first_m_block(b + 1, cu_q, POSITIONS) - first
+        return first_m_block(b + 1, cu_q, steps, POSITIONS) - first
 
 
-RUN_TIME = ("lead", "window_size", "steps", "claimed", "num_seqs", "max_pages", "num_pages", "table_stride")
+RUN_TIME = ("lead", "window_size", "steps", "claimed", "num_seqs", "table_width", "num_pages", "table_stride")
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def tile_kernel(
-    q, k, v, out, lse, sink, q_scale, k_scale, v_scale, table, indptr, lens, cu_q, q_start, lead,
-    scale_log2, cap_log2, window_size, steps, claimed, num_seqs, max_pages, num_pages,
+    q, k, v, out, lse, sink, q_scale, k_scale, v_scale, table, table_index, lens, cu_q, q_start, lead,
+    scale_log2, cap_log2, window_size, steps, claimed, num_seqs, table_width, num_pages,
     q_seq, q_token, q_head, out_seq, out_token, out_head, k_page, k_head, k_token, v_page, v_head, v_token,
     table_stride, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_M: tl.constexpr, PACK: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -93,7 +98,7 @@ def tile_kernel(
     head = tl.program_id(0) % HEADS
     m_block = (tl.num_programs(0) - 1 - tl.program_id(0)) // HEADS
     b, first_block = sequence_at(m_block, cu_q, num_seqs, steps, POSITIONS)
-    seq = sequence_of(b, cu_q, steps, lens, q_start, F)
+    seq = sequence_of(b, cu_q, steps, steps, lens, q_start, F)
     q_begin = (m_block - first_block) * POSITIONS
     # Before the first sequence there may be rows that no sequence owns.
     if (q_begin < 0) | (q_begin >= seq.q_len) | (takes(b, seq.q_len, claimed) == 0):
@@ -107,27 +112,27 @@ def tile_kernel(
     else:
         kv_head = head // F.group
         q_heads = q_head_of(kv_head, head % F.group + i * 0, F)
-    kv_len = seq.kv_len
-    entries = table
+    entries, pages = table, table_width
     if F.page_size > 0:
-        entries, pages = table_row(table, indptr, b, table_stride, max_pages)
-        kv_len = tl.minimum(kv_len, pages * F.page_size)
-    first = seq.q_start + q_begin
-    last = seq.q_start + tl.minimum(q_begin + POSITIONS, seq.q_len) - 1
+        entries, pages = table_row(table, table_index, b, table_stride, table_width, F)
+    kv_len = keys_within(seq, pages, F)
+    view = view_of(seq.q_start, seq.q_len, kv_len, window_size)
+    first = view.start + q_begin
+    last = view.start + tl.minimum(q_begin + POSITIONS, seq.q_len) - 1
     lead = lead_of(b, lead, F)
-    band = band_of(first, last, kv_len, window_size, lead, F)
+    band = band_of(first, last, kv_len, view.size, lead, F)
     walk = plan_walk(band, 1, 1, BLOCK_N)
     q_row = seq.q_row + q_index
     at = row_offsets(b, q_index, q_row, q_heads, q_seq, q_token, q_head, cu_q)
     row_scale = query_scale(q_scale, q_row * F.kv_heads * F.group + q_heads, valid, F)
-    reach = reach_in_list(reach_of(seq.q_start + q_index, band, window_size, lead, F), walk)  # each [BLOCK_M]
+    reach = reach_in_list(reach_of(view.start + q_index, band, view.size, lead, F), walk)  # each [BLOCK_M]
     query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
     kv_row = seq.kv_row.to(tl.int64)
     k += kv_head.to(tl.int64) * k_head + kv_row * k_token
     v += kv_head.to(tl.int64) * v_head + kv_row * v_token
     keys = Keys(k, v, entries, num_pages, k_page, k_token, v_page, v_token)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
-    unmasked, unmasked_end = unmasked_tiles(keys, band, walk, first, last, window_size, 0, walk.total, F, BLOCK_N)
+    unmasked, unmasked_end = unmasked_tiles(keys, band, walk, first, last, view.size, 0, walk.total, F, BLOCK_N)
     page = tile_pages(keys, band, walk, unmasked, F, BLOCK_N)
     m, l, acc, acc_odd = attend_unmasked_first(  # [BLOCK_M], [BLOCK_M], [BLOCK_M, columns] twice
         new_state(BLOCK_M, F), page, query, keys, scales, band, cap_log2,

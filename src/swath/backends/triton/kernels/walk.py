@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import num_warps
 
-from swath.backends.device.cache import is_live, load_rows, locate, page_ids, slot_offset
+from swath.backends.device.cache import is_live, load_entries, load_rows, locate, page_ids, slot_offset
 from swath.backends.device.quant import decode, relative, round_half_even, unpack_pair
 from swath.backends.device.softmax import FLOOR, lazy_softmax, online_softmax, soft_cap
 from swath.backends.device.window import Reach, interior_of, visible
@@ -39,7 +39,7 @@ class Query(NamedTuple):
 
     q: tl.tensor  # [BLOCK_M, columns]; the even columns where 8-bit keys are read as pairs
     q_odd: tl.tensor  # the odd columns then, else q again
-    scale: tl.tensor  # > 0, [BLOCK_M] (unit_q) or a number: makes base-2 scores of dots
+    scale: tl.tensor  # > 0, [BLOCK_M] (unit_q) or a number: dots to scores, in base 2 or in units of the soft cap
     reach: tl.tensor  # a Reach in places of the list
 
 
@@ -112,7 +112,7 @@ def unmasked_tiles(
         page = tl.where(begin < end, (begin * BLOCK_N + walk.gap) // F.page_size, end_page)
         for entry in tl.range(page, end_page, ENTRIES_AT_ONCE, num_stages=1):
             entries = entry + tl.arange(0, ENTRIES_AT_ONCE)
-            dead = is_live(keys, tl.load(keys.table + entries, mask=entries < end_page, other=0), F) == 0
+            dead = is_live(keys, load_entries(keys.table, entries, entries < end_page, 0, F), F) == 0
             end = tl.where(tl.max(dead.to(tl.int32), 0) > 0, begin, end)
     return begin, end
 
