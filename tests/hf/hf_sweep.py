@@ -253,8 +253,9 @@ GROUPS = {
     "position_bias": "a position bias",
     "got a mask of another form": "chunks of attention shorter than the text",
     "config: wanted layers of": "layers that keep other things than keys and values",
-    "keys of the last update, read once": "keys read twice",
-    "one that read no pages": "keys changed between the cache and the attention",
+    "the tensor that PagedCache.update returned": "keys or values changed between the cache and the attention",
+    "one that read no pages": "keys or values changed between the cache and the attention",
+    "all layers with the same tokens": "layers without attention of their own tokens",
     "a PagedCache made for": "a mask that does not say the layer's window",
 }
 """Reasons that many models share, by a part of the message."""

@@ -16,8 +16,11 @@ from transformers.cache_utils import DynamicLayer
 
 import swath.hf
 from swath.hf import PagedCache
+from swath.hf.attention import attention_forward
 from swath.hf.cache import PagedLayer
+from swath.hf.masks import band_mask
 from swath.hf.pages import Pages
+from swath.hf.settings import Settings
 from swath.quant import KVQuant, dequantise, quantise, token_scale
 from swath.window import Window
 
@@ -309,6 +312,25 @@ def test_keys_that_never_reach_swath_are_noticed() -> None:
     layer.update(x, x)
     with pytest.raises(ValueError, match="read no pages"):
         layer.update(x, x)
+
+
+@pytest.mark.parametrize("changed", ["key", "value"])
+def test_keys_and_values_that_the_model_changes_are_refused(changed: str) -> None:
+    """DiffLlama repeats its values after the cache: the pages hold others than those it attends to."""
+    ours, x = make("llama", "swath"), torch.randn(1, 2, 3, 8)
+    given = dict(zip(("key", "value"), paged(ours).update(x, x, 0), strict=True))
+    given[changed] = given[changed] * 2
+    with pytest.raises(ValueError, match=rf"{changed}: wanted the tensor that PagedCache.update returned"):
+        attention_forward(Settings(), ours.model.layers[0].self_attn, x, attention_mask=None, **given)
+
+
+def test_rows_that_are_not_the_newest_are_refused() -> None:
+    ours, x = make("llama", "swath"), torch.randn(1, 2, 4, 8)
+    given = dict(zip(("key", "value"), paged(ours).update(x, x, 0), strict=True))
+    with pytest.raises(ValueError, match="attention_mask: wanted rows for the newest tokens"):
+        attention_forward(
+            Settings(), torch.nn.Module(), x[:, :, :2], attention_mask=band_mask(1, 4, 4)[:, :, :2], **given
+        )
 
 
 def test_another_window_than_the_caches_is_refused() -> None:

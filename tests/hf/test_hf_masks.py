@@ -26,6 +26,8 @@ from swath.window import Window
 TOLERANCE = 1e-5
 """Of the largest logit, fp32, as in test_hf.py."""
 
+SLIDING = masking_utils.sliding_window_causal_mask_function(3)
+
 swath.hf.register()
 
 
@@ -56,9 +58,10 @@ swath.hf.register()
         lambda mask, scores: mask.to_dense(),
         lambda mask, scores: mask[:, 0],
         lambda mask, scores: mask[None],
-        lambda mask, scores: mask[:, :, -1:],
-        lambda mask, scores: mask[..., :7],
-        lambda mask, scores: mask[:, :, :, 1:],
+        lambda mask, scores: mask[0],
+        lambda mask, scores: mask[:, 1:],
+        lambda mask, scores: mask[:, :, 8:],
+        lambda mask, scores: mask[scores > 0],
         lambda mask, scores: mask[:, :, ::2],
     ],
 )
@@ -72,24 +75,45 @@ def test_a_carried_mask_travels() -> None:
     """What Transformers, accelerate and models do with masks that they hand on."""
     mask = band_mask(2, 6, 8)
     assert (mask.shape, mask.ndim, mask.dim(), mask.size(-1), mask.size()) == ((2, 1, 6, 8), 4, 4, 8, (2, 1, 6, 8))
-    for same in (
-        mask[:, :, :, :8],
-        mask[..., :9],
-        mask[:],
-        mask[:, :, 0:6],
-        mask.to("cpu", non_blocking=True),
-        mask.contiguous(),
-    ):
-        assert same.band is mask.band
+    for same in (mask[:, :, :, :8], mask[:], mask.contiguous(), mask.to("cpu", non_blocking=True)):
+        assert same.shape == mask.shape
     assert mask.to("meta").device.type == "meta"
     assert copy.deepcopy(mask).band.kv_len == pickle.loads(pickle.dumps(mask)).band.kv_len == 8
     assert not hasattr(mask, "no_such_attribute")
     assert "kv_len=8" in repr(mask)
 
 
+def written_out(mask: Any) -> Tensor:
+    """The values that a carried mask stands for, bool [B, queries, keys]."""
+    band, column = mask.band, torch.arange(mask.shape[-1])
+    visible = band.window.mask(torch.arange(mask.shape[-2]) + band.q_column, column).expand(band.batch, -1, -1)
+    if band.padding is None:
+        return visible
+    first, end = band.padding[:, :, None]
+    return visible & ((column >= first) & (column < end))[:, None]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        (slice(None), slice(None), slice(-1, None)),
+        (..., slice(0, 7)),
+        (..., slice(2, 6), slice(3, None)),
+        (slice(1, 3), ..., slice(-5, None)),
+        (slice(0, 1), slice(None), slice(1, 2), slice(0, 3)),
+    ],
+)
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_a_cut_mask_is_the_mask_cut(side: str, index: tuple[Any, ...]) -> None:
+    real = padding(side, 3, 19)
+    mask = band_mask(3, 8, 19, q_offset=11, mask_function=SLIDING, attention_mask=real)
+    assert torch.equal(written_out(mask[index]), written_out(mask)[:, None][index][:, 0])
+    if real is not None:
+        assert mask[index].band.first == tuple(mask[index].band.padding[0].tolist())
+
+
 BLOCKS, TEXT = torch.tensor([[-1, 0, 0, -1]]), torch.full((1, 4), -1)
 PACKED, WHOLE = torch.tensor([[0, 0, 1, 1]]), torch.zeros(1, 4, dtype=torch.long)
-SLIDING = masking_utils.sliding_window_causal_mask_function(3)
 OVERLAY = masking_utils.sliding_window_overlay(3)
 
 

@@ -8,7 +8,7 @@ pytest.importorskip("transformers", reason="the Transformers integration needs t
 
 from hf_sweep import ALL, sweep
 
-RIGHT = ("bart", "bert", "cohere2", "gemma3", "gpt2", "modernbert-decoder", "moshi", "phi3", "zamba2")
+RIGHT = ("bart", "bert", "cohere2", "diffllama", "gemma3", "gpt2", "modernbert-decoder", "moshi", "phi3", "zamba2")
 """Asks swath for every attention, with masks and layers of many kinds."""
 
 OWN_CODE = ("bloom", "codegen", "mpt", "rembert", "trocr", "xglm")

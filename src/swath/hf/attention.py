@@ -76,15 +76,26 @@ def attention_forward(
     """
     scoring = scoring_of(query, scaling, dropout, softcap, s_aux, kwargs)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    layer = getattr(key, "paged_layer", None)
+    layer = _paged_layer(key, value)
     kv_len = key.shape[2] if layer is None else layer.get_seq_length()
     band = _band(attention_mask, query.shape[0], query.shape[2], kv_len, sliding_window, causal, layer is not None)
     window = _effective_window(settings.override(getattr(module, "layer_idx", 0)), band)
     if layer is not None:
         if window is band.window and band.says(layer.pages.window):
             window = layer.pages.window
-        return cast(Tensor, layer.attend(query, band, window, scoring, settings.impl)), None
+        if not isinstance(band.q_column, Tensor) and band.q_column + band.q_len != kv_len:
+            raise bad_value("attention_mask", "rows for the newest tokens", f"rows from column {band.q_column}")
+        return cast(Tensor, layer.attend(query, key.shape[2], band, window, scoring, settings.impl)), None
     return _dense(query, key, value, band, window, scoring, settings.impl), None
+
+
+def _paged_layer(key: Tensor, value: Tensor) -> Any:
+    """The layer of a PagedCache that handed out these keys and values, which are then read from its pages."""
+    layer, of_value = (getattr(x, "paged_layer", None) for x in (key, value))
+    if layer is not of_value:
+        changed = "key" if layer is None else "value"
+        raise bad_value(changed, "the tensor that PagedCache.update returned", "another: the model changes it first")
+    return layer
 
 
 def _dense(

@@ -25,7 +25,7 @@ class CarriedMask(BlockMask):
 
     It has the shape of the mask that it stands for, and no values. A model that adds its mask to scores, or selects
     with it, therefore gets a TypeError: from every function of torch, every operator and every method of a tensor.
-    ``to`` another device, and slices that cut nothing, are all that models may do with it.
+    Moving it to another device, and cutting rows and columns off, are all that models may do with it.
 
     Transformers lets a mask that is no tensor through if it is a BlockMask; it is one in name alone.
     """
@@ -65,11 +65,14 @@ class CarriedMask(BlockMask):
     def __getitem__(self, index: Any) -> CarriedMask:
         parts = index if isinstance(index, tuple) else (index,)
         rest = next((i for i, part in enumerate(parts) if part is Ellipsis), len(parts))
-        before, after = parts[:rest], parts[rest + 1 :]
-        sizes = self.shape[: len(before)] + self.shape[4 - len(after) :]
-        if len(parts) > 4 or not all(map(_takes_all, before + after, sizes)):
-            _refuse(f"the slice {index}")
-        return self
+        after = parts[rest + 1 :]
+        slices = parts[:rest] + (slice(None),) * (4 - rest - len(after)) + after
+        if len(slices) > 4 or not all(isinstance(part, slice) and part.step in (None, 1) for part in slices):
+            _refuse(f"the index {index}")
+        sequences, heads, rows, columns = (range(*p.indices(n)) for p, n in zip(slices, self.shape, strict=True))
+        if not (sequences and heads and rows and columns):
+            _refuse(f"the empty slice {index}")
+        return CarriedMask(self.band.cut(sequences, rows, columns), self.device)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(Tensor, name):
@@ -88,12 +91,6 @@ class CarriedMask(BlockMask):
 
 def _refuse(operation: str) -> NoReturn:
     raise bad_type("attention_mask", f"a mask with values for {operation}", NO_VALUES)
-
-
-def _takes_all(part: Any, size: int) -> bool:
-    """Whether an index leaves a dimension of ``size`` as it is."""
-    whole = isinstance(part, slice) and part.start in (None, 0) and part.step in (None, 1)
-    return whole and (part.stop is None or part.stop >= size)
 
 
 def _refusing(name: str) -> Any:

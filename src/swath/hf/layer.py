@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,22 +86,26 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Take new keys and values [B, Hkv, T, D]; they come back with this layer attached."""
+        """Take new keys and values [B, Hkv, T, D]; both come back with this layer attached."""
         if self.new is not None:
             raise bad_value("attn_implementation", "one registered by swath.hf.register", "one that read no pages")
         self.new = key_states, value_states
-        handle = key_states.detach()
-        handle.paged_layer = self  # type: ignore[attr-defined]
-        return handle, value_states
+        handles = key_states.detach(), value_states.detach()
+        for handle in handles:
+            handle.paged_layer = self  # type: ignore[attr-defined]
+        return handles
 
     @torch.compiler.disable(reason=ON_THE_HOST)  # type: ignore[untyped-decorator]
-    def attend(self, query: Tensor, band: BandMask, window: Window, scoring: Scoring, impl: str) -> Tensor:
-        """Store the tokens of the last ``update``, then attend to all: query [B, Hq, T, D] to [B, T, Hq, D]."""
+    def attend(self, query: Tensor, keys: int, band: BandMask, window: Window, scoring: Scoring, impl: str) -> Tensor:
+        """Store the ``keys`` tokens of the last ``update``, then attend to all: query [B, Hq, T, D] to [B, T, Hq, D].
+
+        A layer that reads the keys of another may have queries for the newest of the tokens alone.
+        """
         if self.overrides and window.causal:
             window = self.pages.window
         if window != self.pages.window:
             raise bad_value("past_key_values", f"a PagedCache made for {window}", self.pages.window)
-        passes = self._passes_again(query.shape[2]) if self.new is None else self._passes_of(*self.new, band)
+        passes = self._passes_again(query.shape[2], keys) if self.new is None else self._passes_of(*self.new, band)
         if self.store is None:
             raise RuntimeError("lazy_initialization made no pool")
         q = query.transpose(1, 2)
@@ -142,15 +147,15 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             self._calibrate(self.store, [_without_padding(x, band, self.length) for x in (key, value)])
         return passes
 
-    def _passes_again(self, queries: int) -> list[Pass]:
+    def _passes_again(self, queries: int, keys: int) -> list[Pass]:
         """The passes of the newest call, for another layer that reads the same keys."""
         passes = self.pages.passes
-        if not passes or passes[-1].stop != queries:
+        if not passes or passes[-1].stop != keys or queries > keys:
             raise bad_value("key", f"keys of the newest call, for its {queries} queries", "keys of another call")
         if len(passes) > 1:
-            wanted = f"at least {queries}, as another layer reads the keys of this one after they are stored"
+            wanted = f"at least {keys}, as another layer reads the keys of this one after they are stored"
             raise bad_value("chunk", wanted, self.pages.chunk)
-        return passes
+        return [replace(passes[0], stop=queries)]
 
     def _calibrate(self, store: PagedKV, new: list[Tensor]) -> None:
         """Let static scales cover these tokens too; what is stored is quantised again."""

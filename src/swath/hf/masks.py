@@ -92,6 +92,17 @@ class BandMask:
                 return cls.of_padding(window, real, q_len, q_column, dropped)
         raise bad_value("attention_mask", *OTHER_FORM)
 
+    def cut(self, sequences: range, rows: range, columns: range) -> BandMask:
+        """The mask of some neighbouring sequences, rows and columns."""
+        padding, host_first, width = self.padding, self.host_first, len(columns)
+        if padding is not None:
+            padding = (padding[:, sequences.start : sequences.stop] - columns.start).clamp(0, width)
+        if host_first is not None:
+            host_first = tuple(min(max(host_first[b] - columns.start, 0), width) for b in sequences)
+        q_column = self.q_column + rows.start - columns.start
+        dropped = self.dropped + columns.start
+        return BandMask(self.window, len(sequences), len(rows), width, q_column, padding, dropped, host_first)
+
     @property
     def first(self) -> tuple[int, ...]:
         """The first real column of each sequence, on the host.
