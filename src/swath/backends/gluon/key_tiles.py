@@ -10,7 +10,7 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from swath.backends.device.window import band_of, view_of
+from swath.backends.device.window import band_of
 from swath.backends.gluon.scheduler import positions_of
 from swath.backends.triton.kernels.walk import Walk, interior_tiles, plan_walk
 
@@ -19,7 +19,6 @@ class KeyTiles(NamedTuple):
     """The key tiles of a work tile. ``interior .. interior_end - 1`` of the list need no mask for the window."""
 
     work: gl.tensor  # the WorkTile
-    view: gl.tensor  # from where its sequence's queries see, a View
     kv_head: gl.tensor
     band: gl.tensor
     walk: gl.tensor
@@ -28,20 +27,19 @@ class KeyTiles(NamedTuple):
 
 
 @gluon.jit
-def key_tiles_of(work, batch, C: gl.constexpr):
+def key_tiles_of(work, C: gl.constexpr):
     """The key tiles of a work tile; at least one."""
     POSITIONS: gl.constexpr = positions_of(C)
     kv_head = work.head if C.pack > 1 else work.head // C.F.group
-    view = view_of(work.q_start, work.q_len, work.kv_len, batch.window_size)
-    first = view.start + work.q_begin
-    last = view.start + gl.minimum(work.q_begin + POSITIONS, work.q_len) - 1
-    band = band_of(first, last, work.kv_len, view.size, work.lead, C.F)
+    first = work.q_start + work.q_begin
+    last = work.q_start + gl.minimum(work.q_begin + POSITIONS, work.q_len) - 1
+    band = band_of(first, last, work.kv_len, work.window_size, work.lead, C.F)
     KEYS: gl.constexpr = C.block_n + C.narrow_n
     walk = plan_walk(band, C.box_rows, key_align(C), KEYS)
     # Rows that see no key get one tile of zeros, which saves a branch for them.
     walk = Walk(walk.lead, walk.gap, gl.maximum(walk.total, 1))
-    interior, interior_end = interior_tiles(band, walk, first, last, view.size, C.F, KEYS)
-    return KeyTiles(work, view, kv_head, band, walk, interior, interior_end)
+    interior, interior_end = interior_tiles(band, walk, first, last, work.window_size, C.F, KEYS)
+    return KeyTiles(work, kv_head, band, walk, interior, interior_end)
 
 
 @gluon.jit

@@ -106,14 +106,11 @@ def next_rows(work_count, WG: gl.constexpr, sink, score_scales, pipes, batch, C:
     work = get_work(work_count, pipes.work, 4)
     if not rereads_work(C):
         release_work(work_count, pipes.work)
-    key_tiles = key_tiles_of(work, batch, C)
+    key_tiles = key_tiles_of(work, C)
     m, l = initial_state(i, work.head, sink, C)
-    view = key_tiles.view
-    first = view.start + work.q_begin + WG * POSITIONS
-    reach = reach_in_list(
-        reach_of(first + i // C.pack, key_tiles.band, view.size, work.lead, C.F), key_tiles.walk
-    )  # fmt: skip
-    full_from, full_to = interior_of(key_tiles.band, first, first + POSITIONS - 1, view.size, C.F)
+    first, size = work.q_start + work.q_begin + WG * POSITIONS, work.window_size
+    reach = reach_in_list(reach_of(first + i // C.pack, key_tiles.band, size, work.lead, C.F), key_tiles.walk)
+    full_from, full_to = interior_of(key_tiles.band, first, first + POSITIONS - 1, size, C.F)
     scale_log2, cap_log2 = score_scales
     return QueryRows(
         key_tiles, m, l, reach, full_from - key_tiles.walk.gap, full_to - key_tiles.walk.gap, scale_log2, cap_log2,
