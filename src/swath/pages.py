@@ -9,7 +9,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from swath.checks import check_choice, check_int_dtype, check_ints, check_tensor
 from swath.errors import bad_type, bad_value
+
+UNITS = ("page", "token")
+LARGEST = 2**31 - 1
+"""Of a page's number, and of a length."""
 
 
 def check_page_size(page_size: int) -> None:
@@ -33,77 +38,138 @@ def pages_within(start: int, stop: int, page_size: int) -> slice[int, int, None]
     return slice(page_count(start, page_size), stop // page_size)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PageTable:
-    """Which page holds which tokens of a sequence, rectangular or flat.
+    """Which page holds which tokens of a sequence.
+
+    A worked example: with pages of 16 the row ``[7, 2]`` of pages, and the row ``[112, 113, ..., 127, 32, 33, ...]`` of
+    tokens, both say that positions 0 to 15 are in page 7 and those from 16 on in page 2.
 
     Args:
-        entries: int32 [B, max_pages], or flat page ids [N].
-        indptr: None, or int32 [B + 1]: sequence b owns ``entries[indptr[b]:indptr[b + 1]]``.
+        entries: [B, max_pages], a row for each sequence; flat, [N], with ``indptr``; or with ``rows`` a larger table,
+            [R, max_pages], which is read in place.
+        indptr: None, or [B + 1]: sequence b owns ``entries[indptr[b]:indptr[b + 1]]``.
+        rows: None, or [B]: sequence b owns ``entries[rows[b]]``.
+        unit: "page" for entries that are pages, or "token" for one entry a position: the slot of that token,
+            ``page * page_size + offset``. Of these the first one of each page is read, and names the page.
+
+    Tensors are int32 or int64. Entries, rows and bounds that name nothing are not followed.
+
+    Raises:
+        TypeError, ValueError: naming the field.
     """
 
     entries: Tensor
     indptr: Tensor | None = None
+    rows: Tensor | None = None
+    unit: str = "page"
+
+    def __post_init__(self) -> None:
+        check_int_dtype("entries", check_tensor("entries", self.entries, 2 if self.indptr is None else 1))
+        check_choice("unit", self.unit, UNITS)
+        for name, x in (("indptr", self.indptr), ("rows", self.rows)):
+            if x is not None:
+                check_ints(name, x, None, self.entries.device)
+        if self.indptr is not None and self.rows is not None:
+            raise bad_value("rows", "None for a flat table, which has no rows", f"shape {tuple(self.rows.shape)}")
+
+    def __repr__(self) -> str:
+        tensors = {"entries": self.entries, "indptr": self.indptr, "rows": self.rows}
+        shown = [f"{name}={x.dtype}{list(x.shape)}" for name, x in tensors.items() if x is not None]
+        return f"PageTable({', '.join(shown)}, unit={self.unit!r}, device='{self.entries.device}')"
 
     @classmethod
     def of(cls, block_table: BlockTable) -> PageTable:
-        """From the public argument: a tensor [B, max_pages], the pair (page_ids [N], page_indptr [B + 1]), or one."""
-        if isinstance(block_table, Tensor):
-            return cls(block_table)
-        return block_table if isinstance(block_table, PageTable) else cls(*block_table)
+        """From the public argument, of which ``checked`` has seen one that looks the same: nothing is checked again."""
+        if isinstance(block_table, PageTable):
+            return block_table
+        entries, indptr = (block_table, None) if isinstance(block_table, Tensor) else block_table
+        table = object.__new__(cls)
+        table.__dict__.update(entries=entries, indptr=indptr, rows=None, unit="page")
+        return table
 
     @classmethod
-    def checked(cls, block_table: object, num_seqs: int) -> PageTable:
-        """The same, with every check of what came.
+    def checked(cls, block_table: object, num_seqs: int, device: torch.device) -> PageTable:
+        """From the public argument (see ``BlockTable``), for ``num_seqs`` sequences on ``device``.
 
         Raises:
             TypeError, ValueError: naming ``block_table`` or its part.
         """
-        if isinstance(block_table, PageTable):
-            block_table = (
-                block_table.entries if block_table.indptr is None else (block_table.entries, block_table.indptr)
-            )
         if isinstance(block_table, Tensor):
-            if block_table.dim() != 2 or block_table.shape[0] != num_seqs:
-                raise bad_value("block_table", f"shape [{num_seqs}, max_pages]", tuple(block_table.shape))
-            if block_table.dtype != torch.int32:
-                raise bad_type("block_table", "int32", block_table.dtype)
-            return cls(block_table)
-        if not isinstance(block_table, (tuple, list)) or len(block_table) != 2:
-            raise bad_type("block_table", "a tensor or a pair (page_ids, page_indptr)", type(block_table).__name__)
-        page_ids, indptr = block_table
-        for name, x in (("page_ids", page_ids), ("page_indptr", indptr)):
-            if not isinstance(x, Tensor) or x.dtype != torch.int32:
-                raise bad_type(f"block_table.{name}", "an int32 tensor", getattr(x, "dtype", type(x).__name__))
-            if x.dim() != 1:
-                raise bad_value(f"block_table.{name}", "one dimension", tuple(x.shape))
-        if indptr.shape[0] != num_seqs + 1:
-            raise bad_value("block_table.page_indptr", f"shape [{num_seqs + 1}]", tuple(indptr.shape))
-        return cls(page_ids, indptr)
+            entries = check_tensor("block_table", block_table, 2, device)
+            check_int_dtype("block_table", entries)
+            if entries.shape[0] != num_seqs:
+                raise bad_value("block_table", f"shape [{num_seqs}, max_pages]", tuple(entries.shape))
+            return cls(entries)
+        if isinstance(block_table, PageTable):
+            table, names = block_table, ("entries", "indptr", "rows")
+        elif isinstance(block_table, (tuple, list)) and len(block_table) == 2:
+            names = ("page_ids", "page_indptr", "rows")
+            ids, indptr = (
+                check_ints(f"block_table.{n}", x, None, device) for n, x in zip(names, block_table, strict=False)
+            )
+            table = cls(ids, indptr)
+        else:
+            wanted = "a tensor, a pair (page_ids, page_indptr) or a PageTable"
+            raise bad_type("block_table", wanted, type(block_table).__name__)
+        table._check_batch([f"block_table.{name}" for name in names], num_seqs, device)
+        return table
 
-    @property
-    def max_pages(self) -> int:
+    def _check_batch(self, names: Sequence[str], num_seqs: int, device: torch.device) -> None:
+        """Check that the parts, called by ``names``, are a table of so many sequences on ``device``."""
+        if self.entries.device != device:
+            raise bad_value(names[0], f"a tensor on {device}, as the others", self.entries.device)
+        index, length = (self.rows, num_seqs) if self.indptr is None else (self.indptr, num_seqs + 1)
+        if index is None and self.entries.shape[0] != num_seqs:
+            raise bad_value(names[0], f"shape [{num_seqs}, max_pages]", tuple(self.entries.shape))
+        if index is not None and index.shape[0] != length:
+            raise bad_value(names[2 if self.indptr is None else 1], f"shape [{length}]", tuple(index.shape))
+
+    def max_pages(self, page_size: int) -> int:
         """Most pages a sequence can have."""
-        return self.entries.shape[-1]
+        return page_count(self.entries.shape[-1], self._step(page_size))
+
+    def _step(self, page_size: int) -> int:
+        """Entries a page."""
+        return 1 if self.unit == "page" else page_size
 
     @cached_property
     def _bounds(self) -> list[int]:
-        bounds: list[int] = [] if self.indptr is None else self.indptr.tolist()
+        """The index on the host: ``indptr`` or ``rows``."""
+        index = self.rows if self.indptr is None else self.indptr
+        bounds: list[int] = [] if index is None else index.tolist()
         return bounds
 
-    def row(self, b: int) -> Tensor:
-        """The entries of sequence ``b``, int32 [pages]; a hostile ``indptr`` is cut to what exists."""
-        if self.indptr is None:
-            return self.entries[b]
-        first, end = (min(max(i, 0), self.max_pages) for i in self._bounds[b : b + 2])
-        return self.entries[first : max(first, end)]
+    def row(self, b: int, page_size: int) -> Tensor:
+        """The pages of sequence ``b``, int [pages]; reads the index to the host."""
+        if self.indptr is not None:
+            first, end = (min(max(i, 0), self.entries.shape[0]) for i in self._bounds[b : b + 2])
+            entries = self.entries[first : max(first, end)]
+        else:
+            row = b if self.rows is None else self._bounds[b]
+            entries = self.entries[row] if 0 <= row < self.entries.shape[0] else self.entries.new_empty(0)
+        step = self._step(page_size)
+        return entries if step == 1 else entries[::step].div(step, rounding_mode="floor")
 
-    def extents(self, seq: Tensor) -> tuple[Tensor, Tensor]:
-        """First entry (in ``entries`` laid flat) and number of pages of the sequences ``seq``, on the device."""
-        if self.indptr is None:
-            return seq * self.max_pages, torch.full_like(seq, self.max_pages)
-        ends = self.indptr.long().clamp(0, self.max_pages)
-        return ends[seq], ends[seq + 1] - ends[seq]
+    def lookup(self, seq: Tensor, page: Tensor, page_size: int) -> Tensor:
+        """Pages number ``page`` [N] of the sequences ``seq`` [N], int64, -1 where there is none; on the device."""
+        step, width = self._step(page_size), self.entries.shape[-1]
+        column = page * step
+        found = (page >= 0) & (column < width)
+        at: tuple[Tensor, ...]
+        if self.indptr is not None:
+            ends = self.indptr.long().clamp(0, width)
+            column = column + ends[seq]
+            found &= column < ends[seq + 1]
+            at = (column,)
+        else:
+            row = seq if self.rows is None else self.rows.long()[seq]
+            found &= (row >= 0) & (row < self.entries.shape[0])
+            at = row, column
+        if not self.entries.numel():
+            return torch.full_like(page, -1)
+        entries = self.entries[tuple(x.where(found, 0) for x in at)].long().where(found, -1)
+        return entries.div(step, rounding_mode="floor").clamp(-1, LARGEST)
 
 
 BlockTable = Tensor | Sequence[Tensor] | PageTable
@@ -120,20 +186,17 @@ def locate_slots(
     """``swath.slots`` (see there): token i of a sequence's q_len new ones stands at ``seq_len - q_len + i``."""
     num_seqs = seq_lens.shape[0]
     token = torch.arange(num_tokens, device=seq_lens.device)
+    if num_seqs == 0:
+        return torch.full_like(token, -1)
     if cu_seqlens_q is None:
-        per_seq = num_tokens // max(num_seqs, 1)
+        per_seq = num_tokens // num_seqs
         seq, index = token // max(per_seq, 1), token % max(per_seq, 1)
         q_len = torch.full_like(token, per_seq)
     else:
         cu = cu_seqlens_q.long()
         seq = (torch.searchsorted(cu, token, right=True) - 1).clamp(0, num_seqs - 1)
         index, q_len = token - cu[seq], cu[seq + 1] - cu[seq]
-    position = seq_lens.long()[seq].clamp(min=0) - q_len + index
-    page = position.div(page_size, rounding_mode="floor")
-    first, pages = table.extents(seq)
-    placed = (position >= 0) & (page < pages) & (index >= 0) & (index < q_len)
-    entries = table.entries.reshape(-1).long()
-    if not entries.numel():
-        return torch.full_like(token, -1)
-    entry = entries[(first + page).clamp(0, entries.shape[0] - 1)]
-    return torch.where(placed & (entry >= 0), entry * page_size + position % page_size, -1)
+    position = seq_lens.long()[seq].clamp(0, LARGEST) - q_len + index
+    page = table.lookup(seq, position.div(page_size, rounding_mode="floor"), page_size)
+    placed = (page >= 0) & (index >= 0) & (index < q_len)
+    return torch.where(placed, page * page_size + position % page_size, -1)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from swath.cache import DenseKeys, PagedKeys, PagedKV
-from swath.checks import output_dtype
 from swath.window import FULL, Window
 
 LOG2_E = 1.4426950408889634
@@ -90,12 +89,18 @@ class Problem:
         """Query heads that share a kv head."""
         return self.num_q_heads // self.keys.num_kv_heads
 
+    @property
+    def score_unit(self) -> float:
+        """What makes scores of q . k: in base 2, or in units of the soft cap where there is one."""
+        return self.scale / self.softcap if self.softcap > 0 else self.scale * LOG2_E
+
     def sequences(self) -> Iterator[SequenceRows]:
         """The rows of each sequence, for host backends; reads lengths to the host."""
-        bounds = None if self.cu_seqlens_q is None else self.cu_seqlens_q.tolist()
+        num_rows = self.q.shape[0]
+        bounds = [] if self.cu_seqlens_q is None else [min(max(i, 0), num_rows) for i in self.cu_seqlens_q.tolist()]
         starts = None if self.q_start is None else self.q_start.tolist()
         for b in range(self.num_seqs):
-            if bounds is not None:
+            if bounds:
                 rows: int | slice = slice(bounds[b], max(bounds[b], bounds[b + 1]))
             else:
                 rows = b if self.q.dim() == 4 else slice(b, b + 1)
@@ -202,6 +207,11 @@ class Accepted:
         problem = Problem(q, keys, out, lse, **fields)
         problem.memo = self.memo
         return problem
+
+
+def output_dtype(q: Tensor) -> torch.dtype:
+    """The output has q's dtype; fp8 queries give bf16."""
+    return torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
 
 
 def make_outputs(q: Tensor, out: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:

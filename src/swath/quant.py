@@ -33,6 +33,9 @@ WIDE = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST: dict[torch.dtype, float] = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 """The largest magnitude stored by each quantised dtype; int8 stays symmetric, so -128 is not used."""
 
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+"""Of a token's row: a smaller one would lose bits or be 0, by which nothing can be divided."""
+
 SCALE_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -68,18 +71,24 @@ class KVQuant:
 
     Args:
         dtype: int8, float8_e4m3fn or float8_e5m2; or bfloat16, float16, float32 with granularity "none".
-        k: granularity of K: "tensor", "head", "channel", "token", or "none".
+        k: granularity of K: "tensor", "head", "channel", "token", or "none". "default" is "token" for int8, which
+            cannot do without a scale, and "none" for all others: fp8 is then stored as it is.
         v: granularity of V; None is the same as k.
+
+    Raises:
+        TypeError, ValueError: naming the field.
     """
 
     dtype: torch.dtype
-    k: str = "none"
+    k: str = "default"
     v: str | None = None
 
     def __post_init__(self) -> None:
-        quantised = self.dtype in LARGEST
-        if not quantised and self.dtype not in WIDE:
+        if not isinstance(self.dtype, torch.dtype) or self.dtype not in (*LARGEST, *WIDE):
             raise bad_type("dtype", "int8, float8_e4m3fn, float8_e5m2, bfloat16, float16 or float32", self.dtype)
+        if self.k == "default":
+            object.__setattr__(self, "k", "token" if self.dtype == torch.int8 else "none")
+        quantised = self.dtype in LARGEST
         allowed: tuple[str, ...] = GRANULARITIES if quantised else ("none",)
         if self.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
             allowed = ("none", *GRANULARITIES)
@@ -87,6 +96,19 @@ class KVQuant:
             if granularity not in allowed:
                 raise bad_value(name, f"one of {allowed} for {self.dtype}", repr(granularity))
         object.__setattr__(self, "v", self.v_granularity)  # so that equal storages compare equal
+
+    @classmethod
+    def of(cls, quant: object) -> KVQuant:
+        """From the argument of ``PagedKV.empty``: a KVQuant, or a dtype for ``KVQuant(dtype)``.
+
+        Raises:
+            TypeError: anything else.
+        """
+        if isinstance(quant, KVQuant):
+            return quant
+        if isinstance(quant, torch.dtype):
+            return cls(quant)
+        raise bad_type("quant", "a KVQuant or a torch.dtype", repr(quant))
 
     @property
     def v_granularity(self) -> str:
@@ -112,16 +134,23 @@ def spread(granularity: str, scale: Tensor | None) -> Tensor | None:
 
 
 def token_scale(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale [..., Hkv] (fp32) that stores each row of ``x`` [..., Hkv, D]: max|x| / largest, 1 for a zero row."""
+    """The scale [..., Hkv] (fp32) that stores each row of ``x`` [..., Hkv, D]: max|x| / largest, 1 for a zero row.
+
+    At least ``SMALLEST_SCALE``, and NaN for a row with a NaN or an infinity, which so reads NaN in any dtype.
+    """
     return _scale_for(x.float().abs().amax(-1), dtype)
 
 
 def quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``x / scale`` in the stored dtype: round half to even, saturated at the largest value (127, 448, 57344)."""
+    """``x / scale`` in the stored dtype: round half to even, saturated at the largest value (127, 448, 57344).
+
+    NaN is NaN, without a sign, in fp8 and 0 in int8. A scale of 0, which reads 0 whatever is stored, counts as 1.
+    """
     if dtype not in LARGEST:
         return x.to(dtype)
-    scaled = x.float() if scale is None else x.float() / scale.float()
+    scaled = x.float() if scale is None else x.float() / scale.float().where(scale != 0, 1.0)
     scaled = scaled.clamp(-LARGEST[dtype], LARGEST[dtype])
+    scaled = scaled.where(scaled == scaled, 0.0 if dtype == torch.int8 else torch.nan)
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
 
 
@@ -132,19 +161,20 @@ def dequantise(stored: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.
 
 
 def calibrate(x: Tensor, dtype: torch.dtype, granularity: str) -> Tensor:
-    """A static fp32 scale from sample tokens ``x`` [N, Hkv, D]: the largest magnitude seen over ``LARGEST``."""
+    """A static fp32 scale from sample tokens ``x`` [N, Hkv, D]: the largest finite magnitude seen over ``LARGEST``."""
     dims = {"tensor": (0, 1, 2), "head": (0, 2), "channel": (0,)}
     if granularity not in dims:
         raise bad_value("granularity", f"one of {tuple(dims)}", repr(granularity))
-    return _scale_for(x.float().abs().amax(dims[granularity]), dtype)
+    return _scale_for(x.float().abs().nan_to_num(0.0, 0.0).amax(dims[granularity]), dtype)
 
 
 def _scale_for(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """``largest`` over the largest stored value, 1 for zeros.
+    """``largest`` over the largest stored value, 1 for zeros, NaN where it is NaN or infinite.
 
     The divisor is a tensor: CUDA's division by a number is a product with its reciprocal, one bit off here and there.
     """
-    return torch.where(largest > 0, largest / largest.new_full((), LARGEST[dtype]), 1.0)
+    scale = (largest / largest.new_full((), LARGEST[dtype])).clamp(min=SMALLEST_SCALE)
+    return scale.where(largest < torch.inf, torch.nan).where(largest != 0, 1.0)
 
 
 def fold_q(q: Tensor, granularity: str, scale: Tensor | None) -> Tensor:

@@ -8,7 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from swath.checks import check_count, check_ints
 from swath.errors import bad_type, bad_value
+from swath.vendors import mojo_window
 
 LARGEST_SIZE = 2**31 - 1
 """Positions are int32."""
@@ -28,8 +30,8 @@ class Window:
         size: keys in the window, the query's own included, as Hugging Face and vLLM configurations count.
             None is no limit, and 2**31 - 1 the largest. With ``causal=False`` the window reaches ``size - 1`` keys
             to each side.
-        global_tokens: leading keys of the sequence that stay visible: an int, or an int32 tensor [B] with one
-            count per sequence. (gpt-oss "sinks" are something else: logits, see ``sink=`` of the operators.)
+        global_tokens: leading keys of the sequence that stay visible: an int, or a tensor [B], int32 or int64, with
+            one count per sequence. (gpt-oss "sinks" are something else: logits, see ``sink=`` of the operators.)
         causal: whether keys after the query are hidden.
         max_global_tokens: upper bound of a tensor ``global_tokens``, used to size launches; None: not known.
 
@@ -44,22 +46,15 @@ class Window:
 
     def __post_init__(self) -> None:
         if self.size is not None:
-            _check_count("size", self.size, "an int >= 0 or None")
-            if self.size > LARGEST_SIZE:
-                raise bad_value("size", f"at most {LARGEST_SIZE}, or None for no limit", self.size)
+            check_count("size", self.size, "an int >= 0 or None", most=LARGEST_SIZE)
         if not isinstance(self.causal, bool):
             raise bad_type("causal", "a bool", type(self.causal).__name__)
         if isinstance(self.global_tokens, Tensor):
-            if self.global_tokens.dtype != torch.int32:
-                raise bad_type("global_tokens", "an int32 tensor [B]", self.global_tokens.dtype)
-            if self.global_tokens.dim() != 1:
-                raise bad_value("global_tokens", "a tensor of shape [B]", tuple(self.global_tokens.shape))
+            check_ints("global_tokens", self.global_tokens, None, self.global_tokens.device)
             if self.max_global_tokens is not None:
-                _check_count("max_global_tokens", self.max_global_tokens, "an int >= 0 or None")
+                check_count("max_global_tokens", self.max_global_tokens, "an int >= 0 or None")
         else:
-            _check_count("global_tokens", self.global_tokens, "an int >= 0 or an int32 tensor [B]")
-            if self.global_tokens > LARGEST_SIZE:
-                raise bad_value("global_tokens", f"at most {LARGEST_SIZE}", self.global_tokens)
+            check_count("global_tokens", self.global_tokens, "an int >= 0 or a tensor [B]", most=LARGEST_SIZE)
             if self.max_global_tokens is not None:
                 raise bad_value("max_global_tokens", "None unless global_tokens is a tensor", self.max_global_tokens)
 
@@ -100,8 +95,8 @@ class Window:
         ``(-1, -1)`` with ``causal=True`` is ``Window()``. Without it ``(-1, -1)`` is ``Window(causal=False)``, and
         ``right == left`` is a window to both sides.
         """
-        _check_count("left", left, "an int >= -1", least=-1)
-        _check_count("right", right, "an int >= -1", least=-1)
+        check_count("left", left, "an int >= -1", least=-1)
+        check_count("right", right, "an int >= -1", least=-1)
         if not isinstance(causal, bool):
             raise bad_type("causal", "a bool", type(causal).__name__)
         size = None if left == -1 else left + 1
@@ -118,12 +113,7 @@ class Window:
         ``(None, None)`` is full causal attention; ``(None, g)`` sees the first g keys only; ``(w, g)`` sees
         w + 1 keys and the first g.
         """
-        if global_ is not None:
-            _check_count("global_", global_, "an int >= 0 or None")
-        if local is None:
-            return cls() if global_ is None else cls(0, global_tokens=global_)
-        _check_count("local", local, "an int >= 0 or None")
-        return cls(local + 1, global_tokens=global_ or 0)
+        return cls(*mojo_window(local, global_))
 
     @property
     def is_unbounded(self) -> bool:
@@ -193,13 +183,6 @@ class Window:
         if isinstance(self.global_tokens, Tensor):
             raise bad_type("global_tokens", "an int here; call for_sequence(b) first", "a tensor")
         return self.global_tokens
-
-
-def _check_count(name: str, value: object, wanted: str, least: int = 0) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise bad_type(name, wanted, type(value).__name__)
-    if value < least:
-        raise bad_value(name, wanted, value)
 
 
 FULL = Window()

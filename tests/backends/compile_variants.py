@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from conftest import plan_for
-from swath import KVQuant, PagedKV, Window
+from swath import KVQuant, PagedKV, PageTable, Window
 from swath.backends.hopper import attention as hopper
 from swath.backends.triton.heuristics.dequantise import SCRATCH_BYTES
 from swath.ops import attention as attention_call
@@ -41,6 +41,15 @@ ONE_PASS = [
     ("ragged", "fp16", "64", "both sides", "softcap", "16"),
 ]
 """What pairs need not meet and a kernel of its own is compiled for: prefill of the paired target in one pass."""
+TABLES = [
+    ("decode", "bf16", "128", "size+tensor", "plain", "tokens 16"),
+    ("ragged", "fp16", "64", "size", "plain", "tokens 16"),
+    ("long ragged", "int8 token", "128", "none", "plain", "tokens 16"),
+    ("dense", "bf16", "128", "size+tensor", "plain", "wide 16"),
+    ("ragged", "bf16", "128", "size+tensor", "plain", "wide 16"),
+    ("many steps", "int8 channel", "256", "size", "plain", "wide 16"),
+]
+"""Page tables and integers that few callers have, with every kernel that reads them: rows of token slots, 64 bits."""
 
 
 class Variant(NamedTuple):
@@ -60,9 +69,10 @@ class Variant(NamedTuple):
 
 def suite_variants(arch: str) -> list[Variant]:
     """The variants that the suite compiles for a target."""
-    rows = pairwise(OPTIONS) + [dict(zip(OPTIONS, values, strict=True)) for values in ONE_PASS]
-    found = list(variants(arch, rows))
-    return found if arch == PAIRED_TARGET else covering(found)
+    rows = pairwise(OPTIONS)
+    if arch != PAIRED_TARGET:
+        return covering(list(variants(arch, rows)))
+    return list(variants(arch, rows + [dict(zip(OPTIONS, values, strict=True)) for values in ONE_PASS + TABLES]))
 
 
 def all_variants(arch: str) -> Iterator[Variant]:
@@ -123,16 +133,20 @@ def problem_of(row: dict[str, str]) -> Problem:
         "gqa": "interleaved" if row["scoring"] == "interleaved" else "grouped",
         "return_lse": lse,
     }
-    tokens, cu = 512, torch.zeros(num_seqs + 1, dtype=torch.int32)
+    ints = torch.int64 if row["paging"].startswith("wide") else torch.int32
+    tokens, cu = 512, torch.zeros(num_seqs + 1, dtype=ints)
     if row["queries"] == "dense":
         q, k, v = (torch.empty(tokens, h, head_dim, dtype=dtype) for h in (group * kv_heads, kv_heads, kv_heads))
         return attention_call.prepare(q, k, v, cu, cu, **options)
     page_size = int(row["paging"].split()[-1]) if row["paging"] != "split 256" else 16
     if row["queries"] == "long ragged":  # 8-bit keys of which the scratch holds one sequence, dequantised
         capacity = options["max_kv_len"] = (3 * SCRATCH_BYTES // 4) // (kv_heads * head_dim * 4)
-    table: Any = torch.zeros(num_seqs, -(-capacity // page_size), dtype=torch.int32)
+    table: Any = torch.zeros(num_seqs, -(-capacity // page_size), dtype=ints)
     if row["paging"].startswith("flat"):
         table = (table.reshape(-1), cu)
+    if row["paging"].startswith("tokens"):
+        rows = torch.zeros(num_seqs, dtype=ints)
+        table = PageTable(torch.zeros(8, capacity, dtype=ints), rows=rows, unit="token")
     if row["paging"] == "split 256":
         options["split_size"] = 256
     if granularity == "compute":
@@ -142,7 +156,7 @@ def problem_of(row: dict[str, str]) -> Problem:
     q = torch.empty(*uniform.get(row["queries"], (tokens,)), group * kv_heads, head_dim, dtype=dtype)
     if row["queries"] not in uniform:
         options["cu_seqlens_q"] = cu
-    return paged_call.prepare(q, cache, table, torch.zeros(num_seqs, dtype=torch.int32), **options)
+    return paged_call.prepare(q, cache, table, torch.zeros(num_seqs, dtype=ints), **options)
 
 
 def _cache(storage: str, granularity: str, heads: int, page_size: int, head_dim: int, dtype: torch.dtype) -> PagedKV:

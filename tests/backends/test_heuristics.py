@@ -209,7 +209,7 @@ def test_where_all_have_as_many_tokens_each_may_need_a_row() -> None:
     ("change", "field", "value"),
     [
         ({"window": "none"}, "window", False),
-        ({"window": "size+tensor"}, "leading", "tensor"),
+        ({"window": "size+tensor"}, "lead", "tensor"),
         ({"storage": "int8 token"}, "pairs", True),
         ({"storage": "int8 compute"}, "pairs", False),
         ({"storage": "fp32"}, "fp32", True),
@@ -254,10 +254,10 @@ def test_hopper_takes_one_pass_where_two_tiles_hold_all_keys(
     one = replace(problem(**{"head_dim": "64"} | row), window=window)
     work = Work(one, Target("sm_90", 132))
     launch = hopper_launch(work)
-    assert (launch.consumers if launch.first_n else 0) == consumers
-    assert launch.box_rows <= (launch.first_n if launch.first_n and work.features.page_size else launch.block_n)
+    assert (launch.consumers if launch.narrow_n else 0) == consumers
+    assert launch.box_rows <= (launch.narrow_n if launch.narrow_n and work.features.page_size else launch.block_n)
     unbounded = hopper_launch(replace(work, problem=replace(one, max_kv_len=1 << 20)))
-    assert (unbounded.consumers if unbounded.first_n else 0) == consumers, "no bound of lengths decides"
+    assert (unbounded.consumers if unbounded.narrow_n else 0) == consumers, "no bound of lengths decides"
 
 
 def decode(num_seqs: int, steps: int, group: int, window: Window) -> Problem:

@@ -82,7 +82,7 @@ def launches(problem: Problem) -> list[Any]:
     for tiles in tiles_of(problem, "sm_90"):
         plan = plan_for(tiles, problem, Target("sm_90", 132))
         for call in plan.calls:
-            args = {p: call.args[p] for p in call.kernel.arg_names if p in call.args and p != "leading"}
+            args = {p: call.args[p] for p in call.kernel.arg_names if p in call.args and p != "lead"}
             said.append((tiles, str(call), call.grid, args, call.options, call.sources, call.views))
         said.append((plan.scratch.nbytes, plan.scratch.offsets()))
     return said

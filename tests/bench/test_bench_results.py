@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,28 +12,26 @@ import torch
 
 pytest.importorskip("typer", reason="the command line needs the extra 'bench'")
 
-from bench_rows import ORIGIN, row, write
+from bench_rows import row, write
+from cli_calls import output_of
 from typer.testing import CliRunner
 
 from conftest import SmallClock
-from swath.bench import cases, report, run
+from swath.bench import cases, run
 from swath.bench.case import BenchCase, Groups
 from swath.bench.cases import BY_NAME, CASES
 from swath.bench.compare import changes
 from swath.bench.goals import GOALS, X_FLOOR, X_PEER
 from swath.bench.judge import best, by_case, outcomes, verdict
+from swath.bench.key import KEY
 from swath.bench.results import Row, Timed, read
+from swath.bench.table import case_table, unsteady
+from swath.bench.units import in_words
 from swath.cli import app, bench_session
 from swath.cli.bench import command_of
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def invoke(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(a) for a in ("bench", *arguments)])
-    assert result.exit_code == code, result.output
-    return " ".join(result.output.split())
 
 
 def test_changes_are_told_from_ties() -> None:
@@ -49,11 +48,13 @@ def test_changes_are_told_from_ties() -> None:
 def test_compare_fails_beyond_the_threshold(tmp_path: Path) -> None:
     before = write(tmp_path / "a.jsonl", [row("B64 8k p16", "swath-triton", 100.0)])
     after = write(tmp_path / "b.jsonl", [row("B64 8k p16", "swath-triton", 107.0)])
-    assert "1.070 slower" in invoke("compare", before, after, code=1)
-    assert "1.070 slower" in invoke("compare", before, after, "--threshold", "0.1")
-    assert "0.935 faster" in invoke("compare", after, before)
+    assert "1.070 slower" in output_of("bench", "compare", before, after, code=1)
+    assert "1.070 slower" in output_of("bench", "compare", before, after, "--threshold", "0.1")
+    assert "0.935 faster" in output_of("bench", "compare", after, before)
     other = write(tmp_path / "c.jsonl", [row("B8 4k p32", "swath-triton", 1.0)])
-    assert "nothing in common" in invoke("compare", before, other, code=2).replace("no case and provider", "nothing")
+    assert "nothing in common" in output_of("bench", "compare", before, other, code=2).replace(
+        "no case and provider", "nothing"
+    )
 
 
 def test_the_verdict_is_against_the_best_peer_and_the_goals() -> None:
@@ -112,101 +113,6 @@ def test_the_parts_of_a_mixed_batch_make_it_up() -> None:
         assert {replace(part, name=whole.name, op="mixed", draw=whole.draw) for part in parts} == {whole}
 
 
-def sweep_rows() -> list[Row]:
-    rows = []
-    for case in CASES:
-        if "cpu" not in case.tags:
-            floor = row(case.name, "x", 1.0).floor_us
-            rows += [
-                row(case.name, name, floor * x + 5) for name, x in (("swath-triton", 1.1), ("fa3", 1.3), ("scalar", 60))
-            ]
-    return rows
-
-
-def test_plots_are_drawn_for_what_was_measured(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="plots need the extra 'bench'")
-    results = write(tmp_path / "rows.jsonl", sweep_rows())
-    said = invoke("plot", results, "--output", tmp_path / "plots")
-    names = {path.name for path in (tmp_path / "plots").iterdir()}
-    assert names == {f"bench-{name}.{form}" for name in report.PLOTS for form in ("png", "svg")}
-    assert all(name in said for name in names)
-    for path in (tmp_path / "plots").iterdir():
-        data = path.read_bytes()
-        assert data.startswith(PNG) if path.suffix == ".png" else b"</svg>" in data
-        assert len(data) > 5000
-    first = (tmp_path / "plots" / "bench-cache.svg").read_bytes()
-    invoke("plot", results, "--output", tmp_path / "plots")
-    assert (tmp_path / "plots" / "bench-cache.svg").read_bytes() == first
-    one = write(tmp_path / "one.jsonl", [row("B64 8k p16", "swath-triton", 500.0)])
-    invoke("plot", one, "--output", tmp_path / "few")
-    assert {path.name for path in (tmp_path / "few").iterdir()} == {"bench-floor-decode.png", "bench-floor-decode.svg"}
-
-
-def test_plots_leave_baselines_out_and_draw_nothing_of_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="plots need the extra 'bench'")
-    results = write(tmp_path / "rows.jsonl", [row("B64 8k p16", "swath-triton", None)])
-    assert "no measured case" in invoke("plot", results, "--output", tmp_path, code=2)
-
-
-def test_the_report_has_every_figure_and_its_command() -> None:
-    rows = [
-        row("B64 8k p16", "swath-triton", 500.0),
-        row("B64 8k p16", "fa3", 540.0),
-        row("B64 8k p16", "scalar", 9000.0),
-    ]
-    rows += [row("B64 8k p16", "vllm", None), row("000a p32", "scalar", 100.0), row("000a p32", "swath-triton", 9.0)]
-    later = replace(rows[0], origin=replace(ORIGIN, date="2026-01-03"))
-    text = report.page({"b.jsonl": rows, "a.jsonl": [later]}, ["bench-floor-decode.png"])
-    assert text.index("a.jsonl") < text.index("b.jsonl"), "the newest first"
-    cells = "| triton 500 us x1.02 | fa3 540 us x1.11 | 1.08 x fa3 (ahead); x1.02 of the floor, goal x1.03 |"
-    assert f"{cells} scalar 9 ms x{rows[2].x_floor:.2f}; vllm: refused |" in text
-    assert "```text\nswath bench run --op decode\n```" in text
-    assert "| decode, 10x a scalar kernel | 0.09 | 0.1 |" in text
-    assert "(img/bench-floor-decode.png)" in text
-    assert "img/bench-cache.png" not in text
-    more = report.page({"h200-2026-01-03-who.jsonl": [later]}, [])
-    assert ", 2026-01-03: who\n" in more, "the heading says what the name says beyond the date"
-    readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    once = report.with_plot(readme, rows, ["bench-floor-decode.png"])
-    assert report.with_plot(once, rows, ["bench-floor-decode.png"]) == once
-    assert "old" not in once
-    assert once.startswith("before\n")
-    assert once.endswith("after\n")
-    with pytest.raises(ValueError, match="readme"):
-        report.with_plot("no marks", rows, [])
-
-
-def test_the_committed_page_is_the_report_of_the_committed_results() -> None:
-    found = {path.name: read(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))}
-    images = [path.name for path in (ROOT / report.IMAGES).glob("bench-*.png")]
-    again = "run: swath bench report"
-    assert (ROOT / report.PAGE).read_text(encoding="utf-8") == report.page(found, images), again
-    shown = report.fullest(found.values())
-    readme = (ROOT / report.README).read_text(encoding="utf-8")
-    assert report.with_plot(readme, shown, images) == readme, again
-
-
-def test_plots_show_the_largest_file_and_of_two_as_large_the_newer() -> None:
-    small, large = ([row("B64 8k p16", f"p{i}", 500.0) for i in range(n)] for n in (1, 2))
-    older = [replace(r, origin=replace(ORIGIN, date="1999-01-01")) for r in large]
-    assert report.fullest((small, older, large)) is large
-    assert report.fullest((small, older)) is older
-
-
-def test_report_writes_page_plots_and_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib", reason="plots need the extra 'bench'")
-    monkeypatch.chdir(tmp_path)
-    assert "checkout" in invoke("report", code=2)
-    (tmp_path / "docs" / "img").mkdir(parents=True)
-    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
-    assert "no results" in invoke("report", code=2)
-    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    write(tmp_path / "benchmarks" / "results" / "x.jsonl", [row("B64 8k p16", "swath-triton", 500.0)])
-    invoke("report")
-    assert "bench-floor-decode.png" in (tmp_path / "README.md").read_text()
-    assert "B64 8k p16" in (tmp_path / "docs" / "benchmarks.md").read_text()
-
-
 TINY = tuple(
     BenchCase(
         name=f"tiny {n}",
@@ -236,7 +142,7 @@ CPU = ("run", "--device", "cpu", "--provider", "swath", "--rounds", 1)
 
 
 def test_a_run_writes_rows_that_say_where_they_come_from(tiny: Path) -> None:
-    said = invoke(*CPU, "--quick", "--output", tiny, "--commit", "abc123")
+    said = output_of("bench", *CPU, "--quick", "--output", tiny, "--commit", "abc123")
     assert "3 cases written" in said
     assert names_in(tiny) == ["tiny 20", "tiny 30", "tiny 40"]
     for one in read(tiny):
@@ -244,6 +150,31 @@ def test_a_run_writes_rows_that_say_where_they_come_from(tiny: Path) -> None:
         assert one.origin.cpu
         assert one.origin.command.startswith("swath ")
         assert one.budget_used is not None
+
+
+def test_rounds_that_spread_get_a_warning() -> None:
+    steady = row("B64 8k p16", "swath-triton", 500.0, rounds_us=[480.0, 500.0, 570.0])
+    spread = row("B64 8k p16", "fa3", 500.0, rounds_us=[480.0, 500.0, 590.0])
+    (said,) = unsteady([steady, spread, row("B64 8k p16", "vllm", None)])
+    assert said.startswith("fa3: its rounds spread by 22%")
+
+
+@pytest.mark.parametrize(
+    ("us", "said"),
+    [(7.942, "7.942 us"), (481.84, "481.8 us"), (999.6, "999.6 us"), (3037.2, "3.037 ms"), (2e7, "20000 ms")],
+)
+def test_times_are_in_the_unit_that_suits(us: float, said: str) -> None:
+    assert in_words(us) == said
+
+
+def test_a_table_has_one_unit() -> None:
+    rows = [row("llama 8k full", "swath-hopper", 744.7), row("llama 8k full", "torch", 35910.0)]
+    columns = {column.header: list(column.cells) for column in case_table(rows).columns}
+    assert columns["us"] == ["744.7", "35910"]
+    rows = [row("mistral 16k", "swath-hopper", 2635.0), row("mistral 16k", "fa3", 3093.0, read_us=1500.0)]
+    columns = {column.header: list(column.cells) for column in case_table(rows).columns}
+    assert columns["ms"] == ["2.635", "3.093"]
+    assert columns["plain read ms"] == ["", "1.5"]
 
 
 def test_the_command_is_what_makes_the_rows() -> None:
@@ -266,14 +197,14 @@ def test_the_command_is_what_makes_the_rows() -> None:
 def test_a_budget_stops_and_resume_goes_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(0, 10_000, 10))  # each look at the clock takes 10 s
     monkeypatch.setattr(bench_session.time, "monotonic", lambda: float(next(ticks)))
-    said = invoke(*CPU, "--output", tiny, "--budget", 45)
+    said = output_of("bench", *CPU, "--output", tiny, "--budget", 45)
     assert f"2 left, go on with: swath bench run --resume {tiny}" in said
     assert names_in(tiny) == ["tiny 20"]
-    invoke(*CPU, "--resume", tiny)
+    output_of("bench", *CPU, "--resume", tiny)
     assert names_in(tiny) == ["tiny 20", "tiny 30", "tiny 40"]
     assert len(read(tiny)) == 3
-    assert "0 cases written" in invoke(*CPU, "--resume", tiny)
-    assert "give one" in invoke(*CPU, "--resume", tiny, "--output", tiny, code=2)
+    assert "0 cases written" in output_of("bench", *CPU, "--resume", tiny)
+    assert "give one" in output_of("bench", *CPU, "--resume", tiny, "--output", tiny, code=2)
 
 
 def test_ctrl_c_keeps_what_was_measured(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,14 +216,14 @@ def test_ctrl_c_keeps_what_was_measured(tiny: Path, monkeypatch: pytest.MonkeyPa
         return real(case, *others)
 
     monkeypatch.setattr(run, "measure_case", interrupted)
-    said = invoke(*CPU, "--output", tiny, code=130)
+    said = output_of("bench", *CPU, "--output", tiny, code=130)
     assert f"interrupted; 1 case written to {tiny}; 2 left" in said
     assert names_in(tiny) == ["tiny 20"]
 
 
 def test_a_wrong_result_of_ours_fails_the_run(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swath.bench.gate.budget_used", lambda *_args, **_options: 1.5)
-    assert "swath itself was refused" in invoke(*CPU, "--output", tiny, "--match", "tiny 20", code=2)
+    assert "swath itself was refused" in output_of("bench", *CPU, "--output", tiny, "--match", "tiny 20", code=2)
     (only,) = read(tiny)
     assert only.status == "refused"
     assert not isinstance(only, Timed)
@@ -300,17 +231,23 @@ def test_a_wrong_result_of_ours_fails_the_run(tiny: Path, monkeypatch: pytest.Mo
 
 def test_list_names_cases_and_providers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = invoke("list", "--match", "000a p32")
+    said = output_of("bench", "list", "--match", "000a p32")
     assert "000a p32" in said
-    assert "001" not in said
+    assert "001 B2" not in said
+    assert all(part in said for part in KEY)
     for name in ("swath-cpu: here", "torch: here"):
         assert name in said
-    assert "wanted something that a case has" in invoke("list", "--match", "no such case", code=2)
+    listed = json.loads(CliRunner().invoke(app, ["bench", "list", "--match", "000a", "--json"]).stdout)
+    assert [case["name"] for case in listed["cases"]] == [case.name for case in CASES if "000a" in case.name]
+    assert listed["cases"][0]["shape"] == BY_NAME["000a p32"].shape
+    assert {found["name"]: found["missing"] is None for found in listed["providers"]}["swath-cpu"]
+    assert listed["key"] == KEY
+    assert "wanted something that a case has" in output_of("bench", "list", "--match", "no such case", code=2)
 
 
 def test_without_a_gpu_it_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "torch sees no GPU" in invoke("run", "--provider", "swath-cpu", "--rounds", 1, "--output", tiny)
-    assert "needs a GPU" in invoke("run", "--device", "cuda", "--output", tiny, code=2)
-    assert "one that can run here" in invoke("run", "--provider", "fa3", "--output", tiny, code=2)
-    assert "provider: wanted one of" in invoke("run", "--provider", "fa9", "--output", tiny, code=2)
+    assert "torch sees no GPU" in output_of("bench", "run", "--provider", "swath-cpu", "--rounds", 1, "--output", tiny)
+    assert "needs a GPU" in output_of("bench", "run", "--device", "cuda", "--output", tiny, code=2)
+    assert "one that can run here" in output_of("bench", "run", "--provider", "fa3", "--output", tiny, code=2)
+    assert "provider: wanted one of" in output_of("bench", "run", "--provider", "fa9", "--output", tiny, code=2)

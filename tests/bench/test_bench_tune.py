@@ -87,7 +87,7 @@ def test_a_row_is_what_is_launched(schedule: str) -> None:
 def test_a_hopper_row_is_what_is_launched() -> None:
     rows, launched = found("hopper")
     for row in rows:
-        assert launched(row.heuristics).args["C"] == hopper_row(row)
+        assert launched(row.heuristics).args["LAUNCH"] == hopper_row(row)
     paged = problem(queries="ragged", storage="bf16")
     boxes = {hopper_row(row).box_rows for row in candidates_of(paged, H200, "hopper", "hopper", SOURCE)}
     assert boxes == {16}, "pages of 16, whatever the tile"
@@ -165,7 +165,7 @@ def test_the_line_makes_the_same_launch(schedule: str) -> None:
             assert str(launched(heuristics)) != str(launched(row.heuristics))
             heuristics = replace(heuristics, num_splits=row.heuristics.num_splits)
         assert str(launched(heuristics)) == str(launched(row.heuristics))
-        assert launched(heuristics).args.get("C") == launched(row.heuristics).args.get("C")
+        assert launched(heuristics).args.get("LAUNCH") == launched(row.heuristics).args.get("LAUNCH")
 
 
 def test_a_number_of_splits_becomes_resident_programs() -> None:

@@ -13,29 +13,20 @@ import pytest
 
 pytest.importorskip("typer", reason="the command line needs the extra 'bench'")
 
-from typer.testing import CliRunner
+from bench_rows import ORIGIN, row
+from cli_calls import invoke
 
 from swath.bench import plot, report
-from swath.bench.results import Origin, Timed, append
-from swath.cli import app
+from swath.bench.results import append
+from swath.cli.files import marks
 
 HUGE = 10**20
-ORIGIN = Origin(
-    gpu="A GPU", driver="1", cpu=None, torch="2", triton="3", cuda=None, swath="0", commit="abc", date="2026-01-02",
-    command="swath bench run",
-)  # fmt: skip
-ROW = Timed(
-    case="B64 8k p16", op="decode", shape="64 x 1 of 8192", provider="swath-triton", status="ok", origin=ORIGIN,
-    us=500.0, us_p10_p90=[499.0, 501.0], rounds_us=[500.0] * 3, method="graph", floor_us=480.0, bound="bytes",
-    x_floor=1.04, tflop_per_s=1.0, tb_per_s=1.0, flops=1, nbytes=1, read_tb_per_s=1.0, copy_tb_per_s=1.0,
-    matmul_tflop_per_s=1.0,
-)  # fmt: skip
+ROW = row("B64 8k p16", "swath-triton", 500.0)
 
 
 def mistake(*args: object) -> str:
     """The one line that a mistake prints, whatever came before it on standard output."""
-    result = CliRunner().invoke(app, [str(a) for a in args], env={"COLUMNS": "80", "NO_COLOR": "1"})
-    assert result.exit_code == 2, result.output
+    result = invoke(*args, code=2)
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.stderr.startswith("swath: ")
     assert result.stderr.count("\n") == 1
@@ -95,12 +86,18 @@ def test_a_file_that_holds_no_rows(kind: str, good: Path, tmp_path: Path) -> Non
     assert bad.read_bytes() == before, "a file that is no file of results is not written to"
 
 
-@pytest.mark.parametrize("command", ["compare", "plot", "run --resume", "run --output"])
-@pytest.mark.parametrize("path", ["{tmp}", "{tmp}/absent.jsonl", "{tmp}/good.jsonl/below"])
-def test_a_path_that_is_no_file(path: str, command: str, good: Path, tmp_path: Path) -> None:
+NO_FILES = ("{tmp}", "{tmp}/good.jsonl/below", "{tmp}/absent.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("command", "path"),
+    [
+        *((command, path) for command in ("compare", "plot") for path in NO_FILES),
+        *((command, path) for command in ("run --resume", "run --output") for path in NO_FILES[:2]),  # a run makes one
+    ],
+)
+def test_a_path_that_is_no_file(command: str, path: str, good: Path, tmp_path: Path) -> None:
     given = path.format(tmp=tmp_path)
-    if path.endswith("absent.jsonl") and command.startswith("run"):
-        pytest.skip("a run makes the file")
     words = command.split()
     message = mistake("bench", *words, *([good] if words == ["compare"] else []), given)
     assert given.removesuffix("/below") in message
@@ -173,9 +170,7 @@ def test_numbers_out_of_reach(args: list[object]) -> None:
 
 
 def test_a_page_of_more_than_all_keys_is_one_page() -> None:
-    result = CliRunner().invoke(app, ["show", "--page-size", str(HUGE)])
-    assert result.exit_code == 0
-    assert "1 of 1 pages" in result.stdout
+    assert "1 of 1 pages" in invoke("show", "--page-size", HUGE).stdout
 
 
 @pytest.fixture
@@ -185,7 +180,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / report.IMAGES).mkdir(parents=True)
     (tmp_path / report.PAGE).write_text("the old page")
-    (tmp_path / report.README).write_text(f"{report.BEGIN}\n{report.END}\n")
+    (tmp_path / report.README).write_text("\n".join(marks(report.MARKS)))
     for name in ("bench-floor-decode.png", "bench-floor-decode.svg", "bench-gone.png", "window.png"):
         (tmp_path / report.IMAGES / name).write_text(f"the old {name}")
     append(tmp_path / "benchmarks" / "results" / "x.jsonl", [ROW])
@@ -197,7 +192,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_report_replaces_what_it_draws_and_removes_what_it_does_not(checkout: Path) -> None:
-    assert CliRunner().invoke(app, ["bench", "report"]).exit_code == 0
+    invoke("bench", "report")
     now = contents(checkout / report.IMAGES)
     assert now.keys() == {"bench-floor-decode.png", "bench-floor-decode.svg", "window.png"}
     assert now["bench-floor-decode.png"].startswith(b"\x89PNG")
@@ -237,7 +232,7 @@ def test_an_error_while_drawing_loses_nothing(
 
     before = contents(checkout)
     monkeypatch.setattr(plot, "_cache", failing)
-    CliRunner().invoke(app, ["bench", "report"])
+    invoke("bench", "report", code=130 if error is KeyboardInterrupt else 1)
     assert contents(checkout) == before
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,12 +21,13 @@ from transformers import (
     GenerationConfig,
     ModernBertConfig,
     ModernBertModel,
+    masking_utils,
 )
-from transformers.masking_utils import causal_mask_function, create_causal_mask
+from transformers.masking_utils import create_causal_mask
 
 import swath.hf
 from swath.hf import attention as hf_attention
-from swath.hf import masks
+from swath.hf import masks, versions
 from swath.hf.masks import band_mask
 from swath.window import Window
 
@@ -91,11 +94,21 @@ def test_standard_masks_are_never_written_out(family: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-@pytest.mark.parametrize("additive", [False, True])
-def test_masks_of_the_caller(side: str, additive: bool) -> None:
+@pytest.mark.parametrize(
+    ("window", "additive"),
+    [
+        (Window(), False),
+        (Window(), True),
+        (Window(9), False),
+        (Window(causal=False), True),
+        (Window(4, causal=False), False),
+    ],
+    ids=["causal", "causal-additive", "sliding", "full-additive", "both-sides"],
+)
+def test_masks_of_the_caller(side: str, window: Window, additive: bool) -> None:
     """4-D masks, bool or additive, are read back to a window and padding."""
     ids, real = tokens(2, LENGTH), padding(side, 2, LENGTH)
-    visible = Window().mask(torch.arange(LENGTH), torch.arange(LENGTH)).expand(2, 1, -1, -1)
+    visible = window.mask(torch.arange(LENGTH), torch.arange(LENGTH)).expand(2, 1, -1, -1)
     if real is not None:
         visible = visible & real.bool()[:, None, None]
     mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min) if additive else visible
@@ -175,25 +188,56 @@ def test_sharded_sinks() -> None:
     assert error(logits(ours, ids), logits(make("gpt_oss", "eager"), ids)) < TOLERANCE
 
 
+def generate_batch(model: Any, prompts: list[list[int]]) -> list[Any]:
+    """The results of requests longer than a batch, prefilled in chunks beside others that decode."""
+    options = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    batching = ContinuousBatchingConfig(block_size=16, num_blocks=32, max_batch_tokens=8)
+    return list(model.generate_batch(prompts, generation_config=options, continuous_batching_config=batching).values())
+
+
+PROMPTS = [tokens(n, seed=n).tolist() for n in (LENGTH, 3, 30)]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_continuous_batching_is_eager(family: str) -> None:
-    """Requests longer than a batch are prefilled in chunks beside others that decode, past the window's ring."""
-    prompts = [tokens(n, seed=n).tolist() for n in (LENGTH, 3, 30)]
-    options = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
-    eager, ours = make(family, "eager"), make(family, "paged|swath")
-    results = ours.generate_batch(
-        prompts,
-        generation_config=options,
-        continuous_batching_config=ContinuousBatchingConfig(block_size=16, num_blocks=32, max_batch_tokens=8),
-    )
-    assert [r.error for r in results.values()] == [None] * len(prompts)
-    for prompt, result in zip(prompts, results.values(), strict=True):
+    """Past the window's ring."""
+    eager, ours = make(family, "eager"), make(family, "eager")
+    swath.hf.set_continuous_batching(ours)
+    results = generate_batch(ours, PROMPTS)
+    assert [r.error for r in results] == [None] * len(PROMPTS)
+    for prompt, result in zip(PROMPTS, results, strict=True):
         assert result.generated_tokens == greedy(eager, torch.tensor([prompt]), new=12)[0, len(prompt) :].tolist()
 
 
-def test_paged_name_outside_continuous_batching() -> None:
-    with pytest.raises(ValueError, match=r"cache: wanted that of model\.generate_batch"):
-        logits(make("llama", "paged|swath"), tokens(1, 4))
+def test_another_window_under_continuous_batching() -> None:
+    """Narrower than the ring is right, wider is refused."""
+    for family, window in (("llama", Window(4, global_tokens=2)), ("mistral", Window(WINDOW - 2))):
+        swath.hf.register("swath-other", window=window)
+        ours = make(family, "eager")
+        swath.hf.set_continuous_batching(ours, "swath-other")
+        for prompt, result in zip(PROMPTS, generate_batch(ours, PROMPTS), strict=True):
+            theirs = greedy(make(family, "swath-other"), torch.tensor([prompt]), new=12)
+            assert result.generated_tokens == theirs[0, len(prompt) :].tolist()
+    swath.hf.register("swath-other", window=Window(WINDOW + 1))
+    for result in generate_batch(ours, PROMPTS):
+        assert "window: wanted keys within Window(5)" in result.error
+
+
+def test_an_older_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.16.1")
+    with pytest.raises(ImportError, match=r"needs Transformers 5\.17 or newer, this is 5\.16\.1"):
+        runpy.run_path(versions.__file__)
+
+
+def test_outside_continuous_batching() -> None:
+    ours = make("llama", "eager")
+    swath.hf.set_continuous_batching(ours)
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q: wanted those of model\.generate_batch"):
+        logits(ours, tokens(1, 4))
+    ours.set_attn_implementation("swath")
+    assert error(logits(ours, tokens(1, 4)), logits(make("llama", "eager"), tokens(1, 4))) < TOLERANCE
+    with pytest.raises(ValueError, match=r"name: wanted a name given to register \(.*swath"):
+        swath.hf.set_continuous_batching(ours, "eager")
 
 
 def hidden_middle(mask: Tensor) -> Tensor:
@@ -207,26 +251,17 @@ def hidden_middle(mask: Tensor) -> Tensor:
         (hidden_middle(torch.ones(2, LENGTH, dtype=torch.long)), "padding between tokens"),
         (torch.ones(2, 1, LENGTH, LENGTH).tril().log() + 0.5, "a bias between them"),
         (torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril(-1), "a mask of another form"),
-        (torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril().triu(-8), "a mask of another form"),
-        (torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool), "a mask of another form"),
+        (torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril(3).triu(-8), "a mask of another form"),
         (torch.zeros(2, 1, LENGTH, LENGTH, dtype=torch.bool), "a key to see"),
         (torch.ones(2, 4, LENGTH, LENGTH, dtype=torch.bool).tril(), "shape"),
         (torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.long).tril(), "bool or floating point"),
         (torch.ones(2, 1, LENGTH, LENGTH - 2, dtype=torch.bool).tril(), "19 keys"),
     ],
-    ids=["hole", "bias", "strict", "band", "both-ways", "nothing", "per-head", "integers", "short"],
+    ids=["hole", "bias", "strict", "lopsided", "nothing", "per-head", "integers", "short"],
 )
 def test_other_masks_are_refused(mask: Tensor, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         logits(make("llama", "swath"), tokens(2, LENGTH), mask)
-
-
-def test_a_mask_that_a_model_cut_is_refused() -> None:
-    """Then the mask's meaning is lost, and nothing in the tensor passes for a mask."""
-    x, mask = torch.zeros(1, 2, 6, 8), band_mask(1, 6, 8)
-    for cut in (mask[..., :6], mask[..., :6].float(), mask[..., :6].bool(), mask[..., :6] < 1):
-        with pytest.raises((TypeError, ValueError), match="attention_mask"):
-            hf_attention.attention_forward(swath.hf.settings.Settings(), torch.nn.Module(), x, x, x, cut)
 
 
 def test_packed_sequences_are_refused() -> None:
@@ -249,7 +284,7 @@ def test_layers_without_a_mask() -> None:
     settings, module = swath.hf.settings.Settings(), torch.nn.Module()
     x = torch.randn(1, 2, 6, 8, generator=torch.Generator().manual_seed(0))
     out, _ = hf_attention.attention_forward(settings, module, x, x, x, None, sliding_window=3)
-    band = band_mask(1, 6, 6, mask_function=masks.sliding_window_causal_mask_function(3))
+    band = band_mask(1, 6, 6, mask_function=masking_utils.sliding_window_causal_mask_function(3))
     assert torch.equal(out, hf_attention.attention_forward(settings, module, x, x, x, band)[0])
     with pytest.raises(ValueError, match="a mask for 2 causal queries over 6 keys"):
         hf_attention.attention_forward(settings, module, x[:, :, :2], x, x, None)
@@ -280,11 +315,3 @@ def test_window_functions_are_checked() -> None:
     swath.hf.register("swath-odd", window=lambda _: 128)
     with pytest.raises(TypeError, match="layer_idx"):
         logits(make("llama", "swath-odd"), tokens(1, 4))
-
-
-def test_recognised_mask_functions() -> None:
-    both, causal = masks.sliding_window_bidirectional_mask_function(3), masks.sliding_window_causal_mask_function(3)
-    assert masks.window_of(causal_mask_function) == Window()
-    assert masks.window_of(causal) == Window(3)
-    assert masks.window_of(both) == Window(4, causal=False)
-    assert masks.window_of(lambda b, h, q, k: k <= q) is None

@@ -155,7 +155,7 @@ def test_nothing_is_left_to_do(path: Path) -> None:
         assert not found
 
 
-NOUNS = ("errors", "window", "quant", "pages", "checks", "cache", "problem", "target")
+NOUNS = ("errors", "vendors", "window", "quant", "pages", "checks", "cache", "problem", "target")
 ABOVE = ("swath.ops", "swath.dispatch", "swath.backends", "swath.hf", "swath.cli", "swath.bench", "swath.demo")
 BACKENDS_NEVER = ("swath.ops", "swath.dispatch", "swath.hf", "swath.cli", "swath.bench", "swath.demo", "swath.testing")
 NEVER = {

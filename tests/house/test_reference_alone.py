@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import swath
 from conftest import python_environment
 
 OPTIONAL = ("transformers", "typer", "rich", "matplotlib", "gguf", "hypothesis", "pytest")
@@ -15,6 +18,7 @@ EVERY_OPERATOR = f"""
 import sys
 import torch
 import swath
+from swath import *
 print([name for name in {("triton", *OPTIONAL)} if sys.modules.get(name)])
 from swath.testing import Case, make
 
@@ -56,7 +60,26 @@ def test_every_operator_runs_without(blocked: tuple[str, ...]) -> None:
 def test_the_block_blocks() -> None:
     """Without torch nothing can run: the way these tests hide a module works."""
     with pytest.raises(AssertionError, match="import of torch halted"):
-        python("import swath", ("torch",))
+        python("import swath\nswath.Window", ("torch",))
+
+
+def test_names_are_imported_when_they_are_asked_for() -> None:
+    """``swath --help`` waits for no torch, and a process that loads an exported program finds the operators."""
+    assert python("import sys\nimport swath\nprint('torch' in sys.modules)", ()).strip() == "False"
+    ops = ("append_kv", "attention", "merge_states", "paged_attention", "slots")
+    program = f"import swath.ops\nimport torch\nprint(*(hasattr(torch.ops.swath, name) for name in {ops}))"
+    assert python(program, ()).split() == ["True"] * len(ops)
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse(Path(swath.__file__).read_text(encoding="utf-8"))
+    seen = {
+        alias.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    homes = {name: f"swath.{home}" for name, home in swath._HOMES.items()}
+    assert homes == {name: home for name, home in seen.items() if str(home).startswith("swath.")}
+    assert sorted(homes) == sorted(swath.__all__)
+    assert all(getattr(swath, name).__module__ == home for name, home in homes.items())
 
 
 WITHOUT_WARPGROUP_MMA = """

@@ -52,6 +52,22 @@ def test_from_packed_is_a_view_of_both() -> None:
     assert cache.v.untyped_storage().data_ptr() == kv.untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize("by_token", [False, True])
+def test_from_packed_by_head_is_a_view_of_any_strides(by_token: bool) -> None:
+    """vLLM gives its tensor the same shape in every layout, and says the layout by strides."""
+    shape = (PAGES, SIZE, HEADS, 2 * DIM) if by_token else (PAGES, HEADS, SIZE, 2 * DIM)
+    memory = numbered(*shape)
+    kv = memory.transpose(1, 2) if by_token else memory
+    scale = numbered(PAGES, HEADS, SIZE)
+    cache = PagedKV.from_packed(kv.to(torch.int8), layout="hnd", k_scale=scale, v_scale=scale)
+    assert (cache.num_kv_heads, cache.page_size, cache.quant) == (HEADS, SIZE, INT8_TOKEN)
+    assert cache.k_scale is scale
+    cache = PagedKV.from_packed(kv, layout="hnd")
+    assert torch.equal(cache.k[2, 1, 5], kv[2, 1, 5, :DIM])
+    assert torch.equal(cache.v[2, 1, 5], kv[2, 1, 5, DIM:])
+    assert cache.k.data_ptr() == memory.data_ptr()
+
+
 @pytest.mark.parametrize("build", ["nhd", "packed"])
 def test_token_scales_come_page_by_token(build: str) -> None:
     scale = numbered(PAGES, SIZE, HEADS)
@@ -87,16 +103,48 @@ def test_from_aiter_repacks(x: int, blocked_v: bool) -> None:
 def test_empty_makes_what_it_is_asked_for(quant: KVQuant) -> None:
     cache = PagedKV.empty(quant, PAGES, HEADS, SIZE, DIM)
     assert cache.quant == quant
-    assert not cache.k.float().any()
+    assert cache.k.shape == cache.v.shape == (PAGES, HEADS, SIZE, DIM)
     assert cache.k_scale is None or cache.k_scale.eq(1).all()
+    assert cache.nbytes == PAGES * SIZE * quant.bytes_per_token(HEADS, DIM)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_empty_takes_a_dtype(dtype: torch.dtype) -> None:
+    assert PagedKV.empty(dtype, PAGES, HEADS, SIZE, DIM).quant == KVQuant(dtype)
 
 
 def test_empty_needs_its_static_scales() -> None:
     with pytest.raises(ValueError, match=r"^k_scale: wanted a scale of granularity 'head'"):
         PagedKV.empty(KVQuant(torch.int8, "head"), PAGES, HEADS, SIZE, DIM)
+    with pytest.raises(ValueError, match=r"^k_scale: wanted a scale of granularity 'token', got one of shape \(\)"):
+        PagedKV.empty(torch.int8, PAGES, HEADS, SIZE, DIM, k_scale=0.02, v_scale=0.02)
     scale = torch.ones(HEADS)
     cache = PagedKV.empty(KVQuant(torch.int8, "head"), PAGES, HEADS, SIZE, DIM, k_scale=scale, v_scale=scale)
     assert cache.k_scale is scale
+
+
+def test_a_number_is_a_scale_for_the_whole_tensor() -> None:
+    pool = torch.zeros(PAGES, HEADS, SIZE, DIM, dtype=torch.int8)
+    per_tensor = KVQuant(torch.int8, "tensor")
+    for cache in (
+        PagedKV(pool, pool.clone(), k_scale=0.5, v_scale=2),
+        PagedKV.from_nhd(pool.transpose(1, 2), pool.clone().transpose(1, 2), k_scale=0.5, v_scale=2),
+        PagedKV.empty(per_tensor, PAGES, HEADS, SIZE, DIM, k_scale=0.5, v_scale=2),
+    ):
+        assert cache.quant == per_tensor
+        assert (cache.k_scale.dtype, cache.k_scale.device) == (torch.float32, cache.k.device)
+        assert (cache.k_scale.item(), cache.v_scale.item()) == (0.5, 2.0)
+    for wrong in (0.0, -1.0, float("nan"), float("inf"), 1e300, 1e-300, 10**400):
+        with pytest.raises(ValueError, match=r"^v_scale: wanted a .*float"):
+            PagedKV(pool, pool.clone(), k_scale=0.5, v_scale=wrong)
+
+
+def test_a_cache_prints_its_form_and_not_its_contents() -> None:
+    cache = PagedKV.empty(KVQuant(torch.int8, "token", "head"), PAGES, HEADS, SIZE, DIM, v_scale=torch.ones(HEADS))
+    assert repr(cache) == (
+        "PagedKV(num_pages=3, num_kv_heads=2, page_size=16, head_dim=32, dtype=torch.int8, k='token', v='head', "
+        f"nbytes={2 * 3072 + 3 * 2 * 16 * 4 + 2 * 4}, device='cpu')"
+    )
 
 
 def test_the_worked_example_of_slots() -> None:

@@ -121,9 +121,17 @@ def test_granularities_that_cannot_be(dtype: torch.dtype, k: str, v: str | None)
         KVQuant(dtype, k, v)
 
 
-def test_a_dtype_that_stores_nothing() -> None:
+@pytest.mark.parametrize("dtype", [torch.int16, "int8", None, []])
+def test_a_dtype_that_stores_nothing(dtype: object) -> None:
     with pytest.raises(TypeError, match=r"^dtype: wanted"):
-        KVQuant(torch.int16)
+        KVQuant(dtype)
+
+
+def test_int8_has_token_scales_unless_told_otherwise() -> None:
+    assert KVQuant(torch.int8) == KVQuant(torch.int8, "token", "token")
+    assert KVQuant(torch.int8, v="head") == KVQuant(torch.int8, "token", "head")
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16):
+        assert KVQuant(dtype) == KVQuant(dtype, "none", "none")
 
 
 def test_bytes_per_token_is_what_a_cache_takes() -> None:
@@ -137,3 +145,9 @@ def test_the_worked_example() -> None:
     scale = token_scale(x, torch.int8)
     torch.testing.assert_close(scale, torch.tensor([0.02]))
     assert quantise(x, scale[..., None], torch.int8).tolist() == [[25, -127, 50]]
+
+
+def test_calibration_leaves_out_what_is_not_finite() -> None:
+    x = torch.tensor([[1.0, -2.0, torch.nan, torch.inf, -torch.inf, 0.0]]).expand(4, 1, 6)
+    assert float(calibrate(x, torch.int8, "tensor")) == pytest.approx(2 / 127)
+    assert calibrate(x, torch.int8, "channel")[0].tolist() == pytest.approx([1 / 127, 2 / 127, 1, 1, 1, 1])

@@ -82,6 +82,7 @@ SHARED: dict[str, list[Fields]] = {
     "q_start": [{}, {"q_start": (0, -2, 100)}, {"q_start": (30, 40, 3)}],
     "bounds": [{}, {"bounds": "tight"}, {"bounds": "loose"}],
     "strided": [{}, {"strided": True}],
+    "index_dtype": [{}, {"index_dtype": torch.int64}],
     "spiked": [{}, {"spiked": True}],
 }  # fmt: skip
 
@@ -90,8 +91,9 @@ PAGED: dict[str, list[Fields]] = {
     "queries": QUERIES,
     **SHARED,
     "page_size": [{}, *({"page_size": p} for p in (1, 8, 48, 64))],
-    "table": [{}, {"table": "flat"}],
-    "layout": [{}, {"layout": "nhd"}, {"layout": "packed"}, {"layout": "padded"}],
+    "table": [{}, {"table": "flat"}, {"table": "rows"}],
+    "unit": [{}, {"unit": "token"}],
+    "layout": [{}, *({"layout": x} for x in ("nhd", "packed", "packed hnd", "padded"))],
     "split_size": [{}, {"split_size": 64}, {"split_size": 128}],
     "holes": [{}, {"holes": True}],
 }

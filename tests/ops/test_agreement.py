@@ -139,6 +139,28 @@ def test_out_is_written_and_returned(case: Case, prepare: Prepare, impl: str) ->
     assert canary.broken() == 0
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((300, 70, 129), split_size=64),
+        Case(q_lens=3, quant=INT8_TOKEN),
+        Case((330, 70, 129), (90, 1, 40), num_kv_heads=1, group=8, quant=INT8_TOKEN),
+        Case((330, 70, 129), (90, 1, 40), head_dim=128, size=40),
+        Case(q_lens=(9, 0, 70), dense=True),
+    ],
+    ids=str,
+)
+def test_out_may_be_q(case: Case, prepare: Prepare, impl: str) -> None:
+    """No row of q is read once the same row of the output may have been written."""
+    inputs = prepare(case)
+    want, want_lse = inputs.run(impl)
+    in_place = replace(inputs, q=inputs.q.clone())
+    out, lse = in_place.run(impl, out=in_place.q)
+    assert out.data_ptr() == in_place.q.data_ptr()
+    assert torch.equal(out, want)
+    assert torch.equal(lse, want_lse)
+
+
 def test_paged_equals_dense(prepare: Prepare, impl: str) -> None:
     """The same keys with and without pages."""
     dense = prepare(Case((90, 33), (20, 33), dense=True, size=30, global_tokens=2, spiked=True))

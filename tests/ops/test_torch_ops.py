@@ -12,12 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import swath
-from swath import KVQuant, PagedKV, Window
+from swath import KVQuant, PagedKV, PageTable, Window
 from swath.testing import Case, Inputs, make
 
 PAGED = {
     "decode": Case(size=20, global_tokens=3),
-    "n-step": Case(q_lens=3, quant=KVQuant(torch.int8, "token"), sink="fp32"),
+    "n-step": Case(q_lens=3, quant=KVQuant(torch.int8, "token"), sink="fp32", index_dtype=torch.int64),
+    "request table": Case(table="rows", unit="token", size=20),
     "ragged": Case(q_lens=(5, 0, 40), table="flat", size=20, global_tokens=(1, 2, 3), q_start=(3, 4, 80)),
     "fp8": Case(dtype=torch.float8_e4m3fn, q_scale="token", quant=KVQuant(torch.float8_e4m3fn, "channel", "head")),
 }
@@ -63,9 +64,15 @@ def test_opcheck_the_other_operators() -> None:
     torch.library.opcheck(ops.append_kv.default, (c.k, c.v, c.k_scale, c.v_scale, k, k, where, "reference"))
     out, lse = inputs.run("reference")
     torch.library.opcheck(ops.merge_states.default, (out, lse, out.clone(), lse.clone(), "reference"))
-    flat = make(Case(table="flat"))
-    for table, indptr in ((inputs.block_table, None), flat.block_table):
-        torch.library.opcheck(ops.slots.default, (table, indptr, inputs.seq_lens, 16, 3, None))
+    flat = make(Case(table="flat")).block_table
+    request_table = make(Case(table="rows", unit="token")).block_table
+    tables = (
+        (inputs.block_table, None, None, "page"),
+        (*flat, None, "page"),
+        (request_table.entries, None, request_table.rows, "token"),
+    )
+    for table in tables:
+        torch.library.opcheck(ops.slots.default, (*table, inputs.seq_lens, 16, 3, None))
 
 
 def compiled(function: Callable[..., Any], *args: Any, dynamic: bool | None = None) -> Any:
@@ -163,6 +170,8 @@ def test_fake_tensors_have_the_real_shapes(case: Case) -> None:
             return mode.from_tensor(x)
         if isinstance(x, PagedKV):
             return PagedKV(*(fake(t) for t in (x.k, x.v, x.k_scale, x.v_scale)))
+        if isinstance(x, PageTable):
+            return PageTable(fake(x.entries), rows=fake(x.rows), unit=x.unit)
         if isinstance(x, Window):
             return Window(x.size, fake(x.global_tokens), x.causal)
         return tuple(map(fake, x)) if isinstance(x, tuple) else x

@@ -1,10 +1,13 @@
-"""Plots of stored results: x of the floor by case, time against context and window, and what a cache must hold."""
+"""Plots of stored results: x of the floor by case, time against context and window, and what a cache must hold.
+
+They are drawn for a page a phone wide: there the smallest letters are about as high as the text beside them.
+"""
 
 from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,24 +18,30 @@ from swath.bench.cases import BY_NAME, CASES
 from swath.bench.goals import X_FLOOR, X_PEER
 from swath.bench.judge import by_case, is_baseline, is_ours
 from swath.bench.results import Row, Timed, conditions, timed
-from swath.cli.palette import FAINT, INK, MUTED, TONES
+from swath.bench.units import in_words
+from swath.cli.palette import FAINT, INK, LOOKS, MUTED, TONES, UNKNOWN
 from swath.quant import KVQuant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-WIDTH = 7.0
-"""Inches: a page's width in print, and at its letters' size readable on a phone held across."""
-TICKS = (1, 1.1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
-MARKERS = "osD^vP*X"
+WIDTH, HEIGHT, PER_CASE = 4.2, 4.8, 0.37
+"""Inches: of a plot, and of a line for a case with its name above."""
+TEXT, CAPTION = 8.6, 7.0
+"""Points. On a phone 360 pixels wide letters of 8.6 points in 4.2 inches are 10 pixels high."""
+DOTS = 240
+FINEST = (*(n / 10 for n in range(10, 20)), *(n / 4 for n in range(8, 20)), *(n / 2 for n in range(10, 20)))
+STEPS = ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), FINEST)
+"""Ticks of a decade, coarse to fine."""
+TICKS = 4
+"""A logarithmic axis has as many or more."""
 _KINDS = {"decode": DECODES, "prefill": ("prefill", "mixed")}
 
 
-def draw_all(rows: Iterable[Row], prefix: str = "bench") -> dict[str, bytes]:
-    """Every plot for which there are rows, by the name of its file, PNG and SVG; the same rows give the same bytes."""
-    import matplotlib as mpl
-
+def figures(rows: Iterable[Row]) -> dict[str, Figure]:
+    """Every plot for which there are rows, by name."""
     known = [row for row in timed(rows) if row.case in BY_NAME]
     drawn: dict[str, Figure | None] = {}
     for kind, ops in _KINDS.items():
@@ -41,14 +50,27 @@ def draw_all(rows: Iterable[Row], prefix: str = "bench") -> dict[str, bytes]:
         drawn[f"context-{kind}"] = _sweep(mine, "context", _context, kind)
         drawn[f"window-{kind}"] = _sweep(mine, "window", lambda case: case.size or 0, kind)
     drawn["cache"] = _cache(known)
-    files = {}
-    with mpl.rc_context({"svg.hashsalt": "swath", "font.family": "DejaVu Sans"}):
-        for name, figure in drawn.items():
-            for form in ("png", "svg") if figure is not None else ():
-                data = io.BytesIO()
-                figure.savefig(data, format=form, dpi=160, metadata={"Date": None} if form == "svg" else None)  # type: ignore[union-attr]
-                files[f"{prefix}-{name}.{form}"] = data.getvalue()
-    return files
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def draw_all(runs: Sequence[Iterable[Row]], prefix: str = "bench") -> dict[str, bytes]:
+    """The plots as PNG and SVG, by the names of their files, each of the first run that has rows for it.
+
+    The same rows give the same bytes.
+    """
+    chosen: dict[str, Figure] = {}
+    for run in reversed(runs):
+        chosen |= figures(run)
+    return {f"{prefix}-{name}.{form}": _rendered(chosen[name], form) for name in chosen for form in ("png", "svg")}
+
+
+def _rendered(figure: Figure, form: str) -> bytes:
+    import matplotlib as mpl
+
+    data = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "swath"}):
+        figure.savefig(data, format=form, dpi=DOTS, metadata={"Date": None} if form == "svg" else None)
+    return data.getvalue()
 
 
 def _context(case: BenchCase) -> int:
@@ -57,140 +79,140 @@ def _context(case: BenchCase) -> int:
 
 def _floors(rows: list[Timed], title: str) -> Figure | None:
     """A line for each case, ours filled, peers hollow; the cases that have a goal, or all where none has."""
-    cases = {name: found for name, found in by_case(rows).items() if "sweep" not in BY_NAME[name].tags}
-    with_goal = {name: found for name, found in cases.items() if _goal(BY_NAME[name])}
-    cases = with_goal or cases
-    if not cases:
+    rows = [row for row in rows if not is_baseline(row.provider) and "sweep" not in BY_NAME[row.case].tags]
+    rows = [row for row in rows if row.case in X_FLOOR or row.case in X_PEER] or rows
+    if not rows:
         return None
-    figure = _figure(0.27 * len(cases) + 1.5, title, rows)
+    cases = by_case(rows)
+    figure = _figure(PER_CASE * len(cases) + 1.9, title, conditions(rows))
     ax = figure.axes[0]
-    styles = _styles(row.provider for found in cases.values() for row in found if not is_baseline(row.provider))
-    for y, found in enumerate(cases.values()):
-        points = [row for row in found if not is_baseline(row.provider)]
+    for y, (name, points) in enumerate(cases.items()):
         spread = [row.x_floor for row in points]
-        if spread:
-            ax.plot([min(1.0, *spread), max(spread)], [y, y], color=FAINT, linewidth=1, zorder=0)
+        ax.plot([min(1.0, *spread), max(1.0, *spread)], [y, y], color=FAINT, linewidth=1, zorder=0)
+        ax.annotate(name, (1, y - 0.42), (4, 0), textcoords="offset points", size=TEXT, color=INK, va="center")
         for row in points:
-            ax.plot(row.x_floor, y, linestyle="", **styles[row.provider])
-    ax.set_yticks(range(len(cases)), list(cases), size=8)
-    ax.invert_yaxis()
-    ax.axvline(1, color=MUTED, linewidth=1)
-    _log_ticks(ax, [row.x_floor for found in cases.values() for row in found if not is_baseline(row.provider)])
-    ax.set_xlabel("time / floor (1 is what the machine allows, left is better)", color=INK, size=9)
-    _legend(ax, styles)
-    return figure
-
-
-def _goal(case: BenchCase) -> bool:
-    return case.name in X_FLOOR or case.name in X_PEER
-
-
-def _log_ticks(ax: Axes, values: list[float]) -> None:
-    from matplotlib.ticker import NullLocator
-
-    low, high = min(0.97, *values, 1.0), max(*values, 1.25) * 1.1
+            ax.plot(row.x_floor, y, linestyle="", **_style(row.provider))
+    ax.set_ylim(len(cases) - 0.5, -0.8)
+    ax.yaxis.set_visible(False)
+    ax.axvline(1, color=MUTED, linewidth=1, zorder=0)
+    highest = max(row.x_floor for row in rows)
     ax.set_xscale("log")
-    ax.set_xlim(low * 0.98, high)
-    shown = [tick for tick in TICKS if tick <= high and (high < 4 or tick not in (1.1, 1.25))]
-    ax.set_xticks(shown, [f"{tick:g}" for tick in shown])
-    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlim(min(0.95, *(row.x_floor for row in rows)) * 0.97, max(highest, 1.25) * 1.08)
+    _set_ticks(ax.xaxis, *ax.get_xlim(), "{:g}".format)
+    ax.set_xlabel("time / floor (left is better)", color=INK, size=TEXT)
+    _legend(ax, {row.provider for row in rows})
+    return figure
 
 
 def _sweep(rows: list[Timed], tag: str, along: Callable[[BenchCase], int], kind: str) -> Figure | None:
     """Time against ``along``: a line for each provider, and one of its own for cases without a window."""
+    rows = [row for row in rows if tag in BY_NAME[row.case].tags and not is_baseline(row.provider)]
     lines: dict[tuple[str, bool], list[tuple[int, float]]] = {}
     floors: dict[bool, list[tuple[int, float]]] = {}
     for row in rows:
         case = BY_NAME[row.case]
-        if tag in case.tags and not is_baseline(row.provider):
-            full = case.size is None
-            lines.setdefault((row.provider, full), []).append((along(case), row.us))
-            floors.setdefault(full, []).append((along(case), row.floor_us))
+        full = case.size is None
+        lines.setdefault((row.provider, full), []).append((along(case), row.us))
+        floors.setdefault(full, []).append((along(case), row.floor_us))
     if not any(len(points) > 1 for points in lines.values()):
         return None
-    figure = _figure(4.4, f"{kind.capitalize()}: time against the {tag}", rows)
+    figure = _figure(HEIGHT, f"{kind.capitalize()}: time against the {tag}", conditions(rows))
     ax = figure.axes[0]
-    styles = _styles(provider for provider, _ in lines)
     for (provider, full), points in lines.items():
-        x, y = zip(*sorted(points), strict=True)
-        ax.plot(x, y, linewidth=1.4, linestyle=":" if full else "-", **styles[provider])
+        ax.plot(*zip(*sorted(points), strict=True), linewidth=1.4, linestyle=":" if full else "-", **_style(provider))
     for points in floors.values():
         x, y = zip(*sorted(dict(points).items()), strict=True)
         ax.plot(x, y, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    _powers(ax, sorted({x for points in lines.values() for x, _ in points}))
-    fixed = BY_NAME[next(row.case for row in rows if tag in BY_NAME[row.case].tags)]
-    windowed = f"keys in the window, of {_context(fixed)}" if tag == "window" else "keys of a sequence"
-    ax.set_xlabel(windowed, color=INK, size=9)
-    ax.set_ylabel("us (less is better)", color=INK, size=9)
-    _legend(ax, styles, "dotted: no window; dashed: floor" if len(floors) > 1 else "dashed: floor")
+    _log_axes(ax, sorted({x for points in lines.values() for x, _ in points}), in_words)
+    fixed = _context(BY_NAME[rows[0].case])
+    ax.set_xlabel(f"keys in the window, of {fixed}" if tag == "window" else "keys of a sequence", color=INK, size=TEXT)
+    ax.set_ylabel("less is better", color=INK, size=TEXT)
+    note = "dotted: no window; dashed: floor" if len(floors) > 1 else "dashed: floor"
+    _legend(ax, {provider for provider, _ in lines}, note)
     return figure
 
 
 def _cache(rows: list[Timed]) -> Figure | None:
     """What a cache of one layer must hold for a sequence: arithmetic on the shapes of the decode sweep."""
-    sweep = [case for case in CASES if case.op == "decode" and {"sweep", "context"} <= set(case.tags)]
     measured = {row.case for row in rows}
-    sweep = [case for case in sweep if case.name in measured]
+    sweep = [c for c in CASES if c.op == "decode" and {"sweep", "context"} <= set(c.tags) and c.name in measured]
     contexts = sorted({_context(case) for case in sweep})
     if len(contexts) < 2:
         return None
-    first = sweep[0]
-    figure = _figure(4.4, "Cache of one layer and sequence", rows)
+    first, window = sweep[0], next(case.size for case in sweep if case.size is not None)
+    heads = f"{first.num_kv_heads} kv heads of {first.head_dim}, pages of {first.page_size}"
+    figure = _figure(HEIGHT, "Cache of one layer and sequence", f"Arithmetic, not measured: {heads}.")
     ax = figure.axes[0]
-    window = next(case.size for case in sweep if case.size is not None)
     kinds = [(size, quant) for size in (None, window) for quant in (first.quant, KVQuant(torch.int8, "token"))]
-    for (size, quant), tone, marker in zip(kinds, TONES, MARKERS, strict=False):
+    for (size, quant), tone in zip(kinds, TONES, strict=False):
         alone = replace(first, size=size, quant=quant, q_lens=1)
         mib = [work_of(replace(alone, kv_lens=(n,))).cache_bytes / 2**20 for n in contexts]
         label = f"{stored_name(alone.storage)}, {'no window' if size is None else f'window {size}'}"
-        ax.plot(contexts, mib, marker=marker, markersize=5, linewidth=1.4, color=tone, label=label)
-    _powers(ax, contexts)
-    ax.set_xlabel("keys of a sequence", color=INK, size=9)
-    ax.set_ylabel("MiB (less is better)", color=INK, size=9)
-    ax.legend(frameon=False, fontsize=9, labelcolor=INK)
+        ax.plot(contexts, mib, marker=".", linewidth=1.4, color=tone, label=label)
+    _log_axes(ax, contexts, "{:g} MiB".format)
+    ax.set_xlabel("keys of a sequence", color=INK, size=TEXT)
+    ax.set_ylabel("less is better", color=INK, size=TEXT)
+    ax.legend(frameon=False, fontsize=TEXT, labelcolor=INK)
     return figure
 
 
-def _powers(ax: Axes, values: list[int]) -> None:
-    from matplotlib.ticker import FuncFormatter, NullLocator
+def ticks_within(low: float, high: float) -> list[float]:
+    """Round numbers on a logarithmic axis, at least ``TICKS`` where the steps are fine enough for that."""
+    found: list[float] = []
+    for steps in STEPS:
+        found = [m * 10.0**k for k in range(-9, 12) for m in steps if low <= m * 10.0**k <= high]
+        if len(found) >= TICKS:
+            break
+    return found
+
+
+def _set_ticks(axis: Axis, low: float, high: float, words: Callable[[float], str]) -> None:
+    from matplotlib.ticker import NullLocator
+
+    ticks = ticks_within(low, high)
+    axis.set_ticks(ticks, [words(tick) for tick in ticks])
+    axis.set_minor_locator(NullLocator())
+
+
+def _log_axes(ax: Axes, values: Sequence[int], words: Callable[[float], str]) -> None:
+    """Powers of two along x, round numbers along y."""
+    from matplotlib.ticker import NullLocator
 
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(values, [f"{v // 1024}k" if v >= 1024 else str(v) for v in values])
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    _set_ticks(ax.yaxis, *ax.get_ylim(), words)
 
 
-def _figure(height: float, title: str, rows: list[Timed]) -> Figure:
+def _figure(height: float, title: str, caption: str) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), facecolor="white", layout="constrained")
     ax = figure.add_subplot()
-    ax.tick_params(colors=INK, which="both", length=0, labelsize=8)
+    ax.tick_params(colors=INK, which="both", length=0, labelsize=TEXT)
     ax.grid(color=FAINT, linewidth=0.4, alpha=0.6)
     ax.spines[["top", "right", "left"]].set_visible(False)
-    figure.suptitle(title, x=0.02, ha="left", color=INK, size=12, weight="bold")
-    figure.supxlabel(textwrap.fill(conditions(rows), 110), x=0.02, ha="left", color=MUTED, size=7)
+    figure.suptitle(title, x=0.02, ha="left", color=INK, size=11, weight="bold")
+    figure.supxlabel(textwrap.fill(caption, 70), x=0.02, ha="left", color=MUTED, size=CAPTION)
     return figure
 
 
-def _styles(providers: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Marker and colour of each provider: ours filled and in the first tone."""
-    names = sorted(set(providers), key=lambda name: (not is_ours(name), name))
-    styles = {}
-    for i, name in enumerate(names):
-        tone = TONES[i % len(TONES)]
-        face = tone if is_ours(name) else "white"
-        styles[name] = dict(marker=MARKERS[i % len(MARKERS)], color=tone, markerfacecolor=face, markersize=6)
-    return styles
+def _style(provider: str) -> dict[str, Any]:
+    """Ours filled, others hollow."""
+    tone, marker = LOOKS.get(provider, UNKNOWN)
+    face = tone if is_ours(provider) else "white"
+    return dict(marker=marker, color=tone, markerfacecolor=face, markersize=6.5)
 
 
-def _legend(ax: Axes, styles: dict[str, dict[str, Any]], note: str = "") -> None:
+def _legend(ax: Axes, providers: Iterable[str], note: str = "") -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], linestyle="", label=name, **style) for name, style in styles.items()]
+    order = list(LOOKS)
+    names = sorted(providers, key=lambda name: order.index(name) if name in order else len(order))
     legend = ax.legend(
-        handles=handles, frameon=False, fontsize=8, labelcolor=INK, title=note or None, ncols=min(len(handles), 5),
-        loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, handletextpad=0.2, columnspacing=1.0,
+        handles=[Line2D([], [], linestyle="", label=name, **_style(name)) for name in names], frameon=False,
+        fontsize=TEXT, labelcolor=INK, title=note or None, ncols=min(len(names), 3), loc="lower left",
+        bbox_to_anchor=(0, 1), borderaxespad=0.2, handletextpad=0.2, columnspacing=1.0, alignment="left",
     )  # fmt: skip
-    legend.get_title().set(size=8, color=MUTED)
+    legend.get_title().set(size=TEXT, color=MUTED)

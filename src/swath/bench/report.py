@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from swath.bench.judge import by_case, outcomes, sides, verdict
-from swath.bench.results import Row, Timed, conditions, timed
+from swath.bench.judge import SPREAD, by_case, outcomes, sides, verdict
+from swath.bench.key import KEY
+from swath.bench.results import Row, Timed, conditions, date_of, timed
 from swath.bench.units import in_words
-from swath.errors import bad_value
+from swath.cli.files import between
 
-BEGIN, END = "<!-- bench plot: begin -->", "<!-- bench plot: end -->"
+MARKS = "bench plot"
 PAGE, README, IMAGES = Path("docs/benchmarks.md"), Path("README.md"), Path("docs/img")
 PLOTS = {
     "floor-decode": "Decode: time over the floor, by case and provider",
@@ -27,10 +28,10 @@ INTRODUCTION = """\
 # Benchmarks
 
 Written by `swath bench report` from the files in [benchmarks/results](../benchmarks/results), which hold every figure.
-[benchmarks/README.md](../benchmarks/README.md) tells the method. Times are medians in us, with the time over the floor
-behind an x: the floor is what the bytes that must move and the arithmetic that must be done take at the ceilings of the
-same run. A ratio above 1 says that swath is faster than the best peer; differences up to 1 % (decode) or 3 % (prefill)
-are ties. A result outside its error budget has no time.
+[benchmarks/README.md](../benchmarks/README.md) tells the method. Times are medians, with the time over the floor behind
+an x: the floor is what the bytes that must move and the arithmetic that must be done take at the ceilings of the same
+run. A ratio above 1 says that swath is faster than the best peer; differences up to 1 % (decode) or 3 % (prefill) are
+ties. A result outside its error budget has no time, and rounds that spread by more than 20 % are marked.
 """
 TITLES = {"decode": "Decode", "steps": "N-step decode", "prefill": "Prefill", "mixed": "Mixed batches"}
 
@@ -41,17 +42,12 @@ def page(files: dict[str, list[Row]], images: Iterable[str]) -> str:
     plots = [f"![{text}](img/bench-{name}.png)\n" for name, text in PLOTS.items() if f"bench-{name}.png" in drawn]
     newest_first = sorted(files.items(), key=lambda item: (date_of(item[1]), len(item[1]), item[0]), reverse=True)
     sections = [_section(name, rows) for name, rows in newest_first]
-    return "\n".join([INTRODUCTION, *plots, *sections])
+    return "\n".join([INTRODUCTION, *plots, *_key(), *sections])
 
 
-def date_of(rows: list[Row]) -> str:
-    """The last day of a file."""
-    return max(row.origin.date for row in rows)
-
-
-def fullest(files: Iterable[list[Row]]) -> list[Row]:
-    """The file that plots show: the one with the most rows, of two with as many the newer."""
-    return max(files, key=lambda rows: (len(rows), date_of(rows)))
+def _key() -> list[str]:
+    lines = [f"| {part} | {meaning} |" for part, meaning in KEY.items()]
+    return ["## How cases are named\n", "| in a name | stands for |", "| --- | --- |", *lines, ""]
 
 
 def _section(name: str, rows: list[Row]) -> str:
@@ -87,7 +83,10 @@ def _table(rows: list[Row]) -> list[str]:
 
 
 def _cell(row: Timed | None) -> str:
-    return "" if row is None else f"{row.provider.removeprefix('swath-')} {in_words(row.us)} x{row.x_floor:.2f}"
+    if row is None:
+        return ""
+    spread = f" (rounds spread by {row.spread:.0%})" if row.spread > SPREAD else ""
+    return f"{row.provider.removeprefix('swath-')} {in_words(row.us)} x{row.x_floor:.2f}{spread}"
 
 
 def _commands(rows: list[Row]) -> list[str]:
@@ -96,20 +95,17 @@ def _commands(rows: list[Row]) -> list[str]:
 
 
 def with_plot(readme: str, rows: list[Row], images: Iterable[str]) -> str:
-    """README.md with the plots of time over the floor, and their conditions, between the two marks.
+    """README.md with the plots of time over the floor, and their conditions, between their marks.
 
     Raises:
         ValueError: the marks are missing.
     """
-    if BEGIN not in readme or END not in readme:
-        raise bad_value("readme", f"a text with {BEGIN} and {END}", "one without")
     drawn = set(images)
     shown = [name for name in ("floor-decode", "floor-prefill") if f"bench-{name}.png" in drawn]
-    pictures = [f'<img src="docs/img/bench-{name}.png" width="640" alt="{PLOTS[name]}.">\n' for name in shown]
+    pictures = [f'<img src="docs/img/bench-{name}.png" width="420" alt="{PLOTS[name]}.">' for name in shown]
     commands = _commands(rows)
     by = f"Drawn from `{commands[0]}`. [All figures](docs/benchmarks.md)"
     if len(commands) > 1:
         by = "[All figures, and the commands that give them](docs/benchmarks.md)"
-    said = f"<sub>{conditions(rows)}. {by}.</sub>\n"
-    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
-    return "\n".join([f"{before}{BEGIN}\n", *pictures, said, f"{END}{after}"])
+    said = f"<sub>{conditions(rows)}. {by}.</sub>"
+    return between(readme, MARKS, "\n".join(["", *pictures, "", said, ""]))

@@ -174,6 +174,11 @@ def measured(rows: Iterable[Row]) -> dict[tuple[str, str], Timed]:
     return {(row.case, row.provider): row for row in timed(rows)}
 
 
+def date_of(rows: Iterable[Row]) -> str:
+    """The last day of rows."""
+    return max(row.origin.date for row in rows)
+
+
 def conditions(rows: Iterable[Row]) -> str:
     """The machines, versions, commits and dates of rows in a sentence."""
     found: dict[str, dict[str, list[str]]] = {}

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from swath.bench.judge import SPREAD
 from swath.bench.results import Row, Timed, timed
-from swath.bench.units import in_words, unit_of
+from swath.bench.units import in_words, number, unit_of
 
 
 def case_table(rows: Sequence[Row]) -> Table:
@@ -72,12 +72,14 @@ class _Column:
 
     title: str
     value: Callable[[Timed], float | None]
-    form: str = ".4g"
+    form: str = ""
     is_time: bool = False
 
     def shown(self, row: Timed, scale: float) -> str:
         value = self.value(row)
-        return "" if value is None else format(value / scale if self.is_time else value, self.form)
+        if value is None:
+            return ""
+        return number(value / scale) if self.is_time else format(value, self.form)
 
 
 _TIME = _Column("", lambda row: row.us, is_time=True)
@@ -87,8 +89,8 @@ _COLUMNS = (
     _TIME,
     _SPREAD,
     _X_FLOOR,
-    _Column("TFLOP/s", lambda row: row.tflop_per_s, ".3g"),
-    _Column("TB/s", lambda row: row.tb_per_s, ".3g"),
+    _Column("TFLOP/s", lambda row: row.tflop_per_s if row.bound == "matmul" else None, ".3g"),
+    _Column("TB/s", lambda row: row.tb_per_s if row.bound == "bytes" else None, ".3g"),
     _Column("plain read", lambda row: row.read_us, is_time=True),
     _Column("eager", lambda row: row.eager_us, is_time=True),
     _Column("host us", lambda row: row.host_us, ".0f"),

@@ -156,9 +156,9 @@ def _with_tile(now: Present, launch: TileLaunch) -> Heuristics:
 
 
 def _around_hopper(now: Present) -> Iterator[Candidate]:
-    row: HopperLaunch = now.call.args["C"]
+    row: HopperLaunch = now.call.args["LAUNCH"]
     axes = {
-        "block_n": (row.block_n,) if row.first_n else _doubled(row.block_n, 32, 256),  # one pass holds all keys
+        "block_n": (row.block_n,) if row.narrow_n else _doubled(row.block_n, 32, 256),  # one pass holds all keys
         "stages": _beside(row.stages, 2),  # one stage would overlap nothing
         "q_stages": _beside(row.q_stages, 1),
     }

@@ -5,10 +5,15 @@ from __future__ import annotations
 MS = 1000.0
 
 
-def in_words(us: float) -> str:
-    """Four digits in the unit that suits: "481.8 us", "3.037 ms"."""
+def in_words(us: float, digits: int = 4) -> str:
+    """In the unit that suits: "481.8 us", "3.037 ms"."""
     scale, unit = unit_of(us)
-    return f"{us / scale:.4g} {unit}"
+    return f"{number(us / scale, digits)} {unit}"
+
+
+def number(x: float, digits: int = 4) -> str:
+    """With so many digits, or all that stand before the point."""
+    return f"{x:.0f}" if x >= 10**digits else f"{x:.{digits}g}"
 
 
 def unit_of(us: float) -> tuple[float, str]:

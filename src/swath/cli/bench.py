@@ -2,66 +2,78 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import typer
 
 from swath.cli.bench_results import compare, plot, report
-from swath.cli.bench_session import Session
 from swath.cli.bench_tune import tune
-from swath.cli.options import Match, Op, Tag
+from swath.cli.flags import Command, Group
+from swath.cli.options import Json, Match, Op, Tag
 from swath.cli.output import console, fail, one_line_errors
-from swath.errors import bad_value
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from swath.bench.case import BenchCase
     from swath.bench.providers import Provider
     from swath.bench.results import Origin
 
-app = typer.Typer(help="Measure swath and its peers on this machine.", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="Measure swath and its peers on this machine.", no_args_is_help=True)
 
 for command in (compare, plot, report, tune):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 BOOKKEEPING = ("--output", "--resume", "--budget", "--commit")
 """Options that change no row."""
 ROUNDS, QUICK_ROUNDS, QUICK_SECONDS = 7, 3, 50.0
 
 Device = Annotated[
-    Literal["cuda", "cpu"] | None, typer.Option(show_default="cuda where it works", help="Where to run.")
+    Literal["cuda", "cpu"] | None,
+    typer.Option(metavar="NAME", show_default="cuda where it works", help="Where to run: cuda or cpu."),
 ]
 
 
-@app.command("list")
-def list_cases(match: Match = None, op: Op = None, tag: Tag = None) -> None:
-    """Say which cases there are, their shapes and tags, and who is here to compute them."""
+@app.command("list", cls=Command)
+def list_cases(match: Match = None, op: Op = None, tag: Tag = None, as_json: Json = False) -> None:
+    """Say which cases there are, their shapes and tags, how to read their names, and who is here to compute them."""
     from rich.table import Table
 
     from swath.bench.cases import select
+    from swath.bench.key import KEY
     from swath.bench.providers import PROVIDERS
 
     with one_line_errors():
         cases = select(tuple(match or ()), op, tuple(tag or ()))
+    missing = {name: provider.missing(_device(None)) for name, provider in PROVIDERS.items()}
+    if as_json:
+        listed = [{"name": case.name, "op": case.op, "tags": case.tags, "shape": case.shape} for case in cases]
+        here = [{"name": name, "version": PROVIDERS[name].version, "missing": missing[name]} for name in PROVIDERS]
+        typer.echo(json.dumps({"cases": listed, "providers": here, "key": KEY}, indent=2))
+        return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("case", "kind", "tags", "shape"):
         table.add_column(name)
     for case in cases:
         table.add_row(case.name, case.op, " ".join(case.tags), case.shape)
     out = console()
-    out.print(table)
-    out.print()
-    for provider in PROVIDERS.values():
-        reason = provider.missing(_device(None))
-        out.print(f"{provider.name}: {provider.version or 'here' if reason is None else reason}")
+    out.print(table, end="\n\n")
+    key = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("in a name", "stands for"):
+        key.add_column(name)
+    for part, meaning in KEY.items():
+        key.add_row(part, meaning)
+    out.print(key, end="\n\n")
+    for name, reason in missing.items():
+        out.print(f"{name}: {PROVIDERS[name].version or 'here' if reason is None else reason}")
 
 
-@app.command()
+@app.command(cls=Command)
 def run(
     match: Match = None,
     op: Op = None,
@@ -83,7 +95,7 @@ def run(
     resume: Annotated[Path | None, typer.Option(metavar="FILE", help="Append here, without the cases it has.")] = None,
     device: Device = None,
     commit: Annotated[
-        str | None, typer.Option(envvar="SWATH_COMMIT", help="The commit, where git does not tell.")
+        str | None, typer.Option(metavar="NAME", envvar="SWATH_COMMIT", help="The commit, where git does not tell.")
     ] = None,
 ) -> None:
     """Check each case against float64, then time swath and its peers in interleaved rounds.
@@ -104,6 +116,8 @@ def run(
         present = _present(provider, without, where, quick, out)
         todo = _unfinished(todo, path, origin) if resume is not None else todo
         _check_output(path)
+    from swath.cli.bench_session import Session
+
     limit = QUICK_SECONDS if quick and budget is None else budget
     session = Session(path, origin, limit, len(todo))
     session.measure(todo, present, where, rounds or (QUICK_ROUNDS if quick else ROUNDS))
@@ -155,6 +169,7 @@ def _present(
 ) -> tuple[Provider, ...]:
     """The providers asked for that can run here; says which cannot and why."""
     from swath.bench.providers import choose
+    from swath.errors import bad_value
 
     left_out = choose(tuple(without)) if without else ()
     present = []
@@ -173,6 +188,8 @@ def _present(
 
 def _device(name: str | None) -> torch.device:
     """The device asked for, or the best there is."""
+    import torch
+
     if name == "cuda" and not torch.cuda.is_available():
         raise fail("--device cuda needs a GPU that torch can use; torch.cuda.is_available() is False")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

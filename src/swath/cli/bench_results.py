@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swath.cli.files import write_all
+from swath.cli.files import marks, write_all
 from swath.cli.output import console, fail, one_line_errors
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ Files = Annotated[list[Path] | None, typer.Argument(metavar="FILE", show_default
 
 
 def compare(
-    before: Annotated[Path, typer.Argument(metavar="BEFORE")],
-    after: Annotated[Path, typer.Argument(metavar="AFTER")],
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", help="Results.")],
+    after: Annotated[Path, typer.Argument(metavar="AFTER", help="Later ones.")],
     threshold: Annotated[
         float, typer.Option(min=0, metavar="SHARE", help="A loss of ours beyond this share of the time fails.")
     ] = 0.05,
@@ -61,7 +61,7 @@ def plot(
 ) -> None:
     """Draw stored results as PNG and SVG: x of the floor, time against context and window, cache bytes."""
     with one_line_errors():
-        drawn = _draw([row for found in _results(files).values() for row in found])
+        drawn = _draw([[row for found in _results(files).values() for row in found]])
         output.mkdir(parents=True, exist_ok=True)
         write_all({output / name: data for name, data in drawn.items()})
     for name in drawn:
@@ -69,34 +69,37 @@ def plot(
 
 
 def report(files: Files = None) -> None:
-    """Write docs/benchmarks.md, its plots and the plot in README.md from stored results, in a checkout.
+    """Write docs/benchmarks.md, its plots, and the plots and the table in README.md, from stored results in a checkout.
 
     Nothing is written before everything is made; plots that are drawn no more are removed at the end.
     """
-    from swath.bench.report import IMAGES, PAGE, README, fullest, page, with_plot
+    from swath.bench import readme
+    from swath.bench.report import IMAGES, PAGE, README, page, with_plot
 
     if not README.exists() or not PAGE.parent.is_dir():
         raise fail("report writes into a checkout: run it where README.md and docs/ are")
     with one_line_errors():
         found = _results(files)
-        shown = fullest(found.values())
-        drawn = _draw(shown)
-        readme = with_plot(README.read_text(encoding="utf-8"), shown, drawn)
+        runs = readme.in_order(found.values())
+        drawn = _draw(runs)
+        text = with_plot(README.read_text(encoding="utf-8"), runs[0], drawn)
+        if marks(readme.MARKS)[0] in text:
+            text = readme.with_table(text, runs[0], next(name for name, rows in found.items() if rows is runs[0]))
         written: dict[Path, bytes | str] = {IMAGES / name: data for name, data in drawn.items()}
         IMAGES.mkdir(exist_ok=True)
-        write_all(written | {PAGE: page(found, drawn), README: readme})
+        write_all(written | {PAGE: page(found, drawn), README: text})
         for old in IMAGES.glob("bench-*"):
             if old.name not in drawn:
                 old.unlink()
     typer.echo(f"written: {PAGE}, {README}, {len(drawn)} plots in {IMAGES}")
 
 
-def _draw(rows: list[Row]) -> dict[str, bytes]:
+def _draw(runs: list[list[Row]]) -> dict[str, bytes]:
     if find_spec("matplotlib") is None:
         raise fail("plots need matplotlib: pip install 'swath[bench]'")
     from swath.bench.plot import draw_all
 
-    drawn = draw_all(rows)
+    drawn = draw_all(runs)
     if not drawn:
         raise fail("no measured case there to draw")
     return drawn

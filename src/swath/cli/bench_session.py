@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from swath.cli.output import console, fail, one_line_errors
 
 if TYPE_CHECKING:
+    import torch
+
     from swath.bench.case import BenchCase
     from swath.bench.providers import Provider
     from swath.bench.results import Origin, Row

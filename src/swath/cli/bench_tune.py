@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import typer
 
 from swath.cli.options import Match, Op, Tag
 from swath.cli.output import console, fail, one_line_errors
-from swath.target import has_triton
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 
 Schedule = Annotated[
     Literal["splits", "tiles", "hopper"] | None,
-    typer.Option(show_default="what the case uses", help="Whose rows to search."),
+    typer.Option(metavar="NAME", show_default="what the case uses", help="Whose rows: splits, tiles or hopper."),
 ]
 
 
@@ -36,6 +34,10 @@ def tune(
 
     Rows that differ in up to two fields are checked and timed as by run; those that cannot be launched say why.
     """
+    import torch
+
+    from swath.target import has_triton
+
     if not (torch.cuda.is_available() and has_triton()):
         raise fail("tune needs a GPU that torch can use, and Triton")
     from swath.bench.cases import select

@@ -11,19 +11,19 @@ from swath.cli import bench
 from swath.cli.demo import demo
 from swath.cli.doctor import doctor
 from swath.cli.explain import explain
+from swath.cli.flags import Command, Group
 from swath.cli.show import show
 
 app = typer.Typer(
+    cls=Group,
     name="swath",
     help="Sliding-window attention over a paged, optionally quantised key/value cache.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(doctor)
-app.command()(explain)
-app.command()(show)
-app.command()(demo)
+for command in (doctor, explain, show, demo):
+    app.command(cls=Command)(command)
 
 app.add_typer(bench.app, name="bench")
 

@@ -20,7 +20,8 @@ Tokens = Annotated[
     int | None, typer.Option(min=1, metavar="N", show_default="192, quick 64", help="Longest answer, in tokens.")
 ]
 Stored = Annotated[
-    Literal["int8", "fp8", "none"], typer.Option(help="What the quantised cache stores; none: measure without one.")
+    Literal["int8", "fp8", "none"],
+    typer.Option(metavar="TYPE", help="What the quantised cache stores: int8 or fp8; none: measure without one."),
 ]
 ModelDir = Annotated[
     Path | None,
@@ -40,7 +41,9 @@ def demo(
     kv: Stored = "int8",
     model: ModelDir = None,
     text: TextFile = None,
-    device: Annotated[str | None, typer.Option(show_default="cuda, else cpu", help="Where to run.")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", show_default="cuda, else cpu", help="Where to run.")
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer tokens and rows: within a minute on two cores.")
     ] = False,

@@ -1,4 +1,7 @@
-"""Files that are replaced whole: a reader sees the old ones or the new ones, and a failure leaves the old ones."""
+"""Files that are replaced whole, and parts of a page between marks.
+
+A reader sees the old files or the new ones, and a failure leaves the old ones.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from swath.errors import bad_value
 
 
 def write_all(files: Mapping[Path, bytes | str]) -> None:
@@ -35,3 +40,22 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def between(page: str, name: str, block: str) -> str:
+    """A page with ``block`` between ``<!-- name: begin -->`` and ``<!-- name: end -->``.
+
+    Raises:
+        ValueError: the marks are not there once, one after the other.
+    """
+    begin, end = marks(name)
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found or begin in rest or end in before + after:
+        raise bad_value("readme", f"a text with {begin} and {end}", "one without, or with more than one of them")
+    return f"{before}{begin}\n{block}\n{end}{after}"
+
+
+def marks(name: str) -> tuple[str, str]:
+    """What stands before and behind a part of a page."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"

@@ -14,7 +14,10 @@ Match = Annotated[
     list[str] | None,
     typer.Option("--match", metavar="TEXT", help="Only cases whose name contains this; of several, any."),
 ]
-Op = Annotated[Literal["decode", "steps", "prefill", "mixed"] | None, typer.Option(help="Only cases of this kind.")]
+Op = Annotated[
+    Literal["decode", "steps", "prefill", "mixed"] | None,
+    typer.Option(metavar="KIND", help="Only cases of this kind: decode, steps, prefill or mixed."),
+]
 Tag = Annotated[
     list[str] | None,
     typer.Option("--tag", metavar="TAG", help="Only cases with this tag; of several, all (see: list)."),

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from swath.cli.draw import picture, spelled
-from swath.cli.figure import rendered
 from swath.cli.files import write_all
 from swath.cli.options import Causal, GlobalTokens, WindowSize
 from swath.cli.output import console, fail, in_words, one_line_errors
-from swath.cli.terminal import facts, grid
 from swath.errors import bad_value
-from swath.window import Window
+
+if TYPE_CHECKING:
+    from swath.window import Window
 
 
 def show(
@@ -42,6 +41,10 @@ def show(
 
     For example: swath show --window 4 --global-tokens 2 --page-size 4
     """
+    from swath.cli.draw import picture, spelled
+    from swath.cli.figure import rendered
+    from swath.cli.terminal import facts, grid
+
     files = {name: path for name, path in (("png", png), ("svg", svg)) if path is not None}
     if files and find_spec("matplotlib") is None:
         raise fail(f"--{' and --'.join(files)} needs matplotlib: pip install 'swath[bench]'")
@@ -50,7 +53,7 @@ def show(
         drawn = picture(chosen, kv_len if q_len is None else q_len, kv_len, q_start)
         page_size = None if page_size is None else min(page_size, kv_len)
     out = console()
-    out.print(_title(chosen, flash, mojo), style="bold")
+    out.print(_title(spelled(chosen), chosen.causal, flash, mojo), style="bold")
     out.print()
     out.print(grid(drawn, out.options, page_size), no_wrap=True)
     out.print()
@@ -65,6 +68,8 @@ def show(
 
 
 def _window(size: int | None, global_tokens: int, causal: bool, flash: str | None, mojo: str | None) -> Window:
+    from swath.window import Window
+
     own = size is not None or global_tokens != 0 or (not causal and flash is None)
     if (flash is not None) + (mojo is not None) + own > 1:
         raise bad_value("window", "one of --flash, --mojo, or swath's own options", "more than one")
@@ -84,9 +89,7 @@ def _pair(name: str, text: str, wanted: str, allow_none: bool) -> tuple[int | No
     return first, second
 
 
-def _title(window: Window, flash: str | None, mojo: str | None) -> str:
+def _title(window: str, causal: bool, flash: str | None, mojo: str | None) -> str:
     if flash is not None:
-        return f"FlashAttention's window_size {flash} with causal={window.causal} is {spelled(window)}"
-    if mojo is not None:
-        return f"mojo_opset's windows {mojo} are {spelled(window)}"
-    return spelled(window)
+        return f"FlashAttention's window_size {flash} with causal={causal} is {window}"
+    return window if mojo is None else f"mojo_opset's windows {mojo} are {window}"

@@ -16,9 +16,10 @@ import torch
 
 from swath.cache import PagedKV
 from swath.cli.calls import arguments, case_of
-from swath.cli.elsewhere import INTERPRET, cuda_is, interpreting, without_data
+from swath.cli.elsewhere import GPUS, INTERPRET, cuda_is, interpreting, without_data
 from swath.dispatch import BACKENDS
 from swath.ops.explain import OPS, explain
+from swath.pages import PageTable
 from swath.quant import KVQuant
 from swath.target import Target, has_triton
 from swath.testing import Case
@@ -78,7 +79,7 @@ def page() -> str:
     """
     if not has_triton():
         raise RuntimeError("the page speaks for Triton too, and Triton is not installed")
-    with interpreting(False), cuda_is(Target(ARCH, 132)):
+    with interpreting(False), cuda_is(Target(ARCH, GPUS[ARCH][0])):
         notes = _Notes()
         parts = [INTRODUCTION, _devices(notes)]
         for op in OPS:
@@ -204,8 +205,8 @@ def _scored(op: str) -> list[Row]:
         Row("query heads per kv head", asked(group, "group", num_kv_heads=1)),
         Row("`gqa`", {f'`"{x}"`': _with(op, gqa=x) for x in ("grouped", "interleaved")}),
         Row("`window`", {words: Call(op, case_of(**window)) for words, window in windows.items()}),
-        Row("`global_tokens`, one count per sequence", {"int32 [B]": Call(op, change=_leading_per_sequence)}),
-        Row("`q_start`", {"int32 [B]": Call(op, change=_q_start)}),
+        Row("`global_tokens`, one count per sequence", {"[B]": Call(op, change=_leading_per_sequence)}),
+        Row("`q_start`", {"[B]": Call(op, change=_q_start)}),
         Row("`scale`", {"0.5": _with(op, scale=0.5), "-1": _with(op, scale=-1.0)}),
         Row("`softcap`", asked({"30": 30.0}, "softcap")),
         Row("`sink`", asked({"fp32": "fp32"}, "sink") | {"bf16": Call(op, change=_sink_in_bf16)}),
@@ -242,7 +243,9 @@ def _paged_rows() -> list[Row]:
                                           "one a row": Call(op, fp8_queries, _q_scale_per_row)}),
         Row('`compute="int8"`, scale per', over(*(KVQuant(INT8, g) for g in kept[:3]), compute="int8")),
         Row("page_size", {str(n): Call(op, case_of(page_size=n)) for n in sizes}),
-        Row("`block_table`", {"int32 [B, max_pages]": Call(op), "(page_ids, page_indptr)": Call(op, change=_flat)}),
+        Row("`block_table`", {"[B, max_pages]": Call(op), "(page_ids, page_indptr)": Call(op, change=_flat),
+                              '`PageTable(rows=..., unit="token")`': Call(op, change=_request_table)}),
+        Row("tables, lengths, positions", {"int32": Call(op), "int64": Call(op, change=_in_64_bits)}),
         Row("cache made by", {"`PagedKV`": Call(op), "`from_nhd`": Call(op, change=_nhd),
                               "`from_packed`": Call(op, change=_packed)}),
         *_scored(op),
@@ -291,7 +294,6 @@ def _limits() -> dict[str, Call]:
         '`compute="int8"`, token scales': Call(paged, case_of(quant=int8, compute="int8")),
         '`compute="int8"`, fp8 cache': Call(paged, case_of(quant=KVQuant(E4M3, "head"), compute="int8")),
         "`split_size=100`": _with(paged, split_size=100),
-        "int64 lengths": Call(paged, change=_int64_lengths),
         "q that requires grad": Call(paged, change=_needs_grad),
     }
 
@@ -348,8 +350,14 @@ def _packed(args: list[Any], _: dict[str, Any]) -> None:
     args[1] = PagedKV.from_packed(args[1].k.new_empty(num_pages, page_size, num_kv_heads, 2 * head_dim))
 
 
-def _int64_lengths(args: list[Any], _: dict[str, Any]) -> None:
-    args[3] = args[3].long()
+def _request_table(args: list[Any], _: dict[str, Any]) -> None:
+    tokens = args[2].new_empty(8, args[2].shape[1] * args[1].page_size)
+    args[2] = PageTable(tokens, rows=args[2].new_empty(1), unit="token")
+
+
+def _in_64_bits(args: list[Any], options: dict[str, Any]) -> None:
+    _q_start(args, options)
+    args[2], args[3], options["q_start"] = args[2].long(), args[3].long(), options["q_start"].long()
 
 
 def _needs_grad(args: list[Any], _: dict[str, Any]) -> None:

@@ -13,28 +13,24 @@ from typing import Any
 from rich.box import MARKDOWN
 from rich.console import Console
 
-from swath.cli.files import write_all
+from swath.cli.files import between, write_all
 from swath.demo.generate import Generation
 from swath.demo.measure import Row
 from swath.demo.report import Conditions, Report, caption, table
 from swath.demo.settings import Budget
-from swath.errors import bad_value
 
-BEGIN, END = "<!-- demo table: begin -->", "<!-- demo table: end -->"
+MARKS = "demo table"
 README, JSON = Path("README.md"), Path("docs/img/demo.json")
 PICTURE = "docs/img/demo.png"
 
 
 def with_table(readme: str, report: str) -> str:
-    """The text of README.md with the rows and the caption of a report (JSON) between the two marks.
+    """The text of README.md with the rows and the caption of a report (JSON) between its marks.
 
     Raises:
         ValueError: the marks are missing.
     """
-    if BEGIN not in readme or END not in readme:
-        raise bad_value("readme", f"a text with {BEGIN} and {END}", "one without")
-    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
-    return f"{before}{BEGIN}\n{_block(_report(json.loads(report)))}\n{END}{after}"
+    return between(readme, MARKS, _block(_report(json.loads(report))))
 
 
 def _report(data: dict[str, Any]) -> Report:

@@ -7,7 +7,9 @@ model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="swath")
 model.generate(**inputs, past_key_values=swath.hf.PagedCache(model.config, quant="int8"))
 """
 
+from swath.hf import versions  # noqa: F401 - first, since it says which releases work
 from swath.hf.cache import PagedCache
+from swath.hf.continuous import set_continuous_batching
 from swath.hf.register import register
 
-__all__ = ["PagedCache", "register"]
+__all__ = ["PagedCache", "register", "set_continuous_batching"]

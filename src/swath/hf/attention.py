@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from swath.errors import bad_type, bad_value
-from swath.hf.masks import BandMask, likely_windows
+from swath.hf.carried import CarriedMask
+from swath.hf.masks import BandMask
 from swath.hf.settings import Settings
 from swath.ops.attention import attention
 from swath.window import Window
@@ -56,7 +57,7 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | CarriedMask | None,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -80,6 +81,8 @@ def attention_forward(
     band = _band(attention_mask, query.shape[0], query.shape[2], kv_len, sliding_window, causal, layer is not None)
     window = _effective_window(settings.override(getattr(module, "layer_idx", 0)), band)
     if layer is not None:
+        if window is band.window and band.says(layer.pages.window):
+            window = layer.pages.window
         return cast(Tensor, layer.attend(query, band, window, scoring, settings.impl)), None
     return _dense(query, key, value, band, window, scoring, settings.impl), None
 
@@ -97,18 +100,25 @@ def _dense(
 
 
 def _band(
-    mask: Tensor | None, batch: int, q_len: int, kv_len: int, sliding_window: int | None, causal: bool, cached: bool
+    mask: Tensor | CarriedMask | None,
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    sliding_window: int | None,
+    causal: bool,
+    cached: bool,
 ) -> BandMask:
-    """The mask as a BandMask of the right size: carried by a tensor, read back from it, or from no mask at all."""
+    """The mask as a BandMask of the right size: carried, read from a tensor, or from no mask at all."""
     if mask is None:
         return _band_without_mask(batch, q_len, kv_len, sliding_window, causal, cached)
-    if not isinstance(mask, Tensor):
-        raise bad_type("attention_mask", "a 4-D tensor or None", type(mask).__name__)
-    band: BandMask | None = getattr(mask, "band", None)
-    if band is None:
+    if isinstance(mask, CarriedMask):
+        band = mask.band
+    elif isinstance(mask, Tensor):
         if mask.dim() == 4 and mask.shape[0] == 1:
             mask = mask.expand(batch, -1, -1, -1)
-        band = BandMask.of_dense(mask, likely_windows(sliding_window, causal), kv_len - q_len)
+        band = BandMask.of_dense(mask, kv_len - q_len, Window(sliding_window if causal else None, causal=causal))
+    else:
+        raise bad_type("attention_mask", "a 4-D tensor or None", type(mask).__name__)
     if (band.batch, band.q_len, band.kv_len) != (batch, q_len, kv_len):
         wanted = f"{batch} sequences, {q_len} queries and {kv_len} keys, as query and key"
         raise bad_value("attention_mask", wanted, f"{band.batch}, {band.q_len} and {band.kv_len}")
@@ -122,11 +132,11 @@ def _band_without_mask(
     if not causal:
         if sliding_window is not None:
             raise bad_value("sliding_window", "None where attention is not causal and has no mask", sliding_window)
-        return BandMask.unpadded(Window(causal=False), batch, q_len, kv_len, 0)
+        return BandMask(Window(causal=False), batch, q_len, kv_len, 0)
     if q_len != kv_len and not cached:
         # Where the queries stand among keys of another number (a static cache's, say) only a mask could tell.
         raise bad_value("attention_mask", f"a mask for {q_len} causal queries over {kv_len} keys", None)
-    return BandMask.unpadded(Window(sliding_window), batch, q_len, kv_len, kv_len - q_len)
+    return BandMask(Window(sliding_window), batch, q_len, kv_len, kv_len - q_len)
 
 
 def _effective_window(override: Window | None, band: BandMask) -> Window:

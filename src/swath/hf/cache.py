@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from swath.errors import bad_type, bad_value
 from swath.hf.layer import ON_THE_HOST, PagedLayer
 from swath.hf.pages import Pages
 from swath.hf.settings import REGISTERED, WindowChoice, check_window_choice, window_of_layer
+from swath.hf.versions import layer_types_and_windows
 from swath.pages import check_page_size
 from swath.quant import KVQuant
 from swath.window import Window
@@ -212,19 +213,17 @@ class Kept:
 
 def _kept_by_layers(config: Any) -> list[Kept | None]:
     """What each layer keeps, from the configuration; None for a layer that reads another's keys, or has none."""
-    layer_types, options = get_layer_types_and_kwargs(config)
-    if isinstance(options, dict):  # older Transformers have one for all layers
-        options = [options] * len(layer_types)
-    unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention", "dummy"})
+    layers = layer_types_and_windows(config)
+    unknown = sorted({kind for kind, _ in layers} - {"full_attention", "sliding_attention", "dummy"})
     if unknown:
         raise bad_value("config", "layers of full_attention or sliding_attention", ", ".join(unknown))
-    last = {layer_type: layer_idx for layer_idx, layer_type in enumerate(layer_types)}
+    last = {kind: layer_idx for layer_idx, (kind, _) in enumerate(layers)}
     shared = bool(getattr(config, "num_kv_shared_layers", None))
     return [
         None
-        if t == "dummy"
-        else Kept(Window(o.get("sliding_window") if t == "sliding_attention" else None), shared and last[t] == i)
-        for i, (t, o) in enumerate(zip(layer_types, options, strict=True))
+        if kind == "dummy"
+        else Kept(Window(size if kind == "sliding_attention" else None), shared and last[kind] == i)
+        for i, (kind, size) in enumerate(layers)
     ]
 
 

@@ -169,8 +169,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 def _without_padding(x: Tensor, band: BandMask, seen: int) -> Tensor:
     """New keys or values [B, Hkv, T, D], of the columns after the first ``seen``, with 0 where the batch is padded."""
-    if not band.is_padded:
+    if band.padding is None:
         return x
-    first, end = torch.tensor([band.first, band.end], device=x.device)[..., None, None, None] - seen
+    first, end = band.padding.to(x.device)[..., None, None, None] - seen
     column = torch.arange(x.shape[2], device=x.device)[:, None]
     return x.masked_fill((column < first) | (column >= end), 0)

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from inspect import getclosurevars
-from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-    prepare_padding_mask,
-    sdpa_mask,
-    sliding_window_bidirectional_mask_function,
-    sliding_window_bidirectional_overlay,
-    sliding_window_causal_mask_function,
-    sliding_window_overlay,
-)
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.utils.import_utils import is_tracing
 
 from swath.errors import bad_type, bad_value
+from swath.hf.carried import CarriedMask
+from swath.hf.mask_functions import read
 from swath.window import Window
 
 REPRESENTABLE = "a causal, sliding or full mask with padding at the ends of the sequences"
+UNBROKEN = f"{REPRESENTABLE} (generate: pad on the left)", "padding between tokens"
+OTHER_FORM = REPRESENTABLE, "a mask of another form"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,103 +31,112 @@ class BandMask:
 
     Args:
         window: who sees whom.
+        batch: sequences in the batch.
         q_len, kv_len: rows and columns of the mask.
-        q_column: the column of the first query.
-        first, end: real columns of each sequence.
+        q_column: the column of the first query, an int or an int32 tensor without dimensions.
+        padding: real columns of each sequence, int32 [2, batch]: the first, and the end. None: all are real.
         dropped: keys that the cache no longer holds, those before column 0.
+        host_first: the first real column of each sequence on the host, if it has been read.
     """
 
     window: Window
+    batch: int
     q_len: int
     kv_len: int
-    q_column: int
-    first: tuple[int, ...]
-    end: tuple[int, ...]
+    q_column: int | Tensor
+    padding: Tensor | None = None
     dropped: int = 0
+    host_first: tuple[int, ...] | None = None
 
     @classmethod
-    def unpadded(cls, window: Window, batch: int, q_len: int, kv_len: int, q_column: int, dropped: int = 0) -> BandMask:
-        """All columns are real."""
-        return cls(window, q_len, kv_len, q_column, (0,) * batch, (kv_len,) * batch, dropped)
-
-    @classmethod
-    def of_padding(cls, window: Window, padding: Tensor, q_len: int, q_column: int, dropped: int = 0) -> BandMask:
-        """From the 2-D mask of real tokens, bool [B, columns]. Reads it to the host once.
+    def of_padding(cls, window: Window, real: Tensor, q_len: int, q_column: int | Tensor, dropped: int = 0) -> BandMask:
+        """From the 2-D mask of real tokens, bool [B, columns]. Reads it to the host once, unless it is traced.
 
         Raises:
-            ValueError: padding stands between real tokens.
+            ValueError: padding stands between real tokens (RuntimeError, when it is traced and the trace runs).
         """
-        kv_len = padding.shape[1]
-        column = torch.arange(kv_len, device=padding.device)
-        first = torch.where(padding, column, kv_len).amin(1)
-        end = torch.where(padding, column + 1, 0).amax(1)
-        firsts, ends, counts = torch.stack([first, torch.maximum(first, end), padding.sum(1)]).tolist()
-        if any(stop - start != n for start, stop, n in zip(firsts, ends, counts, strict=True)):
-            raise bad_value("attention_mask", f"{REPRESENTABLE} (generate: pad on the left)", "padding between tokens")
-        return cls(window, q_len, kv_len, q_column, tuple(firsts), tuple(ends), dropped)
+        batch, kv_len = real.shape
+        column = torch.arange(kv_len, device=real.device)
+        first = torch.where(real, column, kv_len).amin(1)
+        end = torch.maximum(first, torch.where(real, column + 1, 0).amax(1))
+        whole = (end - first == real.sum(1)).all()
+        padding = torch.stack([first, end]).to(torch.int32)
+        if is_tracing(real):
+            _require(whole, *UNBROKEN)
+            return cls(window, batch, q_len, kv_len, q_column, padding, dropped)
+        *host_first, host_whole = torch.cat([first, whole[None]]).tolist()
+        if not host_whole:
+            raise bad_value("attention_mask", *UNBROKEN)
+        return cls(window, batch, q_len, kv_len, q_column, padding, dropped, tuple(host_first))
 
     @classmethod
-    def of_dense(cls, mask: Tensor, windows: Iterable[Window], q_column: int, dropped: int = 0) -> BandMask:
-        """From a 4-D mask, bool or additive [B, 1, q_len, kv_len], by the first of ``windows`` that explains it all.
+    def of_dense(cls, mask: Tensor, q_column: int | Tensor, guess: Window, dropped: int = 0) -> BandMask:
+        """From a 4-D mask, bool or additive [B, 1, q_len, kv_len]: the window is found from what it shows.
+
+        A mask that is traced shows nothing yet: its window is taken to be ``guess``, and the trace checks that.
 
         Raises:
-            TypeError, ValueError: another shape or dtype, a bias that is neither 0 nor minus infinity, or a mask
-                that is no window of ``windows`` with padding at the ends.
+            TypeError, ValueError: another shape or dtype, a bias that is neither 0 nor minus infinity, a mask that
+                is no window with padding at the ends (RuntimeError, when it is traced and the trace runs).
         """
         visible = _visible(mask)
         q_len, kv_len = visible.shape[1:]
         real = visible.any(1)  # [B, kv_len]
-        if not bool(real.any(1).all()):
-            raise bad_value("attention_mask", "a key to see in every sequence", "a sequence with none")
-        q_pos = torch.arange(q_column, q_column + q_len, device=mask.device)
-        k_pos = torch.arange(kv_len, device=mask.device)
-        for window in windows:
+        _require(real.any(1), "a key to see in every sequence", "a sequence with none")
+        q_pos, k_pos = _positions(q_len, kv_len, q_column, mask.device)
+        if is_tracing(mask):
+            _require(guess.mask(q_pos, k_pos) & real[:, None] == visible, *OTHER_FORM)
+            return cls.of_padding(guess, real, q_len, q_column, dropped)
+        for window in _windows_reaching(visible.any(0), q_pos[:, None] - k_pos):
             if torch.equal(window.mask(q_pos, k_pos) & real[:, None], visible):
                 return cls.of_padding(window, real, q_len, q_column, dropped)
-        raise bad_value("attention_mask", REPRESENTABLE, "a mask of another form")
+        raise bad_value("attention_mask", *OTHER_FORM)
 
-    def carried(self, device: torch.device | str) -> Tensor:
-        """This mask as the attribute ``band`` of a tensor [batch, 1, q_len, kv_len]: models hand masks on as such.
+    @property
+    def first(self) -> tuple[int, ...]:
+        """The first real column of each sequence, on the host.
 
-        The tensor is a single int8 expanded, so it takes no memory, and whoever reads it without its attribute
-        (after a slice, say) finds no mask in it: neither the dtype of one nor its values.
+        Raises:
+            ValueError: the mask was made while tracing, when the host cannot know.
         """
-        shape = self.batch, 1, self.q_len, self.kv_len
-        mask = torch.ones(1, dtype=torch.int8, device=device).expand(shape)
-        mask.band = self  # type: ignore[attr-defined]
-        return mask
+        if self.padding is None:
+            return (0,) * self.batch
+        if self.host_first is None:
+            raise bad_value("past_key_values", "a cache of Transformers while tracing or compiling", "a PagedCache")
+        return self.host_first
 
-    @property
-    def batch(self) -> int:
-        """Sequences in the batch."""
-        return len(self.first)
+    def says(self, window: Window) -> bool:
+        """Whether ``window`` shows the same keys: it is the mask's own, or neither hides a key by distance."""
+        if window == self.window:
+            return True
+        plain = not isinstance(window.global_tokens, Tensor) and window.global_tokens == 0
+        reach_all = all(w.size is None or w.size >= self.kv_len for w in (window, self.window))
+        return plain and reach_all and window.causal == self.window.causal
 
-    @property
-    def is_padded(self) -> bool:
-        """Whether a column is not a real token."""
-        return any(self.first) or any(stop != self.kv_len for stop in self.end)
-
-    def varlen(self) -> tuple[list[int], list[int], list[int]]:
+    def varlen_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """``cu_seqlens_q``, ``cu_seqlens_k``, ``q_start`` over the rows and columns of the batch laid end to end.
 
         The padded columns before each sequence form a sequence of their own that no query belongs to, so keys and
-        values stay where they are.
+        values stay where they are. All int32. They are made once: the layers of a model share the mask.
         """
-        rows, columns = self.q_len, self.kv_len
-        starts = [self.q_column - first for first in self.first]
-        if not self.is_padded:
-            return list(range(0, (self.batch + 1) * rows, rows)), [b * columns for b in range(self.batch + 1)], starts
-        cu_q = [0, *accumulate(chain.from_iterable((0, rows) for _ in range(self.batch)))]
-        ends = ((b * columns + self.first[b], b * columns + self.end[b]) for b in range(self.batch))
-        return cu_q, [0, *chain.from_iterable(ends)], list(chain.from_iterable((0, start) for start in starts))
-
-    def varlen_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """``varlen()`` as int32 tensors, made once: the layers of a model share the mask."""
         made: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = self.__dict__.setdefault("_on_device", {})
-        if device not in made:
-            cu_q, cu_k, q_start = (torch.tensor(x, dtype=torch.int32, device=device) for x in self.varlen())
-            made[device] = cu_q, cu_k, q_start
-        return made[device]
+        if device in made:
+            return made[device]
+        varlen = self._varlen(device)
+        if not torch.compiler.is_compiling():  # what a compiled graph makes is not to outlive it
+            made[device] = varlen
+        return varlen
+
+    def _varlen(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        sequence = torch.arange(self.batch + 1, dtype=torch.int32, device=device)
+        cu_q, cu_k = sequence * self.q_len, sequence * self.kv_len
+        q_column = self.q_column.to(device) if isinstance(self.q_column, Tensor) else self.q_column
+        if self.padding is None:
+            return cu_q, cu_k, torch.zeros_like(sequence[1:]) + q_column
+        first, end = self.padding.to(device)
+        starts = torch.stack([torch.zeros_like(first), q_column - first], 1).flatten()
+        bounds = torch.stack([cu_k[:-1] + first, cu_k[:-1] + end], 1).flatten()
+        return cu_q.repeat_interleave(2)[:-1], torch.cat([cu_k[:1], bounds]), starts
 
 
 def band_mask(
@@ -147,70 +150,83 @@ def band_mask(
     local_size: int | None = None,
     device: torch.device | str = "cpu",
     use_vmap: bool = False,
-    **_: Any,
-) -> Tensor:
+    **others: Any,
+) -> CarriedMask:
     """The mask function for AttentionMaskInterface: Transformers' description of a mask, to a carried BandMask.
 
-    Arguments as for ``transformers.masking_utils.sdpa_mask``. A ``mask_function`` that Transformers' own causal,
-    sliding and bidirectional builders did not make is written out in full and must turn out to say the same.
+    Arguments as for ``transformers.masking_utils.sdpa_mask``. A ``mask_function`` that is not made of Transformers'
+    causal, sliding and bidirectional ones is written out in full and must turn out to be a window. So is any but the
+    plain causal and bidirectional ones under torch.compile, where it must be the window that ``local_size`` names.
 
     Raises:
-        ValueError: the mask is no window with padding at the ends.
+        ValueError: the mask is no window with padding at the ends (RuntimeError, when a compiled graph finds out).
     """
-    q_column = int(q_offset) - kv_offset
-    window = window_of(mask_function)
+    written_out: dict[str, Any] = dict(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=mask_function, use_vmap=use_vmap, device=device, allow_is_causal_skip=False,
+    )  # fmt: skip
+    q_column = q_offset - kv_offset
+    if isinstance(q_column, Tensor):
+        q_column = q_column.to(torch.int32, copy=True)  # the cache counts on in the tensor that it gave
+    window = _window_of(mask_function)
+    if window is None and torch.compiler.is_compiling():
+        window = _window_named(local_size, bidirectional="allow_is_bidirectional_skip" in others)
+        q_pos, k_pos = _positions(q_length, kv_length, q_column, device)
+        _require(window.mask(q_pos, k_pos) == sdpa_mask(**written_out)[:, 0], *OTHER_FORM)
     if window is None:
-        dense = sdpa_mask(
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-            mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap, device=device,
-            allow_is_causal_skip=False,
-        )  # fmt: skip
-        windows = *likely_windows(local_size, causal=True), *likely_windows(None, causal=False)
-        return BandMask.of_dense(dense, windows, q_column, kv_offset).carried(device)
-    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if padding is None:
-        return BandMask.unpadded(window, batch_size, q_length, kv_length, q_column, kv_offset).carried(device)
-    padding = padding[:, kv_offset : kv_offset + kv_length].bool()
-    return BandMask.of_padding(window, padding, q_length, q_column, kv_offset).carried(device)
+        dense = sdpa_mask(**written_out, attention_mask=attention_mask)
+        return CarriedMask(BandMask.of_dense(dense, q_column, Window(), kv_offset), device)
+    real = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if real is None:
+        band = BandMask(window, batch_size, q_length, kv_length, q_column, dropped=kv_offset)
+    else:
+        real = real[:, kv_offset : kv_offset + kv_length].bool()
+        band = BandMask.of_padding(window, real, q_length, q_column, kv_offset)
+    return CarriedMask(band, device)
 
 
-def likely_windows(size: int | None, causal: bool) -> tuple[Window, ...]:
-    """The windows that a mask of unknown origin is compared with."""
-    if not causal:
-        return (Window(causal=False),)
-    return (Window(),) if size is None else (Window(size), Window())
+def _window_of(mask_function: Callable[..., Any]) -> Window | None:
+    """The window that a mask function describes, or None if only its values can tell."""
+    reading = read(mask_function)
+    window = None if reading is None else reading.reach.window
+    if reading is None or window is None:
+        return None
+    for condition in reading.conditions:
+        if is_tracing(condition):
+            _require(condition, *OTHER_FORM)
+        elif not bool(condition.all()):
+            return None
+    return window
 
 
-def window_of(mask_function: Callable[..., Any]) -> Window | None:
-    """The window of a mask function made by Transformers' causal, sliding or bidirectional builders, else None.
-
-    Such functions are closures: they are told by their code objects, and their size is read from their variables.
-    """
-    if mask_function is causal_mask_function:
-        return Window()
-    if mask_function is bidirectional_mask_function:
-        return Window(causal=False)
-    for build, overlay, convert in (
-        (sliding_window_causal_mask_function, sliding_window_overlay, Window),
-        # There the window reaches `size` keys to each side, as in FlashAttention's convention.
-        (
-            sliding_window_bidirectional_mask_function,
-            sliding_window_bidirectional_overlay,
-            lambda size: Window.from_flash(size, size, causal=False),
-        ),
-    ):
-        ours, theirs = _parts(build(1)), _parts(mask_function)
-        if len(ours) == len(theirs) == 2 and ours[1] is theirs[1] and theirs[0].__code__ is overlay(1).__code__:
-            return convert(getclosurevars(theirs[0]).nonlocals["sliding_window"])
-    return None
+def _window_named(local_size: int | None, *, bidirectional: bool) -> Window:
+    """The window that the mask builders of Transformers name beside their mask function."""
+    if not bidirectional or local_size is None:
+        return Window(local_size, causal=not bidirectional)
+    return Window(local_size + 1, causal=False)
 
 
-def _parts(mask_function: Callable[..., Any]) -> tuple[Any, ...]:
-    """The functions that ``and_masks`` joined, or nothing."""
-    joined = sliding_window_causal_mask_function(1).__code__
-    if getattr(mask_function, "__code__", None) is not joined:
-        return ()
-    return tuple(getclosurevars(mask_function).nonlocals["mask_functions"])
+def _positions(q_len: int, kv_len: int, q_column: int | Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Where rows and columns of a mask stand."""
+    return torch.arange(q_len, device=device) + q_column, torch.arange(kv_len, device=device)
+
+
+def _require(condition: Tensor, wanted: str, got: str) -> None:
+    """Raise ValueError unless all of ``condition`` is true, or let a trace check it when it runs."""
+    if is_tracing(condition):
+        torch._assert_async(condition.all(), f"attention_mask: wanted {wanted}, got {got}")
+    elif not bool(condition.all()):
+        raise bad_value("attention_mask", wanted, got)
+
+
+def _windows_reaching(seen: Tensor, distance: Tensor) -> Iterator[Window]:
+    """The windows that may show what ``seen`` says [queries, keys], by how far that lies before and after."""
+    past, future = int(distance[seen].max()), int(-distance[seen].min())
+    if future <= 0:
+        yield Window()
+        yield Window(max(past, 0) + 1)
+    yield Window(causal=False)
+    yield Window(max(past, future, 0) + 1, causal=False)
 
 
 def _visible(mask: Tensor) -> Tensor:
@@ -222,6 +238,5 @@ def _visible(mask: Tensor) -> Tensor:
     if not mask.dtype.is_floating_point:
         raise bad_type("attention_mask", "bool or floating point", mask.dtype)
     visible, hidden = mask == 0, mask <= torch.finfo(mask.dtype).min
-    if not bool((visible | hidden).all()):
-        raise bad_value("attention_mask", "0 where a key is seen and the least value where not", "a bias between them")
+    _require(visible | hidden, "0 where a key is seen and the least value where not", "a bias between them")
     return visible[:, 0]

@@ -12,6 +12,7 @@ from swath.hf.attention import attention_forward
 from swath.hf.continuous import continuous_forward
 from swath.hf.masks import band_mask
 from swath.hf.settings import REGISTERED, Settings, WindowChoice, check_window_choice
+from swath.hf.versions import continuous_name
 
 # Transformers gives these substrings a meaning of their own wherever they occur in an implementation's name.
 RESERVED = ("flash", "sdpa", "flex_attention", "eager", "/", "|", "@", ":")
@@ -22,8 +23,8 @@ def register(name: str = "swath", *, window: WindowChoice = None, impl: str = "a
 
     Grouped heads, sliding windows, soft caps, sink logits (gpt-oss; local shards under tensor parallelism) and
     padding on either side work in every model. A mask that is not a causal, sliding or full window with padding at
-    the ends of the sequences is refused with an error. For continuous batching (``model.generate_batch``) select
-    ``"paged|" + name``.
+    the ends of the sequences is refused with an error. For continuous batching (``model.generate_batch``) see
+    ``set_continuous_batching``.
 
     Args:
         name: the implementation's name. Registering a name again replaces it.
@@ -44,4 +45,4 @@ def register(name: str = "swath", *, window: WindowChoice = None, impl: str = "a
     AttentionInterface.register(name, partial(attention_forward, settings))
     AttentionMaskInterface.register(name, band_mask)
     # Continuous batching lays sequences end to end and tells their lengths: it gets no mask function.
-    AttentionInterface.register(f"paged|{name}", partial(continuous_forward, settings))
+    AttentionInterface.register(continuous_name(name), partial(continuous_forward, settings))

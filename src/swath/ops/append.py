@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from swath import checks
 from swath.cache import PagedKV
 from swath.errors import bad_type, bad_value
+from swath.ops import arguments
 from swath.ops.operator import Operator
 from swath.problem import AppendCase
 
@@ -21,8 +21,8 @@ def append_kv(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor, *, imp
     Args:
         cache: the cache to write to.
         k, v: [T, Hkv, D], bf16, fp16 or fp32; any strides with the last one 1.
-        slot_mapping: int64 [T], ``page * page_size + offset`` (see ``slots``). A slot outside the cache, -1 among
-            them, is skipped. No slot may occur twice.
+        slot_mapping: int64 or int32 [T], ``page * page_size + offset`` (see ``slots``). A slot outside the cache, -1
+            among them, is skipped. No slot may occur twice.
         impl: "auto" or the backend to use.
 
     Raises:
@@ -38,18 +38,15 @@ def prepare(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> Appen
     device = cache.k.device
     for name, x in (("k", k), ("v", v)):
         checks.check_tensor(name, x, 3, device)
-        if x.dtype not in checks.Q_DTYPES:
+        if x.dtype not in arguments.Q_DTYPES:
             raise bad_type(name, "bfloat16, float16 or float32", x.dtype)
         if tuple(x.shape[1:]) != (cache.num_kv_heads, cache.head_dim):
             raise bad_value(name, f"shape [tokens, {cache.num_kv_heads}, {cache.head_dim}]", tuple(x.shape))
         checks.check_rows(name, x)
     checks.check_alike("v", v, "k", k)
-    checks.check_tensor("slot_mapping", slot_mapping, 1, device)
-    if slot_mapping.dtype != torch.int64:
-        raise bad_type("slot_mapping", "int64", slot_mapping.dtype)
-    if slot_mapping.shape[0] != k.shape[0]:
-        raise bad_value("slot_mapping", f"shape [{k.shape[0]}], as k's tokens", tuple(slot_mapping.shape))
+    checks.check_ints("slot_mapping", slot_mapping, k.shape[0], device)
     checks.check_no_grad(k=k, v=v)
+    cache.check_writable()
     return AppendCase(cache, k, v, slot_mapping)
 
 

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from swath import checks
 from swath.cache import DenseKeys
 from swath.errors import bad_type, bad_value
+from swath.ops import arguments
 from swath.ops.operator import Operator, spelled_out
 from swath.ops.signature import Memory, coarse
 from swath.ops.torch_ops import TorchOp
@@ -74,15 +75,16 @@ def attention(
     Args:
         q: [Tq, Hq, D], bf16, fp16 or fp32; any strides with the last one 1.
         k, v: [Tk, Hkv, D] in q's dtype; any strides with the last one 1.
-        cu_seqlens_q, cu_seqlens_k: int32 [B + 1]; sequence b owns rows ``cu[b] .. cu[b + 1] - 1``.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 [B + 1]; sequence b owns rows ``cu[b] .. cu[b + 1] - 1``.
         max_q_len, max_kv_len: host bounds of the lengths, for the launch only; None: Tq and Tk.
         window: who sees whom (see ``Window``); an int n is ``Window(n)``, None is full causal attention.
         scale: multiplies q . k; None is ``D ** -0.5``.
-        softcap: scores become ``softcap * tanh(s / softcap)``; 0 is none.
+        softcap: scores become ``softcap * tanh(s / softcap)``; 0 or inf is none.
         sink: [Hq] logits, bf16, fp16 or fp32, that join the softmax's denominator and nothing else (gpt-oss).
         gqa: "grouped" (kv head = q head // group) or "interleaved" (kv head = q head % Hkv).
-        q_start: int32 [B], position of each sequence's first query; None: the queries are the last keys.
-        out: [Tq, Hq, D] to write into; rows past ``cu_seqlens_q[-1]`` stay untouched.
+        q_start: int32 or int64 [B], position of each sequence's first query; None: the queries are the last keys.
+        out: [Tq, Hq, D] to write into; rows past ``cu_seqlens_q[-1]`` stay untouched. It may be q itself, and shares
+            no memory with other arguments.
         return_lse: also return the log of the softmax denominator: natural log, fp32 [Tq, Hq].
         impl: "auto" or the backend to use.
 
@@ -113,10 +115,10 @@ def _accept(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
 ) -> Accepted:  # fmt: skip
     """Every check of a call whose signature was not met before."""
-    checks.check_names(options, DEFAULTS, "attention")
+    arguments.check_names(options, DEFAULTS, "attention")
     options = DEFAULTS | options
     checks.check_tensor("q", q, 3)
-    if q.dtype not in checks.Q_DTYPES:
+    if q.dtype not in arguments.Q_DTYPES:
         raise bad_type("q", "bfloat16, float16 or float32", q.dtype)
     checks.check_rows("q", q)
     for name, x in (("k", k), ("v", v)):
@@ -125,13 +127,13 @@ def _accept(
             raise bad_type(name, f"q's dtype {q.dtype}", x.dtype)
         checks.check_rows(name, x)
     checks.check_alike("v", v, "k", k)
-    checks.check_heads(q, k.shape[1], k.shape[2])
-    checks.check_int32("cu_seqlens_q", cu_seqlens_q, None, q.device)
+    arguments.check_heads(q, k.shape[1], k.shape[2])
+    checks.check_ints("cu_seqlens_q", cu_seqlens_q, None, q.device)
     if cu_seqlens_q.shape[0] < 1:
         raise bad_value("cu_seqlens_q", "shape [B + 1]", tuple(cu_seqlens_q.shape))
     num_seqs = cu_seqlens_q.shape[0] - 1
-    checks.check_int32("cu_seqlens_k", cu_seqlens_k, num_seqs + 1, q.device)
-    values = checks.check_options(q, num_seqs, options)
+    checks.check_ints("cu_seqlens_k", cu_seqlens_k, num_seqs + 1, q.device)
+    values = arguments.check_options(q, num_seqs, options)
     checks.check_no_grad(q=q, k=k, v=v, sink=options["sink"], out=options["out"])
     values["max_q_len"] = checks.check_bound("max_q_len", options["max_q_len"], q.shape[0])
     values["max_kv_len"] = checks.check_bound("max_kv_len", coarse(options["max_kv_len"]), k.shape[0])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from swath import checks
 from swath.cache import PagedKeys, PagedKV
-from swath.errors import bad_value
+from swath.errors import bad_type, bad_value
 from swath.pages import BlockTable, PageTable, pages_holding
 from swath.window import Window
 
@@ -32,28 +32,52 @@ def check(
         num_steps: S, query tokens of each sequence where ``cu_seqlens_q`` is None.
 
     Raises:
-        ValueError: naming the argument, the sequence and the entry.
+        TypeError, ValueError: naming the argument, and what is wrong in it: the sequence, the entry.
     """
     window = Window.of(window)
-    checks.check_tensor("seq_lens", seq_lens, 1)
-    keys = PagedKeys(cache, PageTable.checked(block_table, seq_lens.shape[0]), seq_lens)
+    keys = _checked(cache, block_table, seq_lens, cu_seqlens_q, q_start, window)
+    checks.check_count("num_steps", num_steps, "an int >= 0")
     lengths = seq_lens.tolist()
     q_lens = [num_steps] * len(lengths) if cu_seqlens_q is None else cu_seqlens_q.diff().tolist()
+    starts = None if q_start is None else q_start.tolist()
     for b, (kv_len, q_len) in enumerate(zip(lengths, q_lens, strict=True)):
         if kv_len < 0:
             raise bad_value("seq_lens", "lengths >= 0", f"{kv_len} for sequence {b}")
         if q_len < 0:
             raise bad_value("cu_seqlens_q", "an ascending tensor", f"{q_len} rows for sequence {b}")
-        if kv_len > keys.table.row(b).shape[0] * cache.page_size:
-            raise bad_value("block_table", f"pages for {kv_len} keys of sequence {b}", keys.table.row(b).shape[0])
-        first = kv_len - q_len if q_start is None else int(q_start[b])
+        pages = keys.table.row(b, cache.page_size).shape[0]
+        if kv_len > pages * cache.page_size:
+            raise bad_value("block_table", f"pages for {kv_len} keys of sequence {b}", pages)
+        first = kv_len - q_len if starts is None else starts[b]
         if q_len:
             _check_visible(keys, window.for_sequence(b), b, first, first + q_len - 1)
 
 
+def _checked(
+    cache: PagedKV,
+    block_table: BlockTable,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor | None,
+    q_start: Tensor | None,
+    window: Window,
+) -> PagedKeys:
+    """The keys that the arguments of ``check`` describe, if their types and shapes are right."""
+    if not isinstance(cache, PagedKV):
+        raise bad_type("cache", "a PagedKV", type(cache).__name__)
+    device = cache.k.device
+    num_seqs = checks.check_ints("seq_lens", seq_lens, None, device).shape[0]
+    if cu_seqlens_q is not None:
+        checks.check_ints("cu_seqlens_q", cu_seqlens_q, num_seqs + 1, device)
+    if q_start is not None:
+        checks.check_ints("q_start", q_start, num_seqs, device)
+    if isinstance(window.global_tokens, Tensor):
+        checks.check_ints("window.global_tokens", window.global_tokens, num_seqs, device)
+    return PagedKeys(cache, PageTable.checked(block_table, num_seqs, device), seq_lens)
+
+
 def _check_visible(keys: PagedKeys, window: Window, b: int, first: int, last: int) -> None:
     lead, left, right = window.key_ranges(first, last, keys.kv_len(b))
-    size, row = keys.cache.page_size, keys.table.row(b)
+    size, row = keys.cache.page_size, keys.table.row(b, keys.cache.page_size)
     for start, stop in ((0, lead), (left, right)):
         if start == stop:
             continue

@@ -44,7 +44,8 @@ def prepare(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def warmup(op: str | Callable[..., Any], *args: Any, impl: str = "auto", **kwargs: Any) -> None:
     """Compile all kernels that this call would launch, without running them: before a CUDA-graph capture, say.
 
-    Args as for ``explain``. Lengths and window sizes are run-time values: one warm-up serves them all.
+    Args as for ``explain``. Lengths and window sizes are run-time values: one warm-up serves them all. A PageTable with
+    ``rows`` is compiled for its number of rows.
     """
     operator = _resolve(op)
     case = operator.prepare(*args, **kwargs)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from swath import checks
 from swath.errors import bad_type, bad_value
+from swath.ops import arguments
 from swath.ops.operator import Operator
 from swath.problem import MergeCase
 
@@ -36,9 +37,9 @@ def merge_states(
 
 def prepare(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> MergeCase:
     """Check the arguments of ``merge_states`` (see there) and make its outputs."""
-    if not isinstance(out_a, Tensor) or out_a.dim() < 2:
-        raise bad_value("out_a", "a tensor [..., Hq, D]", tuple(getattr(out_a, "shape", ())))
-    if out_a.dtype not in checks.Q_DTYPES:
+    if checks.check_is_tensor("out_a", out_a).dim() < 2:
+        raise bad_value("out_a", "shape [..., Hq, D]", tuple(out_a.shape))
+    if out_a.dtype not in arguments.Q_DTYPES:
         raise bad_type("out_a", "bfloat16, float16 or float32", out_a.dtype)
     checks.check_tensor("out_b", out_b, out_a.dim(), out_a.device)
     checks.check_alike("out_b", out_b, "out_a", out_a)

@@ -9,6 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from swath import dispatch
+from swath.ops.arguments import check_names
 from swath.ops.torch_ops import TorchOp, must_dispatch
 
 
@@ -50,8 +51,11 @@ class Operator(Generic[C]):
         """What the public function returns."""
         if not must_dispatch(operands):
             return self.execute(self.prepare(*operands, **options), impl).result
-        if not torch.compiler.is_compiling():
-            self.prepare(*operands, **options)  # so that a wrong call is named as everywhere, and not by the schema
+        if torch.compiler.is_compiling():
+            check_names(options, self.defaults, self.name)
+        else:  # so that a wrong call is named as everywhere, and not by the schema
+            self.prepare(*operands, **options)
+            dispatch.check_impl(self.module, impl)
         named = dict(zip(self.arguments, operands, strict=False))
         return self.dispatched({**self.defaults, **named, **options, "impl": impl})
 

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from swath import checks
 from swath.cache import PagedKeys, PagedKV
 from swath.errors import bad_type, bad_value
+from swath.ops import arguments
 from swath.ops.attention import AttentionOperator, AttentionOptions, defaults_of
 from swath.ops.operator import spelled_out
 from swath.ops.signature import Memory, coarse
@@ -18,7 +19,7 @@ from swath.pages import BlockTable, PageTable
 from swath.problem import Accepted, Problem
 from swath.quant import LARGEST
 
-SPLIT_STEP = 64
+SPLIT_STEP, LARGEST_SPLIT = 64, 1 << 30
 
 
 class PagedOptions(AttentionOptions, total=False):
@@ -66,19 +67,21 @@ def paged_attention(
             prefill, decode and mixed batches). bf16, fp16, fp32, or float8_e4m3fn over an int8 or fp8 cache. Any
             strides with the last one 1. An unquantised cache has q's dtype.
         cache: keys and values, new tokens already appended (see ``append_kv``).
-        block_table: int32 [B, max_pages], or flat ``(page_ids [N], page_indptr [B + 1])``. Entries outside the pool
-            (freed pages, -1) are never read; their keys are not visible.
-        seq_lens: int32 [B], keys of each sequence; negative counts as 0.
-        cu_seqlens_q: int32 [B + 1]; sequence b owns query rows ``cu[b] .. cu[b + 1] - 1``.
+        block_table: [B, max_pages], flat ``(page_ids [N], page_indptr [B + 1])``, or a PageTable, which may also hold
+            rows of a larger table or slots of tokens. Entries outside the pool (freed pages, -1) are never followed;
+            their keys are not visible. All tables, lengths and positions are int32 or int64.
+        seq_lens: [B], keys of each sequence; negative counts as 0.
+        cu_seqlens_q: [B + 1]; sequence b owns query rows ``cu[b] .. cu[b + 1] - 1``.
         max_q_len, max_kv_len: host bounds of the lengths, for launch and scratch only; None: what the shapes allow.
         window: who sees whom (see ``Window``); an int n is ``Window(n)``, None is full causal attention.
         scale: multiplies q . k; None is ``D ** -0.5``.
         q_scale: fp32 scale of fp8 queries, [] or as q without D; None is 1.
-        softcap: scores become ``softcap * tanh(s / softcap)``; 0 is none.
+        softcap: scores become ``softcap * tanh(s / softcap)``; 0 or inf is none.
         sink: [Hq] logits, bf16, fp16 or fp32, that join the softmax's denominator and nothing else (gpt-oss).
         gqa: "grouped" (kv head = q head // group) or "interleaved" (kv head = q head % Hkv).
-        q_start: int32 [B], position of each sequence's first query; None: the queries are the last keys.
-        out: as q (bf16 for fp8 queries), to write into; rows past ``cu_seqlens_q[-1]`` stay untouched.
+        q_start: [B], position of each sequence's first query; None: the queries are the last keys.
+        out: as q (bf16 for fp8 queries), to write into; rows past ``cu_seqlens_q[-1]`` stay untouched. It may be q
+            itself, and shares no memory with other arguments.
         return_lse: also return the log of the softmax denominator: natural log, fp32, as q without D.
         compute: "float", or "int8" to multiply in int8 (int8 cache with tensor, head or channel scales).
         split_size: a multiple of 64: cut the keys at its multiples, so that no bit of a row depends on the batch.
@@ -102,22 +105,25 @@ _memory: Memory[Accepted] = Memory()
 def prepare(q: Tensor, cache: PagedKV, block_table: BlockTable, seq_lens: Tensor, **options: Any) -> Problem:
     """Check the arguments of ``paged_attention`` (see there) and make its outputs."""
     accepted = _memory.recall(_accept, (q, cache, block_table, seq_lens), options)
+    out = options.get("out")
+    if type(out) is Tensor and type(cache.k) is Tensor and cache.holds(out):  # addresses are in no signature
+        raise bad_value("out", "memory that is not the cache's", "a view of its pool")
     return accepted.problem(q, PagedKeys(cache, PageTable.of(block_table), seq_lens), options)
 
 
 def _accept(q: Tensor, cache: PagedKV, block_table: Any, seq_lens: Tensor, **options: Any) -> Accepted:
     """Every check of a call whose signature was not met before."""
-    checks.check_names(options, DEFAULTS, "paged_attention")
+    arguments.check_names(options, DEFAULTS, "paged_attention")
     options = DEFAULTS | options
     if not isinstance(cache, PagedKV):
         raise bad_type("cache", "a PagedKV", type(cache).__name__)
     cu_seqlens_q = options["cu_seqlens_q"]
     checks.check_tensor("q", q, 3 if cu_seqlens_q is not None or getattr(q, "ndim", 3) != 4 else 4, cache.k.device)
-    checks.check_int32("seq_lens", seq_lens, None, q.device)
+    checks.check_ints("seq_lens", seq_lens, None, q.device)
     num_seqs = seq_lens.shape[0]
     _check_queries(q, options["q_scale"], cache, num_seqs, cu_seqlens_q)
-    table = _table(block_table, num_seqs, q.device)
-    values = checks.check_options(q, num_seqs, options)
+    table = PageTable.checked(block_table, num_seqs, q.device)
+    values = arguments.check_options(q, num_seqs, options)
     values |= {"compute": options["compute"], "split_size": options["split_size"]}
     _check_compute(options["compute"], cache)
     _check_split_size(options["split_size"])
@@ -125,17 +131,9 @@ def _accept(q: Tensor, cache: PagedKV, block_table: Any, seq_lens: Tensor, **opt
     checks.check_no_grad(q=q, k=cache.k, v=cache.v, k_scale=cache.k_scale, v_scale=cache.v_scale, **written)
     most = q.shape[0] if cu_seqlens_q is not None else q.shape[1] if q.dim() == 4 else 1
     values["max_q_len"] = checks.check_bound("max_q_len", options["max_q_len"], most)
-    capacity = table.max_pages * cache.page_size
+    capacity = table.max_pages(cache.page_size) * cache.page_size
     values["max_kv_len"] = checks.check_bound("max_kv_len", coarse(options["max_kv_len"]), capacity)
     return Accepted(values)
-
-
-def _table(block_table: object, num_seqs: int, device: torch.device) -> PageTable:
-    table = PageTable.checked(block_table, num_seqs)
-    for part in (table.entries, table.indptr):
-        if part is not None and part.device != device:
-            raise bad_value("block_table", f"tensors on {device}, as q", part.device)
-    return table
 
 
 def _check_queries(
@@ -146,13 +144,13 @@ def _check_queries(
     if q.dtype == torch.float8_e4m3fn:
         if not quantised:
             raise bad_type("q", f"the cache's dtype {cache.k.dtype}; fp8 queries need an int8 or fp8 cache", q.dtype)
-    elif q.dtype not in checks.Q_DTYPES:
+    elif q.dtype not in arguments.Q_DTYPES:
         raise bad_type("q", "bfloat16, float16, float32 or float8_e4m3fn", q.dtype)
     elif not quantised and q.dtype != cache.k.dtype:
         raise bad_type("q", f"the unquantised cache's dtype {cache.k.dtype}", q.dtype)
-    checks.check_heads(q, cache.num_kv_heads, cache.head_dim)
+    arguments.check_heads(q, cache.num_kv_heads, cache.head_dim)
     if cu_seqlens_q is not None:
-        checks.check_int32("cu_seqlens_q", cu_seqlens_q, num_seqs + 1, q.device)
+        checks.check_ints("cu_seqlens_q", cu_seqlens_q, num_seqs + 1, q.device)
     elif q.shape[0] != num_seqs:
         raise bad_value("q", f"shape [{num_seqs}, ...], as seq_lens (or cu_seqlens_q)", tuple(q.shape))
     _check_q_scale(q, q_scale)
@@ -163,8 +161,8 @@ def _check_q_scale(q: Tensor, q_scale: Tensor | None) -> None:
         return
     if q.dtype != torch.float8_e4m3fn:
         raise bad_value("q_scale", f"None for {q.dtype} queries", "a tensor")
-    if not isinstance(q_scale, Tensor) or q_scale.dtype != torch.float32:
-        raise bad_type("q_scale", "a float32 tensor", getattr(q_scale, "dtype", type(q_scale).__name__))
+    if checks.check_is_tensor("q_scale", q_scale).dtype != torch.float32:
+        raise bad_type("q_scale", "float32", q_scale.dtype)
     if q_scale.dim() and q_scale.shape != q.shape[:-1]:
         raise bad_value("q_scale", f"shape [] or {tuple(q.shape[:-1])}", tuple(q_scale.shape))
     if q_scale.device != q.device:
@@ -172,7 +170,7 @@ def _check_q_scale(q: Tensor, q_scale: Tensor | None) -> None:
 
 
 def _check_compute(compute: str, cache: PagedKV) -> None:
-    checks.check_choice("compute", compute, checks.COMPUTES)
+    checks.check_choice("compute", compute, arguments.COMPUTES)
     if compute == "int8" and (cache.k.dtype != torch.int8 or "token" in (cache.quant.k, cache.quant.v_granularity)):
         came = f"{cache.k.dtype} with {cache.quant.k!r} and {cache.quant.v_granularity!r} scales"
         raise bad_value("compute", "'float', or an int8 cache with tensor, head or channel scales for 'int8'", came)
@@ -182,8 +180,8 @@ def _check_split_size(split_size: int | None) -> None:
     if split_size is None:
         return
     checks.check_int("split_size", split_size, "an int or None")
-    if split_size < SPLIT_STEP or split_size % SPLIT_STEP:
-        raise bad_value("split_size", f"a multiple of {SPLIT_STEP}", split_size)
+    if not SPLIT_STEP <= split_size <= LARGEST_SPLIT or split_size % SPLIT_STEP:
+        raise bad_value("split_size", f"a multiple of {SPLIT_STEP}, at most {LARGEST_SPLIT}", split_size)
 
 
 OPERANDS = {"q": Tensor, "cache": PagedKV, "block_table": BlockTable, "seq_lens": Tensor}

@@ -55,15 +55,15 @@ def signature_of(operands: tuple[Any, ...], options: dict[str, Any]) -> Signatur
 def _look(x: object) -> object:
     if type(x) is PagedKV:
         return PagedKV, signature_of(x.tensors, {})
-    if isinstance(x, Window):
+    if type(x) is Window:
         if type(x.global_tokens) is int:
-            return type(x), x.key
-        return type(x), x.size, x.causal, x.max_global_tokens, signature_of((x.global_tokens,), {})
-    if isinstance(x, PageTable):
-        return PageTable, signature_of((x.entries, x.indptr), {})
+            return Window, x.key
+        return Window, x.size, x.causal, x.max_global_tokens, signature_of((x.global_tokens,), {})
+    if type(x) is PageTable:
+        return PageTable, signature_of((x.entries, x.indptr, x.rows, x.unit), {})
     if isinstance(x, (tuple, list)):
-        return type(x), signature_of(tuple(x), {})
-    return [x]  # not a key: what else decides about an unknown type, or a subclass of Tensor, is not known
+        return tuple, signature_of(tuple(x), {})
+    return [x]  # not a key, so not kept: what else decides about an unknown type, or a subclass, is not known
 
 
 def coarse(bound: Any) -> Any:
@@ -79,14 +79,17 @@ class Memory(Generic[V]):
 
     def recall(self, check: Callable[..., V], operands: tuple[object, ...], options: dict[str, Any]) -> V:
         """What ``check(*operands, **options)`` returned for such a call, or returns now for one not met before."""
-        signature = signature_of(operands, options)
+        signature: Signature = ()
+        found = None
         try:
+            signature = signature_of(operands, options)
             found = self._known.get(signature)
-        except TypeError:  # no key
-            return check(*operands, **options)
+        except (TypeError, RuntimeError):  # no key; or a tensor without strides or memory of its own, as inside vmap
+            signature = ()
         if found is None:
             found = check(*operands, **options)
-            if len(self._known) >= MOST_SIGNATURES:
-                self._known.clear()
-            self._known[signature] = found
+            if signature:
+                if len(self._known) >= MOST_SIGNATURES:
+                    self._known.clear()
+                self._known[signature] = found
         return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -54,8 +55,13 @@ class Parts:
     together: Callable[..., Any]
 
 
-def _as_it_is(schema: str) -> Parts:
-    return Parts({"": schema}, lambda _name, x: (x,), lambda x: x)
+def _as_it_is(schema: str, wanted: str, *types: type) -> Parts:
+    def apart(name: str, x: Any) -> tuple[Any, ...]:
+        if not isinstance(x, types):
+            raise bad_type(name, wanted, type(x).__name__)
+        return (x,)
+
+    return Parts({"": schema}, apart, lambda x: x)
 
 
 def _cache_apart(name: str, cache: Any) -> tuple[Any, ...]:
@@ -77,23 +83,23 @@ def _window(size: int | None, count: int, per_seq: Tensor | None, causal: bool, 
 
 def _table_apart(name: str, table: Any) -> tuple[Any, ...]:
     if isinstance(table, PageTable):
-        return table.entries, table.indptr
+        return table.entries, table.indptr, table.rows, table.unit
     if isinstance(table, Tensor):
-        return table, None
+        return table, None, None, "page"
     if not isinstance(table, (tuple, list)) or len(table) != 2:
         raise bad_type(name, "a tensor, a pair (page_ids, page_indptr) or a PageTable", type(table).__name__)
-    return tuple(table)
+    return *table, None, "page"
 
 
 PARTS: dict[Any, Parts] = {
-    Tensor: _as_it_is("Tensor"),
-    Tensor | None: _as_it_is("Tensor?"),
-    int: _as_it_is("SymInt"),
-    int | None: _as_it_is("SymInt?"),
-    float: _as_it_is("float"),
-    float | None: _as_it_is("float?"),
-    bool: _as_it_is("bool"),
-    str: _as_it_is("str"),
+    Tensor: _as_it_is("Tensor", "a tensor", Tensor),
+    Tensor | None: _as_it_is("Tensor?", "a tensor or None", Tensor, NoneType),
+    int: _as_it_is("SymInt", "an int", int, torch.SymInt),
+    int | None: _as_it_is("SymInt?", "an int or None", int, torch.SymInt, NoneType),
+    float: _as_it_is("float", "a float", float, int),
+    float | None: _as_it_is("float?", "a float or None", float, int, NoneType),
+    bool: _as_it_is("bool", "a bool", bool),
+    str: _as_it_is("str", "a str", str),
     PagedKV: Parts(
         {"_k": "Tensor", "_v": "Tensor", "_k_scale": "Tensor?", "_v_scale": "Tensor?"}, _cache_apart, PagedKV
     ),
@@ -108,7 +114,9 @@ PARTS: dict[Any, Parts] = {
         _window_apart,
         _window,
     ),
-    BlockTable: Parts({"": "Tensor", "_indptr": "Tensor?"}, _table_apart, PageTable),
+    BlockTable: Parts(
+        {"": "Tensor", "_indptr": "Tensor?", "_rows": "Tensor?", "_unit": "str"}, _table_apart, PageTable
+    ),
 }
 """By annotation."""
 

@@ -2,7 +2,7 @@
 
 For an element t of the output, in the names of ``Truth`` (oracle.py), the budget is
 
-    u |t| + (|t| + 4 quadrature) u (1 + Q) + 4 (|t| + quadrature) (score + sum) + a (4 v_norm + keys |t|) peak
+    u |t| + (|t| + 4 quadrature) u (1 + Q) + 4 (|t| + quadrature) (score + sum) + a (4 v_norm + keys |t|) peak + rest
     score = noise (u Q + D e) + 8 score_size e,   sum = (sqrt(keys) + 8) e
 
 - ``u`` is half a unit in the last place of the 16-bit type (2^-8 bf16, 2^-11 fp16, 2^-24 for fp32), ``e`` that of
@@ -12,6 +12,8 @@ For an element t of the output, in the names of ``Truth`` (oracle.py), the budge
   are their errors: that part goes with |t|.
 - ``score``: scores are sums of D products in fp32; a dequantised K, or a q with K's scale folded in, is rounded to 16
   bits before them. What follows (scale, soft cap, base 2) rounds in proportion to the score.
+- ``rest``: no float32 p is below 2^-126, nor an element below the smallest of its type. Where ``4 score`` is 1 or more,
+  as at scores of millions, another key may have the largest score: v_norm, for any of the values may come out.
 - ``sum``: sums over the keys, running rescales, the exponential.
 - ``a``: p rounded in absolute steps: fp16, which holds p of a quantised cache too, has no values below 2^-24;
   ``compute="int8"`` keeps p in 127ths of the largest. There q too has 127ths of its largest element, which adds
@@ -39,6 +41,7 @@ UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-2
 _DEVIATIONS = 4.0
 _INT8_STEP = 1 / 254
 _FP16_STEP = 2.0**-25
+_SMALLEST_P = 2.0**-126
 
 
 def out_budget(truth: Truth, dtype: torch.dtype, *, quantised: bool = False, compute: str = "float") -> Tensor:
@@ -46,12 +49,14 @@ def out_budget(truth: Truth, dtype: torch.dtype, *, quantised: bool = False, com
     u, e = UNIT[dtype], UNIT[torch.float32]
     t = truth.out.abs()
     rounded_p = u * (1 + quantised) * (t + _DEVIATIONS * truth.quadrature)
-    weights = (_score_error(truth, dtype, quantised, compute) + _sum_error(truth))[..., None]
+    score_error = _score_error(truth, dtype, quantised, compute)[..., None]
+    weights = score_error + _sum_error(truth)[..., None]
     has_fp16 = dtype == torch.float16 or (quantised and dtype == torch.bfloat16)
     step = _INT8_STEP if compute == "int8" else _FP16_STEP if has_fp16 else 0.0
     steps = step * (_DEVIATIONS * truth.v_norm + truth.keys[..., None] * t) * truth.peak[..., None]
-    smallest = torch.finfo(dtype).tiny * 2 * u
-    return (u + e) * t + rounded_p + _DEVIATIONS * (t + truth.quadrature) * weights + steps + smallest
+    rest = torch.finfo(dtype).tiny * 2 * u + _SMALLEST_P * truth.keys.sqrt()[..., None] * truth.v_norm
+    rest += truth.v_norm.where(_DEVIATIONS * score_error >= 1, 0.0)
+    return (u + e) * t + rounded_p + _DEVIATIONS * (t + truth.quadrature) * weights + steps + rest
 
 
 def lse_budget(truth: Truth, dtype: torch.dtype, *, quantised: bool = False, compute: str = "float") -> Tensor:

@@ -37,8 +37,11 @@ class Case:
         dense: ``attention`` in place of ``paged_attention``. num_kv_heads, group, head_dim, page_size.
     Storage
         dtype: of q. quant: of the cache; None is q's dtype. scale_dtype: of the cache's scales. q_scale: "none",
-        "tensor" or "token", of fp8 queries. table: "rectangular" or "flat". layout: "hnd", "nhd", "packed" or "padded".
-        strided: q, out and a rectangular table lie in wider buffers.
+        "tensor" or "token", of fp8 queries. layout: "hnd", "nhd", "packed", "packed hnd" or "padded".
+        strided: q, out and a table that is not flat lie in wider buffers.
+    Page table
+        table: "rectangular", "flat", or "rows" of a larger one. unit: its entries are a "page" or a "token" each.
+        index_dtype: of it, of lengths and of positions: int32 or int64.
     Who sees whom
         size, global_tokens (one per sequence where it is a tuple), max_global_tokens, causal: as ``Window``.
     Scores
@@ -64,6 +67,8 @@ class Case:
     scale_dtype: torch.dtype = torch.float32
     q_scale: str = "none"
     table: str = "rectangular"
+    unit: str = "page"
+    index_dtype: torch.dtype = torch.int32
     layout: str = "hnd"
     strided: bool = False
     size: int | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swath.cache import PagedKV
-from swath.pages import page_count
+from swath.pages import PageTable, page_count
 from swath.quant import LARGEST
 from swath.testing.cases import Case
 from swath.testing.inputs import Inputs
@@ -50,10 +50,14 @@ class _Filled(Random):
     def shuffled(self, count: int) -> Tensor:
         return torch.randperm(count, generator=self.generator, device=self.device)
 
-    def paged(self) -> tuple[PagedKV, Tensor | tuple[Tensor, Tensor]]:
-        counts = [page_count(max(n, 0), self.case.page_size) for n in self.case.kv_lens]
-        cache = self.pool(sum(counts))
-        return cache, self.table(list(self.shuffled(sum(counts)).int().split(counts)), sum(counts))
+    def paged(self) -> tuple[PagedKV, Tensor | tuple[Tensor, Tensor] | PageTable]:
+        lengths = self.case.kv_lens
+        counts = [page_count(max(n, 0), self.case.page_size) for n in lengths]
+        cache, total = self.pool(sum(counts)), sum(counts)
+        pages = self.shuffled(total).split(counts)
+        used = torch.arange(max(counts, default=0), device=self.device)
+        rows = [self.row(n, used[: len(ids)], ids, total) for n, ids in zip(lengths, pages, strict=True)]
+        return cache, self.table(rows, total)
 
 
 class _Unset(Maker):
@@ -68,7 +72,7 @@ class _Unset(Maker):
     def logits(self, dtype: torch.dtype) -> Tensor:
         return self.fill((self.case.num_q_heads,), dtype)
 
-    def paged(self) -> tuple[PagedKV, Tensor | tuple[Tensor, Tensor]]:
+    def paged(self) -> tuple[PagedKV, Tensor | tuple[Tensor, Tensor] | PageTable]:
         case = self.case
         counts = [page_count(max(n, 0), case.page_size) for n in case.kv_lens]
         page_bytes = case.page_size * case.storage.bytes_per_token(case.num_kv_heads, case.head_dim)

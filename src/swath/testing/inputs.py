@@ -13,6 +13,7 @@ from swath.cache import PagedKV
 from swath.ops.attention import attention
 from swath.ops.explain import explain
 from swath.ops.paged import paged_attention
+from swath.pages import PageTable
 from swath.testing import budget, oracle
 from swath.testing.cases import Case
 from swath.testing.oracle import Truth
@@ -29,7 +30,7 @@ class Inputs:
     case: Case
     q: Tensor
     keys: PagedKV | tuple[Tensor, Tensor]
-    block_table: Tensor | tuple[Tensor, Tensor] | None
+    block_table: Tensor | tuple[Tensor, Tensor] | PageTable | None
     seq_lens: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
@@ -108,9 +109,12 @@ class Inputs:
         )  # fmt: skip
         if case.dense:
             return oracle.dense(*self.args, **options)
-        q, cache, *where = self.args
+        q, cache, table, seq_lens = self.args
         options |= dict(cu_seqlens_q=self.cu_seqlens_q, q_scale=self.q_scale)
-        return oracle.paged(q, cache.k, cache.v, cache.k_scale, cache.v_scale, *where, **options)
+        if isinstance(table, PageTable):
+            options |= dict(table_rows=table.rows, unit=table.unit)
+            table = table.entries if table.indptr is None else (table.entries, table.indptr)
+        return oracle.paged(q, cache.k, cache.v, cache.k_scale, cache.v_scale, table, seq_lens, **options)
 
     def check(self, out: Tensor, lse: Tensor | None, truth: Truth | None = None) -> float:
         """``check_budget`` of results of this call: the share of the budget used, at most 1.

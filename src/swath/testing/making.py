@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from swath.cache import PagedKV
-from swath.pages import page_count
+from swath.pages import PageTable, page_count
 from swath.quant import LARGEST, quantise, spread, token_scale
 from swath.testing.cases import Case
 from swath.testing.inputs import Inputs
 from swath.testing.oracle import visible
 
-_HOSTILE = (-1, 2**31 - 1, None, -(2**31))
-"""Entries of freed pages, in turn; None stands for num_pages, the first page that does not exist."""
+_HOSTILE = {torch.int32: (-1, 2**31 - 1, None, -(2**31)), torch.int64: (-1, 2**32, None, -(2**63), 2**63 - 1)}
+"""Entries of freed pages, in turn; None stands for the first entry that names nothing. Of 2**32 half the bits are 0."""
 
 _SPIKE_SCORE = 8.0
 _SPIKE_VALUE = 4.0
@@ -76,11 +76,11 @@ class Maker(ABC):
             q=self.queries(),
             keys=keys,
             block_table=table,
-            seq_lens=None if case.dense else self.int32(case.kv_lens),
+            seq_lens=None if case.dense else self.ints(case.kv_lens),
             cu_seqlens_q=self.bounds(case.row_counts) if case.ragged else None,
             cu_seqlens_k=self.bounds([max(n, 0) for n in case.kv_lens]) if case.dense else None,
-            q_start=None if case.q_start is None else self.int32(case.q_start),
-            global_tokens=leading if isinstance(leading, int) else self.int32(leading),
+            q_start=None if case.q_start is None else self.ints(case.q_start),
+            global_tokens=leading if isinstance(leading, int) else self.ints(leading),
             q_scale=self.q_scale(),
             sink=self.sink(),
         )
@@ -98,7 +98,7 @@ class Maker(ABC):
         """A new sink."""
 
     @abstractmethod
-    def paged(self) -> tuple[PagedKV, Tensor | tuple[Tensor, Tensor]]:
+    def paged(self) -> tuple[PagedKV, Tensor | tuple[Tensor, Tensor] | PageTable]:
         """The cache, and the table that finds each sequence's pages in it."""
 
     def q_scale(self) -> Tensor | None:
@@ -130,42 +130,58 @@ class Maker(ABC):
         k, v = (self.storage((rows, case.num_kv_heads, case.head_dim), case.dtype, case.strided) for _ in range(2))
         return k, v
 
-    def int32(self, values: Sequence[int]) -> Tensor:
+    def ints(self, values: Sequence[int]) -> Tensor:
         """Host numbers as a tensor."""
-        return torch.tensor(values, dtype=torch.int32, device=self.device)
+        return torch.tensor(values, dtype=self.case.index_dtype, device=self.device)
 
     def bounds(self, counts: Sequence[int]) -> Tensor:
-        """Where sequences of so many rows, laid end to end, begin and end: int32 [B + 1]."""
-        return self.int32([0, *accumulate(counts)])
+        """Where sequences of so many rows, laid end to end, begin and end: [B + 1]."""
+        return self.ints([0, *accumulate(counts)])
 
-    def unused(self, count: int, _num_pages: int) -> Tensor:
-        """Entries of a table that are not in use."""
-        return self.int32([0] * count)
+    def unused(self, count: int, _end: int) -> Tensor:
+        """Entries of a table that are not in use; ``end`` is the first number after those that name something."""
+        return self.ints([0] * count)
 
-    def table(self, rows: list[Tensor], num_pages: int) -> Tensor | tuple[Tensor, Tensor]:
-        """A block table, rectangular or flat, of the pages of each sequence."""
-        if self.case.table == "flat":
-            return torch.cat([*rows, self.int32([])]), self.bounds([len(row) for row in rows])
+    @property
+    def entries_a_page(self) -> int:
+        """Entries that a table has for a page: one, or one for each token."""
+        return self.case.page_size if self.case.unit == "token" else 1
+
+    def row(self, kv_len: int, used: Tensor, ids: Tensor, num_pages: int) -> Tensor:
+        """The entries of a sequence whose pages at ``used`` are ``ids``. Of tokens the first one of a page counts."""
+        step = self.entries_a_page
+        row = self.unused(page_count(max(kv_len, 0), self.case.page_size // step), num_pages * step)
+        row[used * step] = (ids * step).to(row.dtype)
+        return row
+
+    def table(self, rows: list[Tensor], num_pages: int) -> Tensor | tuple[Tensor, Tensor] | PageTable:
+        """A block table, in the form of the case, of the entries of each sequence."""
+        case = self.case
+        if case.table == "flat":
+            flat = torch.cat([*rows, self.ints([])]), self.bounds([len(row) for row in rows])
+            return flat if case.unit == "page" else PageTable(*flat, unit="token")
         width = max((len(row) for row in rows), default=0) + self.spare
-        outer = width + (_PAD if self.case.strided else 0)
-        table = self.unused(len(rows) * outer, num_pages).view(len(rows), outer)[:, :width]
-        for b, row in enumerate(rows):
-            table[b, : len(row)] = row
-        return table
+        outer, height = width + (_PAD if case.strided else 0), len(rows) + (_SPARE if case.table == "rows" else 0)
+        table = self.unused(height * outer, num_pages * self.entries_a_page).view(height, outer)[:, :width]
+        places = range(height)[::-1][: len(rows)] if case.table == "rows" else range(height)
+        for place, row in zip(places, rows, strict=True):
+            table[place, : len(row)] = row
+        if case.table == "rectangular" and case.unit == "page":
+            return table
+        return PageTable(table, rows=self.ints(places) if case.table == "rows" else None, unit=case.unit)
 
     def pool(self, num_pages: int) -> PagedKV:
         """A cache as the case lays it out."""
         case, stored = self.case, self.case.storage
         heads, size, dim = case.num_kv_heads, case.page_size, case.head_dim
-        scales = {
-            "k_scale": self.scale_of(stored.k, num_pages),
-            "v_scale": self.scale_of(stored.v_granularity, num_pages),
-        }
-        if case.layout == "packed":
-            return PagedKV.from_packed(self.storage((num_pages, size, heads, 2 * dim), stored.dtype), **scales)
-        shape = (num_pages, size, heads, dim) if case.layout == "nhd" else (num_pages, heads, size, dim)
+        k_scale, v_scale = (self.scale_of(g, num_pages) for g in (stored.k, stored.v_granularity))
+        by_token = case.layout in ("nhd", "packed")
+        shape = (num_pages, size, heads, dim) if by_token else (num_pages, heads, size, dim)
+        if case.layout.startswith("packed"):
+            kv = self.storage((*shape[:3], 2 * dim), stored.dtype)
+            return PagedKV.from_packed(kv, layout="nhd" if by_token else "hnd", k_scale=k_scale, v_scale=v_scale)
         k, v = (self.storage(shape, stored.dtype, case.layout == "padded") for _ in range(2))
-        return PagedKV.from_nhd(k, v, **scales) if case.layout == "nhd" else PagedKV(k, v, **scales)
+        return (PagedKV.from_nhd if by_token else PagedKV)(k, v, k_scale=k_scale, v_scale=v_scale)
 
     def scale_of(self, granularity: str, num_pages: int) -> Tensor | None:
         """A scale of the cache; those of tokens are laid out as the keys are."""
@@ -225,10 +241,10 @@ class _Guarded(Random):
             return self.storage(shape, case.scale_dtype, case.layout == "padded")
         return (self.uniform(0.7, 3.0, shape) * 5 / LARGEST[case.storage.dtype]).to(case.scale_dtype)
 
-    def unused(self, count: int, num_pages: int) -> Tensor:
+    def unused(self, count: int, end: int) -> Tensor:
         """Entries that name no page."""
-        kinds = [num_pages if entry is None else entry for entry in _HOSTILE]
-        return self.int32([kinds[i % len(kinds)] for i in range(count)])
+        kinds = [end if entry is None else entry for entry in _HOSTILE[self.case.index_dtype]]
+        return self.ints([kinds[i % len(kinds)] for i in range(count)])
 
     def q_scale(self) -> Tensor | None:
         return self.q_unit
@@ -278,7 +294,7 @@ class _Guarded(Random):
             k[first[b] + positions], v[first[b] + positions] = new_k.to(case.dtype), new_v.to(case.dtype)
         return k, v
 
-    def paged(self) -> tuple[PagedKV, Tensor | tuple[Tensor, Tensor]]:
+    def paged(self) -> tuple[PagedKV, Tensor | tuple[Tensor, Tensor] | PageTable]:
         case, size, live = self.case, self.case.page_size, self.live
         used = [torch.unique(positions // size) for positions in live]
         if case.holes:
@@ -289,11 +305,10 @@ class _Guarded(Random):
         cache = self.pool(num_pages)
         rows = []
         for b, ids in enumerate(pool.split(counts)):
-            row = self.unused(page_count(max(case.kv_lens[b], 0), size), num_pages)
-            row[used[b]] = ids.int()
+            rows.append(self.row(case.kv_lens[b], used[b], ids, num_pages))
             positions = live[b][torch.isin(live[b] // size, used[b])]
-            self.write(cache, row[positions // size].long(), positions % size, *self.keys(b, positions))
-            rows.append(row)
+            page = ids[torch.searchsorted(used[b], positions // size)]
+            self.write(cache, page, positions % size, *self.keys(b, positions))
         return cache, self.table(rows, num_pages)
 
     def write(self, cache: PagedKV, page: Tensor, slot: Tensor, k: Tensor, v: Tensor) -> None:

@@ -31,7 +31,7 @@ class Truth(NamedTuple):
     - quadrature [R, Hq, D]: ``sqrt(sum_j (p_j v_j)^2)``
     - noise [R, Hq]: ``scale * max_j |q o k_j|``, the Euclidean norm of the element-wise product
     - coarse_noise [R, Hq]: the same were every element of ``q x k_scale`` as large as the largest
-    - score_size [R, Hq]: the soft cap, or the largest ``|s_j|``
+    - score_size [R, Hq]: the largest ``|s_j|``, capped where there is a soft cap
     - peak [R, Hq]: p of the largest score
     - v_norm [R, Hq, D]: ``sqrt(sum_j v_j^2)``
     """
@@ -82,11 +82,21 @@ def paged(
     v_scale: Tensor | None,
     block_table: Tensor | Sequence[Tensor],
     seq_lens: Tensor,
+    *,
+    table_rows: Tensor | None = None,
+    unit: str = "page",
     **options: Any,
 ) -> Truth:
-    """The truth of ``swath.paged_attention`` over k, v [num_pages, Hkv, page_size, D]; options as ``_truth``."""
+    """The truth of ``swath.paged_attention`` over k, v [num_pages, Hkv, page_size, D]; options as ``_truth``.
+
+    ``table_rows``, ``unit``: which rows of a larger table count, and whether entries are pages or the slots of tokens.
+    """
     num_pages, num_kv_heads, page_size, _ = k.shape
     pages = _page_lists(block_table)
+    if table_rows is not None:
+        pages = [pages[row] for row in table_rows.tolist()]
+    if unit == "token":
+        pages = [slots[::page_size].div(page_size, rounding_mode="floor") for slots in pages]
     live = []
     for entries, kv_len in zip(pages, seq_lens.tolist(), strict=True):
         owner = entries.repeat_interleave(page_size)[: max(kv_len, 0)]
@@ -187,11 +197,11 @@ def _head(
     s = scale * (q @ k.T)
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
-    size = torch.full_like(q[:, 0], softcap) if softcap > 0 else _masked_max(s.abs(), seen)
+    size = _masked_max(s.abs(), seen)
     s = s.masked_fill(~seen, -torch.inf)
     logits = s if sink is None else torch.cat([s, sink.expand(s.shape[0], 1)], 1)
     lse = torch.logsumexp(logits, 1) if logits.shape[1] else torch.full_like(q[:, 0], -torch.inf)
-    p = torch.exp(s - lse.where(lse > -torch.inf, 0.0)[:, None])
+    p = torch.exp(s - lse.where(lse != -torch.inf, 0.0)[:, None])
     noise = abs(scale) * _masked_max((q.square() @ k.square().T).sqrt(), seen)
     v_norm = (seen.double() @ v.square()).sqrt()
     return p @ v, lse, (p.square() @ v.square()).sqrt(), noise, size, _masked_max(p, seen), v_norm

@@ -32,7 +32,8 @@ EXACT_INT8_KEYS = 2**24 // (LARGEST_INT8 * 128)
 """So many products of p in 127ths with stored int8 add up exactly in float32, in any order."""
 
 FLOOR, TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
-"""The running maximum of a row that has seen no key: finite, so that no difference of it is NaN."""
+"""The running maximum of a row that has seen no key: finite, so that no difference of it is NaN, and the least that a
+score can be, so that none is below it. Whether a row has seen a key is said by its sum, not by its maximum."""
 
 
 def why_not(problem: Problem) -> str | None:
@@ -52,10 +53,11 @@ def warm(problem: Problem) -> None:
 
 
 def run(problem: Problem) -> None:
-    """Write out and lse of every row of every sequence."""
-    for rows in problem.sequences():
-        if rows.q.shape[0]:
-            _run_sequence(problem, rows)
+    """Write out and lse of every row of every sequence, in float32 also where torch would pick another type."""
+    with torch.autocast("cpu", enabled=False):
+        for rows in problem.sequences():
+            if rows.q.shape[0]:
+                _run_sequence(problem, rows)
 
 
 def span_keys(problem: Problem) -> int:
@@ -119,11 +121,7 @@ def _run_sequence(problem: Problem, rows: SequenceRows) -> None:
             if left < right:
                 keys = span.narrow(left - start, right - start)
                 at = slice(stretch.first * group, stretch.end * group)
-                s = queries.scores(at, keys)
-                _hide(s, rows, stretch, left, keys)
-                softmax.step(at, s, keys)
-    if problem.sink is not None:
-        softmax.take_sink(problem, problem.sink)
+                softmax.step(at, queries.scores(at, keys), keys, _cuts(rows, stretch, left, keys))
     softmax.write(problem, rows, span)
 
 
@@ -141,27 +139,77 @@ def _cast(x: Tensor) -> Tensor:
 
 @cache
 def _e4m3_values() -> Tensor:
-    """The 256 values in the order of their bytes, float32."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    """The 256 values in the order of their bytes, float32. An ordinary tensor, whatever the first call ran under."""
+    with torch.inference_mode(False):
+        return torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
 
 
-def _hide(s: Tensor, rows: SequenceRows, stretch: _Stretch, first_key: int, keys: KeySlice) -> None:
-    """Make the scores -inf of keys that a row does not see, or that have no page.
+@dataclass(frozen=True, eq=False, slots=True)
+class _Cut:
+    """Keys ``first .. end - 1`` of a tile of scores that not every row sees: ``hidden`` [tokens or 1, keys]."""
 
-    By adding, which torch does several times faster than a masked fill.
-    """
+    first: int
+    end: int
+    hidden: Tensor
+
+    def of(self, s: Tensor) -> Tensor:
+        """These keys' scores among ``s`` [Hkv, tokens * group, N], as [Hkv, tokens or 1, rows, keys]."""
+        by_token: Tensor = s.unflatten(1, (self.hidden.shape[0], -1))
+        return by_token[..., self.first : self.end]
+
+
+def _cuts(rows: SequenceRows, stretch: _Stretch, first_key: int, keys: KeySlice) -> list[_Cut]:
+    """What is hidden of the scores of a stretch with ``keys``: its rows do not see it, or it has no page."""
+    cuts, num_keys = [], keys.live.shape[0]
     if not bool(keys.live.all()):
-        s.add_(_bias(keys.live))
-    (clear_from, clear_to), end_key = stretch.clear, first_key + s.shape[2]
+        cuts.append(_Cut(0, num_keys, ~keys.live[None]))
+    (clear_from, clear_to), end_key = stretch.clear, first_key + num_keys
     for left, right in ((first_key, min(end_key, clear_from)), (max(first_key, clear_to), end_key)):
         if left < right:
-            visible = rows.window.mask(rows.positions(stretch.first, stretch.end), torch.arange(left, right))
-            by_token = s.unflatten(1, (visible.shape[0], -1))  # [Hkv, tokens, group, N]
-            by_token[..., left - first_key : right - first_key].add_(_bias(visible)[:, None])
+            positions = torch.arange(left, right, device="cpu")
+            visible = rows.window.mask(rows.positions(stretch.first, stretch.end), positions)
+            cuts.append(_Cut(left - first_key, right - first_key, ~visible))
+    return cuts
 
 
-def _bias(visible: Tensor) -> Tensor:
-    return torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+def _hide(s: Tensor, cuts: list[_Cut]) -> Tensor:
+    """Make hidden scores -inf; the largest of each row [Hkv, rows, 1].
+
+    By adding, which torch does ten times faster than a masked fill, but where a score is NaN or infinite.
+    """
+    for cut in cuts:
+        bias = torch.zeros_like(cut.hidden, dtype=s.dtype).masked_fill_(cut.hidden, -torch.inf)
+        cut.of(s).add_(bias[:, None])
+    highest = s.amax(-1, keepdim=True)
+    if cuts and bool(highest.isnan().any()):
+        for cut in cuts:
+            cut.of(s).masked_fill_(cut.hidden[:, None], -torch.inf)
+        highest = s.amax(-1, keepdim=True)
+    return highest
+
+
+def _is_finite(keys: KeySlice) -> bool:
+    """Whether no value or token scale of V is NaN or infinite, nor their sum, which is a pass that torch does fast."""
+    total = keys.v.sum()
+    if keys.quant.v_granularity == "token" and keys.v_scale is not None:
+        total = total + keys.v_scale.float().sum()
+    return bool(total.isfinite())
+
+
+def _add_apart(acc: Tensor, p: Tensor, keys: KeySlice, cuts: list[_Cut]) -> None:
+    """acc += p @ V where values are NaN or infinite: those that a row does not see add nothing to it, nor 0 x NaN."""
+    seen = torch.ones_like(p)
+    for cut in cuts:
+        cut.of(seen).masked_fill_(cut.hidden[:, None], 0.0)
+    v, scale, finite = keys.v, keys.v_scale, keys.v.isfinite()
+    if keys.quant.v_granularity == "token" and scale is not None:
+        v, finite = v * scale[..., None], finite & scale.isfinite()[..., None]
+        scale = scale.where(scale.isfinite(), 0.0)
+    acc.baddbmm_(fold_p(p, keys.quant.v_granularity, scale), keys.v.where(finite, 0.0))
+    v = v.where(~finite, 0.0)
+    for kind, of_kind in ((torch.nan, v.isnan()), (torch.inf, v.isposinf()), (-torch.inf, v.isneginf())):
+        reached = torch.bmm(seen, of_kind.to(seen.dtype)) > 0
+        acc.add_(torch.zeros_like(acc).masked_fill_(reached, kind))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -182,7 +230,7 @@ class _Queries:
         q = problem.by_kv_head(rows.dequantised_q(0, rows.q.shape[0], torch.float32)).flatten(1, 2)
         q = fold_q(q, keys.quant.k, keys.k_scale)
         cap_log2 = problem.softcap * LOG2_E
-        unit = problem.scale / problem.softcap if problem.softcap > 0 else problem.scale * LOG2_E
+        unit = problem.score_unit
         if problem.compute == "float":
             return cls(q * unit, None, cap_log2)
         step = token_scale(q, torch.int8)[..., None]
@@ -209,14 +257,15 @@ class _Softmax:
     @classmethod
     def start(cls, problem: Problem, rows: SequenceRows) -> _Softmax:
         """The state before any key."""
-        acc = torch.zeros(problem.keys.num_kv_heads, rows.q.shape[0] * problem.group, problem.head_dim)
-        l = acc.new_zeros(*acc.shape[:2], 1)
+        shape = (problem.keys.num_kv_heads, rows.q.shape[0] * problem.group)
+        acc = torch.zeros(*shape, problem.head_dim, dtype=torch.float32, device="cpu")
+        l = acc.new_zeros(*shape, 1)
         return cls(torch.full_like(l, FLOOR), l, acc, LARGEST_INT8 if problem.compute == "int8" else 0)
 
-    def step(self, at: slice, s: Tensor, keys: KeySlice) -> None:
+    def step(self, at: slice, s: Tensor, keys: KeySlice, cuts: list[_Cut]) -> None:
         """Take in the scores ``s`` [Hkv, rows, N], which are consumed, and the values of the same keys."""
         m, l, acc = self.m[:, at], self.l[:, at], self.acc[:, at]
-        m_new = torch.maximum(m, s.amax(-1, keepdim=True))
+        m_new = torch.maximum(m, _hide(s, cuts))
         p = s.sub_(m_new).exp2_()
         alpha = torch.exp2(m - m_new)
         m.copy_(m_new)
@@ -224,27 +273,38 @@ class _Softmax:
         acc.mul_(alpha)
         if self.p_steps:
             acc.add_(torch.bmm(p.mul_(self.p_steps).round_(), keys.v), alpha=1 / self.p_steps)
+        elif cuts and not _is_finite(keys):
+            _add_apart(acc, p, keys, cuts)
         else:
             acc.baddbmm_(fold_p(p, keys.quant.v_granularity, keys.v_scale), keys.v)
 
-    def take_sink(self, problem: Problem, sink: Tensor) -> None:
-        """Add the sink logits [Hq] to the denominator: last, so that p in steps is relative to the keys alone."""
+    def take_sink(self, problem: Problem, sink: Tensor) -> Tensor:
+        """Add the sink logits [Hq] to the denominator, and return the maxima in natural units.
+
+        Last, so that p in steps is relative to the keys alone. The largest logits are beyond float32 in base 2, so a
+        maximum that is the logit's comes as that.
+        """
         heads, rows = self.l.shape[:2]
-        sink = problem.by_kv_head(sink.float()[None] * LOG2_E)
+        sink = problem.by_kv_head(sink.float()[None])
         sink = sink.expand(heads, rows // problem.group, problem.group).reshape(self.l.shape)
-        m_new = torch.maximum(self.m, sink)
+        level = (sink * LOG2_E).clamp(FLOOR, -FLOOR)
+        m_new = torch.maximum(self.m, level)
         alpha = torch.exp2(self.m - m_new)
-        self.l.mul_(alpha).add_(torch.exp2(sink - m_new))
+        self.l.mul_(alpha).add_(torch.exp2(level - m_new).where(sink != -torch.inf, 0.0))
         self.acc.mul_(alpha)
-        self.m.copy_(m_new)
+        return sink.where(m_new == level, m_new / LOG2_E)
 
     def write(self, problem: Problem, rows: SequenceRows, keys: KeySlice | None) -> None:
-        """Normalise, fold V's static scale, round once. ``keys``: any of the sequence's, None where no row sees one."""
+        """Take the sink, normalise, fold V's static scale, round once.
+
+        ``keys``: any of the sequence's, None where no row sees one.
+        """
         shape = (rows.q.shape[0], problem.group)
+        m = self.m / LOG2_E if problem.sink is None else self.take_sink(problem, problem.sink)
         out = self.acc / self.l.clamp(min=TINY)  # l is 0, beside an acc of 0, or at least about 1
         if keys is not None:
             out = fold_out(out, keys.quant.v_granularity, keys.v_scale)
         problem.by_kv_head(rows.out).copy_(out.unflatten(1, shape))
         if rows.lse is not None:
-            lse = (self.m + self.l.log2()) / LOG2_E
+            lse = torch.where(self.m == torch.inf, torch.inf, m + self.l.log())
             problem.by_kv_head(rows.lse).copy_(lse.view(-1, *shape))

@@ -1,12 +1,13 @@
 """Stored values on the device: decoding to dot operands, encoding on append, and where scales fold.
 
-The folding table stands in swath/quant.py; this is its device twin. 8-bit values become float16 exactly, so 8-bit
-caches multiply in float16: query rows are divided by their largest magnitude (returned as a factor of the scores), and
-V's token scales are taken relative to the tile's largest.
+The folding table is in swath/quant.py; this is its device twin. 8-bit values become float16 exactly, so that 8-bit
+caches multiply in float16: query rows are divided by their largest magnitude, which becomes a factor of the scores, and
+V's token scales are taken relative to the largest of their tile.
 
-A "pair" is the fast way on NVIDIA: 8-bit pages seen as 16-bit units, so that a dot-operand register of 32 bits holds
-(k: d0, d1; k + 1: d0, d1) and three or four instructions make two float16 operands of it, the even and the odd columns.
-The int8 trick is the well-known one of LLM dequantisation kernels: the byte becomes the low mantissa of 1024 or so.
+On NVIDIA two neighbouring 8-bit values of a row are read as one unit of 16 bits, a "pair". A 32-bit register of a dot
+operand then holds (key k: columns 2d, 2d + 1; key k + 1: the same columns), and three or four instructions make two
+float16 operands of it: one of the even columns, one of the odd ones. The int8 trick is the well-known one of LLM
+dequantisation kernels: the byte becomes the low mantissa of 1024 or so.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ E5M2_ODD = tl.constexpr("{ and.b32 $0, $1, 0xff00ff00; }")
 
 
 @triton.jit
-def half_of_pair(x, ODD: tl.constexpr, F: tl.constexpr):
-    """The even or odd columns of 16-bit units ``x`` as float16."""
+def unpack_pair(x, ODD: tl.constexpr, F: tl.constexpr):
+    """The even or the odd columns of pairs ``x`` as float16."""
     even: tl.constexpr = INT8_EVEN if F.stored == "int8" else E4M3_EVEN if F.stored == "e4m3" else E5M2_EVEN
     odd: tl.constexpr = INT8_ODD if F.stored == "int8" else E4M3_ODD if F.stored == "e4m3" else E5M2_ODD
     code: tl.constexpr = odd if ODD else even
@@ -70,13 +71,13 @@ def decode(x, F: tl.constexpr):
 
 @triton.jit
 def unit_rows(q, divisor, F: tl.constexpr):
-    """Query rows over an 8-bit cache as dot operands: divided by plus or minus their largest magnitude (a row of 0 by
-    1), in 127ths for int8."""
-    unit = q / tl.where(divisor != 0, divisor, 1.0)[:, None]
+    """Query rows over an 8-bit cache as dot operands: divided by plus or minus their largest magnitude, in 127ths for
+    int8, in which NaN is 0."""
+    unit = q / divisor[:, None]
     if F.compute_int8:
-        return round_half_even(unit * 127.0).to(tl.int8)
+        return round_half_even(tl.where(unit == unit, unit, 0.0) * 127.0).to(tl.int8)
     else:
-        return unit if F.fp32 else unit.to(tl.float16)
+        return unit.to(tl.float16)
 
 
 @triton.jit
@@ -97,8 +98,8 @@ def channel_scale(scale, head, column, dim, live):
     return tl.load(scale + head * dim + column, mask=live, other=0.0).to(tl.float32)
 
 
-SMALLEST_SCALE = tl.constexpr(1.0e-35)
-"""What V's token scales are at least relative to: it has a reciprocal in float32."""
+SMALLEST_SCALE = tl.constexpr(2.0**-126)
+"""Of a token: as in swath/quant.py. V's scales are relative to that at least, for it has a reciprocal in float32."""
 
 
 @triton.jit
@@ -116,7 +117,8 @@ def round_half_even(x):
 
 @triton.jit
 def encode_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr):
-    """float32 to the byte of an 8-bit float: round half to even, saturated, NaN kept. By bits, on every target."""
+    """float32 to the byte of an 8-bit float: round half to even, saturated, any NaN the positive one. By bits, on every
+    target."""
     dropped: tl.constexpr = 23 - MANTISSA
     magnitude = tl.minimum(tl.abs(x), LARGEST)
     bits = magnitude.to(tl.int32, bitcast=True)
@@ -124,14 +126,16 @@ def encode_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.conste
     normal = (rounded >> dropped) - ((127 - BIAS) << MANTISSA)
     subnormal = round_half_even(magnitude * (2.0 ** (BIAS - 1 + MANTISSA))).to(tl.int32)
     code = tl.where(magnitude < 2.0 ** (1 - BIAS), subnormal, normal)
-    code = tl.where(x == x, code, 0x7F)
-    return (code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
+    code = code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)
+    return tl.where(x == x, code, 0x7F).to(tl.uint8)
 
 
 @triton.jit
 def encode(x, F: tl.constexpr):
-    """float32 values, scale divided out, as stored: int8 clamped to +-127, fp8 as bytes, wider types as they are."""
+    """float32 values, scale divided out, as stored: int8 clamped to +-127 and 0 for NaN, fp8 as bytes, other types as
+    they are."""
     if F.stored == "int8":
+        x = tl.where(x == x, x, 0.0)
         return round_half_even(tl.minimum(tl.maximum(x, -127.0), 127.0)).to(tl.int8)
     elif F.stored == "e4m3":
         return encode_fp8(x, 3, 7, 448.0)

@@ -1,4 +1,7 @@
-"""Who sees whom, on the device: the twin of swath/window.py."""
+"""Who sees whom, on the device: the twin of swath/window.py.
+
+``lead`` is the count of leading tokens of a sequence, its ``global_tokens``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import triton.language as tl
 
 
 class Band(NamedTuple):
-    """The keys that the rows of a program see together: ``[0, lead)`` and ``[left, right)``."""
+    """The keys that some row of a program sees: leading tokens ``[0, lead)``, and windows in ``[left, right)``."""
 
     lead: tl.tensor
     left: tl.tensor
@@ -17,24 +20,44 @@ class Band(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """The keys that query rows see: ``low .. end - 1`` by their windows, and the leading ones before ``lead``."""
+    """The keys that each query row sees: ``low .. end - 1`` by its window, and the leading tokens before ``lead``."""
 
     low: tl.tensor
     end: tl.tensor
     lead: tl.tensor
 
 
+class View(NamedTuple):
+    """From where a sequence's queries see: the position of the first, and how many keys their windows have."""
+
+    start: tl.tensor
+    size: tl.tensor
+
+
 @triton.jit
-def reach_of(p, band, size, leading, F: tl.constexpr):
+def view_of(start, q_len, kv_len, size):
+    """The view of ``q_len`` > 0 queries from ``start`` on over ``kv_len`` keys, which are all that may be seen.
+
+    Queries before all keys or behind them are moved near, and their windows are as much shorter: who sees whom stays,
+    and no sum of what is returned overflows, whatever int32 ``start`` and ``size`` are.
+    """
+    near = tl.maximum(start, -q_len)
+    beside = tl.minimum(near, kv_len)
+    size = tl.maximum(size - (near - start) - (near - beside), 0)
+    return View(beside, tl.minimum(size, kv_len + q_len + 1))
+
+
+@triton.jit
+def reach_of(p, band, window_size, lead, F: tl.constexpr):
     """The reach of queries at positions ``p``; no key from ``band.right`` on is in it."""
     low, end = p * 0, p * 0 + band.right
     if F.window:
-        low = p - tl.minimum(size, 1 << 30) + 1
+        low = p - window_size + 1
         if not F.causal:
-            end = tl.minimum(p + tl.minimum(size, 1 << 30), end)
+            end = tl.minimum(p + window_size, end)
     if F.causal:
         end = tl.minimum(p + 1, end)
-    return Reach(low, end, tl.minimum(leading, end if F.causal else band.right + p * 0))
+    return Reach(low, end, tl.minimum(lead, end if F.causal else band.right + p * 0))
 
 
 @triton.jit
@@ -43,36 +66,38 @@ def visible(k, low, end, lead, F: tl.constexpr):
     seen = k < end
     if F.window:
         seen = seen & (k >= low)
-    if F.leading != "":
+    if F.lead != "":
         seen = seen | (k < lead)
     return seen
 
 
 @triton.jit
-def band_of(first, last, kv_len, size, leading, F: tl.constexpr):
-    """The keys that any query at positions ``first .. last`` sees, as ``Window.key_ranges``."""
+def band_of(first, last, kv_len, window_size, lead, F: tl.constexpr):
+    """The keys that any query at positions ``first .. last`` sees, as ``Window.key_ranges``.
+
+    Leading tokens that touch the window join it: ``Band.lead`` is 0 then.
+    """
     end = tl.minimum(tl.maximum(last + 1, 0), kv_len) if F.causal else kv_len
-    lead, left, right = end * 0, end * 0, end
+    lead_end, left, right = end * 0, end * 0, end
     if F.window:
-        reach = tl.minimum(size, 1 << 30)
-        right = tl.where(size > 0, tl.minimum(tl.maximum(last + reach, 0), end), 0)
-        left = tl.minimum(tl.maximum(first - reach + 1, 0), right)
-        if F.leading != "":
-            lead = tl.minimum(tl.maximum(leading, 0), end)
-            left = tl.where(left <= lead, 0, left)
-            right = tl.where(left == 0, tl.maximum(right, lead), right)
-            lead = tl.where(left == 0, 0, lead)
-    return Band(lead, left, right)
+        right = tl.where(window_size > 0, tl.minimum(tl.maximum(last + window_size, 0), end), 0)
+        left = tl.minimum(tl.maximum(first - window_size + 1, 0), right)
+        if F.lead != "":
+            lead_end = tl.minimum(tl.maximum(lead, 0), end)
+            left = tl.where(left <= lead_end, 0, left)
+            right = tl.where(left == 0, tl.maximum(right, lead_end), right)
+            lead_end = tl.where(left == 0, 0, lead_end)
+    return Band(lead_end, left, right)
 
 
 @triton.jit
-def interior_of(band, first, last, size, F: tl.constexpr):
+def interior_of(band, first, last, window_size, F: tl.constexpr):
     """Keys ``start .. stop - 1`` that every query at positions ``first .. last`` sees by its window alone."""
     start, stop = band.left, band.right
     if F.window:
-        start = tl.maximum(start, last - tl.minimum(size, 1 << 30) + 1)
+        start = tl.maximum(start, last - window_size + 1)
     if F.causal:
         stop = tl.minimum(stop, first + 1)
     elif F.window:
-        stop = tl.minimum(stop, first + tl.minimum(size, 1 << 30))
+        stop = tl.minimum(stop, first + window_size)
     return start, stop

@@ -1,4 +1,9 @@
-"""Which rows and keys a tile number of hopper_tiles.py stands for: the same in producers and consumers."""
+"""The persistent tile scheduler: which work tiles there are, in which order, and how they reach the warps of a program.
+
+The first load warp of a program is its scheduler. It takes tile numbers, either in turn or from a counter that all
+programs share, turns each into a ``WorkTile``, and publishes those that have rows. The others read them from a
+pipeline in shared memory. The last one published has no work (``has_work``): then every warp ends.
+"""
 
 from __future__ import annotations
 
@@ -8,164 +13,216 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from swath.backends.device.cache import table_row
-from swath.backends.device.window import band_of
-from swath.backends.gluon.pipeline import BOX_COLUMNS, CONSUMER_ROWS, Place
-from swath.backends.triton.kernels.query import leading_of, q_head_of, sequence_of, takes
-from swath.backends.triton.kernels.tile import sequence_at, slots_of
-from swath.backends.triton.kernels.walk import Walk, interior_tiles, plan_walk
+from swath.backends.gluon.pipeline import (
+    BOX_COLUMNS,
+    CONSUMER_ROWS,
+    consumer_wait,
+    new_barriers,
+    pipeline_state,
+    producer_commit,
+)
+from swath.backends.triton.kernels.query import keys_within, lead_of, q_head_of, sequence_of, takes
+from swath.backends.triton.kernels.tile import num_m_blocks, sequence_at
 
 
 class Batch(NamedTuple):
-    """What a tile number is turned into rows and keys with: lengths, tables and the window."""
+    """The arguments of the call that a tile number is turned into rows and keys with."""
 
     table: gl.tensor
-    indptr: gl.tensor
+    table_index: gl.tensor
     lens: gl.tensor
     cu_q: gl.tensor
     q_start: gl.tensor
-    leading: gl.tensor
-    size: gl.tensor
+    lead: gl.tensor
+    window_size: gl.tensor
     steps: gl.tensor
     claimed: gl.tensor
     num_seqs: gl.tensor
-    max_pages: gl.tensor
+    table_width: gl.tensor
     num_pages: gl.tensor
     table_stride: gl.tensor
     num_tiles: gl.tensor
 
 
-class Tile(NamedTuple):
-    """The rows of a tile and the key tiles they see."""
+class WorkTile(NamedTuple):
+    """Query rows that a program works on at a time: ``positions_of`` query positions of a sequence, for one head.
 
-    place: gl.tensor
-    kv_head: gl.tensor
-    band: gl.tensor
-    walk: gl.tensor
-    interior: gl.tensor
-    interior_end: gl.tensor
+    Where the heads of a group are packed, ``head`` is a kv head, and the tile has the rows of its whole group.
+    """
+
+    head: gl.tensor
+    b: gl.tensor  # the sequence
+    q_begin: gl.tensor  # its first query position in the tile, counted from 0
+    q_len: gl.tensor  # query tokens of the whole sequence
+    q_row: gl.tensor  # the row of q with the sequence's first query token
+    q_start: gl.tensor  # the position of that token
+    kv_len: gl.tensor
+    kv_row: gl.tensor  # dense keys: the row of the sequence's first key
+    lead: gl.tensor
+
+
+class WorkPipeline(NamedTuple):
+    """A pipeline of work tiles as numbers, from the first load warp to all other warps. Both barriers are mbarriers."""
+
+    stages: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    released: gl.shared_memory_descriptor
+
+
+@gluon.constexpr_function
+def positions_of(C):
+    """Query positions of a work tile."""
+    return C.consumers * CONSUMER_ROWS.value // C.pack
+
+
+@gluon.constexpr_function
+def heads_of(C):
+    """Work tiles with the same query positions: one for each head, or for each kv head whose group is packed."""
+    return C.F.value.kv_heads * C.F.value.group // C.pack
 
 
 @gluon.jit
-def place_of(t, batch, F: gl.constexpr, C: gl.constexpr):
-    """Find tile ``t`` of the flat list, longest first. Not every one has rows: then q_len and kv_len are 0."""
-    POSITIONS: gl.constexpr = C.consumers * CONSUMER_ROWS // C.pack
-    HEADS: gl.constexpr = heads_of(F, C)
+def work_tile_of(t, batch, C: gl.constexpr):
+    """The ``t``-th work tile, longest first. It may be one without rows: its q_len and kv_len are 0 then."""
+    POSITIONS: gl.constexpr = positions_of(C)
+    HEADS: gl.constexpr = heads_of(C)
     i = batch.num_tiles - 1 - t
-    b, first_slot = sequence_at(i // HEADS, batch.cu_q, batch.num_seqs, batch.steps, POSITIONS)
-    i -= first_slot * HEADS
-    seq = sequence_of(b, batch.cu_q, batch.steps, batch.lens, batch.q_start, F)
-    kv_len = seq.kv_len
-    if F.page_size > 0:
-        _, pages = table_row(batch.table, batch.indptr, b, batch.table_stride, batch.max_pages)
-        kv_len = gl.minimum(kv_len, pages * F.page_size)
-    if F.window:
-        slot, head = i // HEADS, HEADS - 1 - i % HEADS
+    b, first_block = sequence_at(i // HEADS, batch.cu_q, batch.num_seqs, batch.steps, POSITIONS)
+    i -= first_block * HEADS
+    owned = i >= 0  # before the first sequence there may be rows that no sequence owns
+    seq = sequence_of(b, batch.cu_q, batch.steps, batch.steps, batch.lens, batch.q_start, C.F)
+    pages = batch.table_width
+    if C.F.page_size > 0:
+        _, pages = table_row(batch.table, batch.table_index, b, batch.table_stride, batch.table_width, C.F)
+    kv_len = keys_within(seq, pages, C.F)
+    if C.F.window:
+        m_block, head = i // HEADS, HEADS - 1 - i % HEADS
     else:
-        slots = slots_of(b, first_slot, batch.cu_q, batch.steps, POSITIONS)
-        slot, head = in_section(i, slots, kv_len, HEADS, F.kv_heads, F.head_dim)
-    begin = slot * POSITIONS
-    used = (begin < seq.q_len) & takes(b, seq.q_len, batch.claimed)
-    return Place(
-        head, b, begin, gl.where(used, seq.q_len, 0), seq.token, seq.start, gl.where(used, kv_len, 0), seq.key_row,
-        leading_of(b, batch.leading, F),
+        m_blocks = num_m_blocks(b, first_block, batch.cu_q, batch.steps, POSITIONS)
+        m_block, head = in_section(i, m_blocks, kv_len, HEADS, C.F.kv_heads, C.F.head_dim)
+    q_begin = m_block * POSITIONS
+    used = owned & (q_begin < seq.q_len) & takes(b, seq.q_len, batch.claimed)
+    return WorkTile(
+        head, b, q_begin, gl.where(used, seq.q_len, 0), seq.q_row, seq.q_start, gl.where(used, kv_len, 0), seq.kv_row,
+        lead_of(b, batch.lead, C.F),
     )  # fmt: skip
 
 
 SECTION_BYTES = tl.constexpr(16 << 20)
-"""Of keys and values that row tiles at work share. 32 heads over 2 x 16,384 keys, whose keys are 67 MB a sequence, took
-5,978 us in sections of 16 MiB, 6,006 of 32, and 6,091 all heads at once."""
+"""Keys and values that the work tiles of all programs share at a time. 32 heads over 2 x 16,384 keys, whose keys are
+67 MB a sequence, took 5,978 us in sections of 16 MiB, 6,006 in sections of 32, and 6,091 with all heads at once."""
 
 
 @triton.jit
-def in_section(i, slots, kv_len, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """The slot and head of the ``i``-th tile of a sequence, of which each section of heads has all slots in turn.
+def in_section(i, m_blocks, kv_len, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The m-block and the head of the ``i``-th tile of a sequence that has ``m_blocks`` of each head.
 
-    The keys of a section stay in the L2 cache while it lasts; FlashAttention-3 has this order too. Tiles beyond those
-    of the sequence get slots beyond its own.
+    Heads are taken in sections. A section's keys stay in the L2 cache while all m-blocks of its heads are worked on;
+    FlashAttention-3 has this order too. Tiles past those of the sequence get m-blocks past its own.
     """
     kv_heads = SECTION_BYTES // (4 * HEAD_DIM) // tl.maximum(kv_len, 1)
     width = tl.minimum(tl.maximum(kv_heads, 1), KV_HEADS) * (HEADS // KV_HEADS)
-    first = tl.minimum(i // (slots * width), (HEADS - 1) // width) * width
-    i -= first * slots
+    first = tl.minimum(i // (m_blocks * width), (HEADS - 1) // width) * width
+    i -= first * m_blocks
     width = tl.minimum(width, HEADS - first)
     return i // width, first + i % width
 
 
-@gluon.constexpr_function
-def heads_of(F, C):
-    """Row tiles that share a slot: one for each head, or for each kv head whose heads are packed."""
-    return F.kv_heads * F.group // C.pack
+@gluon.jit
+def has_work(work, C: gl.constexpr):
+    """Whether there is a work tile: False after the last one."""
+    return work.head < heads_of(C)
 
 
 @gluon.jit
-def box_at(place, c: gl.constexpr, half: gl.constexpr, F: gl.constexpr, C: gl.constexpr):
-    """Where in q and in the output the box of ``half`` of the columns of a consumer's rows begins."""
+def no_work(C: gl.constexpr):
+    """What is published after the last work tile."""
+    return WorkTile(heads_of(C), 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+FETCH_ADD = gl.constexpr(
+    "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.b32 $0, 0; "
+    "@first atom.global.add.u32 $0, [$1], 1; }"
+)
+
+
+@gluon.jit
+def fetch_add(counter):
+    """Take a number from the launch's counter. Lane 0 of the warp gets it, the others get 0; its first use waits.
+
+    ``gl.atomic_add`` lost tiles in a prototype, and an exchange between the lanes would wait here.
+    """
+    address = gl.full((32,), 0, gl.int64, layout=gl.BlockedLayout([1], [32], [1], [0])) + counter.to(gl.int64)
+    return gl.inline_asm_elementwise(FETCH_ADD, "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def new_work_pipeline(consumers: gl.constexpr):
+    """Two stages, which the MMA warpgroups and the second load warp read."""
+    stages = gl.allocate_shared_memory(gl.int32, [2, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return WorkPipeline(stages, new_barriers(2, 1), new_barriers(2, consumers + 1))
+
+
+@gluon.jit
+def publish_work(count, pipe, work):
+    """First load warp: write the ``count``-th work tile for the other warps, as soon as its stage is free."""
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    value = lane * 0
+    for i in gl.static_range(len(work)):
+        value = gl.where(lane == i, work[i], value)
+    state = pipeline_state(pipe, count)
+    mbarrier.wait(pipe.released.index(state.index), state.phase ^ 1)
+    state.tile.store(value)
+    producer_commit(state)
+
+
+@gluon.jit
+def get_work(count, pipe, WARPS: gl.constexpr):
+    """Wait for the ``count``-th work tile and read it. It stays there until every reader has released it.
+
+    An exchange between lanes takes its numbers apart and leaves them in registers of a warp: they are needed for long.
+    """
+    state = pipeline_state(pipe, count)
+    consumer_wait(state)
+    value = state.tile.load(gl.BlockedLayout([1], [32], [WARPS], [0]))
+    return WorkTile(*[element(value, i) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8)])
+
+
+@gluon.jit
+def reread_work(count, pipe, WARPS: gl.constexpr):
+    """Read the ``count``-th work tile again and release it: its numbers took no registers in between."""
+    tile = pipeline_state(pipe, count).tile
+    work = WorkTile(*[loaded_element(tile, i, WARPS) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8)])
+    release_work(count, pipe)
+    return work
+
+
+@gluon.jit
+def release_work(count, pipe):
+    """Give the stage of the ``count``-th work tile back to the first load warp."""
+    mbarrier.arrive(pipe.released.index(pipeline_state(pipe, count).index), count=1)
+
+
+@gluon.jit
+def loaded_element(tile, i: gl.constexpr, WARPS: gl.constexpr):
+    """Element ``i`` of a vector in shared memory, loaded by all threads."""
+    return gl.max(tile.slice(i, 1).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+
+
+@gluon.jit
+def element(x, i):
+    """Element ``i`` of a vector of 32."""
+    return gl.max(gl.where(gl.arange(0, 32, layout=x.type.layout) == i, x, -2147483648), 0)
+
+
+@gluon.jit
+def q_coordinates(work, WG: gl.constexpr, block: gl.constexpr, C: gl.constexpr):
+    """Where in q and out the TMA box of an MMA warpgroup's rows begins, for a block of 64 columns."""
     POSITIONS: gl.constexpr = CONSUMER_ROWS // C.pack
-    kv_head, member = (place.head, 0) if C.pack > 1 else (place.head // F.group, place.head % F.group)
-    seq = place.b if C.uniform else 0
-    token = place.begin if C.uniform else place.token + place.begin
-    return [seq, token + c * POSITIONS, q_head_of(kv_head, member, F), half * BOX_COLUMNS]
-
-
-@gluon.jit
-def tile_of(place, batch, F: gl.constexpr, C: gl.constexpr):
-    """Lay out the key tiles of a place."""
-    POSITIONS: gl.constexpr = C.consumers * CONSUMER_ROWS // C.pack
-    kv_head = place.head if C.pack > 1 else place.head // F.group
-    first = place.start + place.begin
-    last = place.start + gl.minimum(place.begin + POSITIONS, place.q_len) - 1
-    band = band_of(first, last, place.kv_len, batch.size, place.leading, F)
-    KEYS: gl.constexpr = C.block_n + C.first_n
-    walk = plan_walk(band, C.box_rows, key_align(F, C), KEYS)
-    # A row tile without keys gets zeros to see, and no branch of its own.
-    walk = Walk(walk.lead, walk.gap, gl.maximum(walk.total, 1))
-    interior, interior_end = interior_tiles(band, walk, first, last, batch.size, F, KEYS)
-    return Tile(place, kv_head, band, walk, interior, interior_end)
-
-
-@gluon.jit
-def masked_tiles(tile):
-    """How many key tiles of a row tile need a mask; they come first."""
-    return tile.walk.total - (tile.interior_end - tile.interior)
-
-
-@gluon.constexpr_function
-def key_align(F, C):
-    """What a band's first key is a multiple of: boxes may not cross a page, and stand anywhere in dense keys."""
-    return C.box_rows if F.page_size > 0 else 1
-
-
-@gluon.jit
-def key_tile(j, tile, F: gl.constexpr, C: gl.constexpr):
-    """Where in the list of keys the ``j``-th key tile begins, and from where on its keys are new.
-
-    Masked tiles come first, all downwards. The last tile of the band is moved back until it ends with the band (or at
-    the end of a box), so that none of its rows is one that nobody may see; the keys that it shares with its neighbour
-    count there.
-    """
-    walk = tile.walk
-    above = walk.total - tile.interior_end
-    i = gl.where(j < above, walk.total - 1 - j, tile.interior - 1 - (j - above))
-    i = gl.where(j < masked_tiles(tile), i, tile.interior_end - 1 - (j - masked_tiles(tile)))
-    x = i * C.block_n
-    moved = gl.maximum(gl.minimum(x, list_end(tile, F, C) - C.block_n), walk.lead)
-    return gl.where(x < walk.lead, x, moved), x
-
-
-@gluon.jit
-def list_end(tile, F: gl.constexpr, C: gl.constexpr):
-    """Where the list of keys ends: with the band, or with a box of a page."""
-    ALIGN: gl.constexpr = key_align(F, C)
-    return (tile.band.right + ALIGN - 1) // ALIGN * ALIGN - tile.walk.gap
-
-
-@gluon.jit
-def first_tile(tile, F: gl.constexpr, C: gl.constexpr):
-    """Where the narrow tile of a row tile in one pass begins: it ends with the list of keys.
-
-    The other tile is the places before ``C.block_n``. Those from there on are new in the narrow one, which begins as
-    early as it does so that no row of it is one that nobody may see.
-    """
-    return gl.maximum(list_end(tile, F, C) - C.first_n, 0)
+    kv_head, member = (work.head, 0) if C.pack > 1 else (work.head // C.F.group, work.head % C.F.group)
+    seq = work.b if C.uniform else 0
+    row = work.q_begin if C.uniform else work.q_row + work.q_begin
+    return [seq, row + WG * POSITIONS, q_head_of(kv_head, member, C.F), block * BOX_COLUMNS]

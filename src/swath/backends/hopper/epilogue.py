@@ -1,8 +1,8 @@
-"""What a consumer of hopper_tiles.py writes: its rows, normalised, and their LSE.
+"""The epilogue of an MMA warpgroup: it normalises its rows and stores them and their LSE.
 
-Rows leave the way their queries came, as boxes of the tensor memory accelerator, from the stage that these were in: a
-warp neither waits for them nor finds an address for each. That takes two stages of queries and an output whose strides
-suit it, and rows that are all of one sequence; others are stored by the threads.
+Rows are stored by TMA where they can be, from the stage of the q pipeline that their queries came in: then no warp
+waits for them, nor computes an address for each. This takes two stages of q, an output whose strides suit TMA, and rows
+that are all of one sequence. Other rows are stored by the threads.
 """
 
 from __future__ import annotations
@@ -14,96 +14,111 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from swath.backends.device.softmax import finish
-from swath.backends.gluon.names import store_box
+from swath.backends.gluon.compat import tma_store
 from swath.backends.gluon.pipeline import (
     BOX_COLUMNS,
     CONSUMER_ROWS,
-    Ring,
+    Pipeline,
     at_named_barrier,
-    named_barrier_of,
+    named_barrier,
     query_box,
-    query_stage,
+    query_state,
+    stages_of,
 )
-from swath.backends.gluon.scheduler import box_at
+from swath.backends.gluon.scheduler import q_coordinates
 from swath.backends.hopper.softmax import of_rows
 from swath.backends.triton.kernels.query import q_head_of, row_offsets
 
 
 class Output(NamedTuple):
-    """Where results go, and the sink logits that join them: element strides of ``out`` by sequence, token and head."""
+    """Where results go, and the sink logits that join them."""
 
-    boxes: gl.tensor | None  # ``out`` in boxes like those of q, if rows leave as such
-    queries: Ring  # from whose stages they do
+    desc: gl.tensor | None  # the TMA descriptor of ``out``, if rows are stored by TMA
+    q_pipe: Pipeline  # from whose stages they are stored
     out: gl.tensor
     lse: gl.tensor
     sink: gl.tensor
-    seq: gl.tensor
-    token: gl.tensor
-    head: gl.tensor
+    seq_stride: gl.tensor  # of ``out``, in elements
+    token_stride: gl.tensor
+    head_stride: gl.tensor
 
 
 @gluon.jit
-def finish_rows(state, n, place, c: gl.constexpr, output, batch, F: gl.constexpr, C: gl.constexpr):
-    """Normalise the ``n``-th rows of a consumer and write them."""
-    m, l, acc = state
-    begin = place.begin + c * (CONSUMER_ROWS // C.pack)
-    inverse, log_sum = finish(m, l)
+def epilogue(state, count, work, WG: gl.constexpr, output, batch, C: gl.constexpr):
+    """Normalise and store the rows of an MMA warpgroup in the ``count``-th work tile: O = acc / l, LSE = m + log l."""
+    m, l, acc = state  # [M], [M], [M, D]
+    q_begin = work.q_begin + WG * (CONSUMER_ROWS // C.pack)
+    sink = None
     if output.lse is not None:
         i = gl.arange(0, CONSUMER_ROWS, layout=m.type.layout)
-        row = begin + i // C.pack
-        at = (place.token + row) * (F.kv_heads * F.group) + q_heads(i, place.head, F, C)
-        gl.store(output.lse + at, log_sum, mask=row < place.q_len)
-    rows = (acc * of_rows(inverse, acc)[:, None]).to(output.out.dtype.element_ty)
-    if output.boxes is None:
-        store_rows(gl.convert_layout(rows, row_layout(F.head_dim)), begin, place, output, batch, F, C)
+        heads = q_heads(i, work.head, C)
+        if output.sink is not None:
+            sink = gl.load(output.sink + heads).to(gl.float32)
+    inverse, log_sum = finish(m, l, sink)
+    if output.lse is not None:
+        q_index = q_begin + i // C.pack
+        at = (work.q_row + q_index) * (C.F.kv_heads * C.F.group) + heads
+        gl.store(output.lse + at, log_sum, mask=q_index < work.q_len)
+    o = (acc * of_rows(inverse, acc)[:, None]).to(output.out.dtype.element_ty)  # [M, D]
+    if output.desc is None:
+        store_by_threads(gl.convert_layout(o, store_layout(C.F.head_dim)), q_begin, work, output, batch, C)
     else:
-        stage = query_stage(n, c, output.queries, F, C)
-        stage.tile.store(rows)
+        stage = query_state(output.q_pipe, count, WG, C)
+        stage.tile.store(o)
         fence_async_shared()
-        # Rows beyond the last one of a uniform batch are out of the tensor's bounds, others are the next sequence's.
-        if C.uniform or begin + CONSUMER_ROWS // C.pack <= place.q_len:
-            store_boxes(stage.slot, place, c, output, F, C)
+        # Rows past the last one of a uniform batch are out of the tensor's bounds, others are the next sequence's.
+        if C.uniform or q_begin + CONSUMER_ROWS // C.pack <= work.q_len:
+            store_by_tma(stage.index, work, WG, output, C)
         else:
-            store_rows(stage.tile.load(row_layout(F.head_dim)), begin, place, output, batch, F, C)
+            store_by_threads(stage.tile.load(store_layout(C.F.head_dim)), q_begin, work, output, batch, C)
 
 
 @gluon.jit
-def store_boxes(slot, place, c: gl.constexpr, output, F: gl.constexpr, C: gl.constexpr):
-    """Ask for the rows in a stage of queries to be written."""
-    HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
-    for half in gl.static_range(HALVES):
-        box = query_box(slot, c, half, output.queries, output.boxes, F, C)
-        store_box(output.boxes, box_at(place, c, half, F, C), box)
+def store_by_tma(index, work, WG: gl.constexpr, output, C: gl.constexpr):
+    """Start to store the rows in the stage ``index`` of the q pipeline."""
+    BLOCKS: gl.constexpr = C.F.head_dim // BOX_COLUMNS
+    for block in gl.static_range(BLOCKS):
+        box = query_box(index, WG, block, output.q_pipe, output.desc, C)
+        tma_store(output.desc, q_coordinates(work, WG, block, C), box)
 
 
 @gluon.jit
-def release_written(n, C: gl.constexpr):
-    """Release the stage that the ``n``-th rows, if n >= 0, left from: by now the memory accelerator has read it.
+def release_stored_rows(count, C: gl.constexpr):
+    """Give back the stage of the ``count``-th query rows, if count >= 0, once TMA has read the results from it.
 
-    Only the thread that asked for that waits, and the barrier for it: ``tma.store_wait`` would let all warps meet.
+    ``consumer_release`` after a wait of only the thread that started the store: ``tma.store_wait`` would let all warps
+    meet.
     """
-    if n >= 0:
-        at_named_barrier("cp.async.bulk.wait_group.read 0; bar.arrive", named_barrier_of("q", C) + n % C.q_stages, 4, C)
+    if count >= 0:
+        barrier = named_barrier("q", C) + count % stages_of("q", C)
+        at_named_barrier("cp.async.bulk.wait_group.read 0; bar.arrive", barrier, 4, C)
 
 
 @gluon.jit
-def store_rows(rows, begin, place, output, batch, F: gl.constexpr, C: gl.constexpr):
-    """Write rows in ``row_layout`` from position ``begin`` on, those of the sequence."""
-    i = gl.arange(0, CONSUMER_ROWS, layout=gl.SliceLayout(1, rows.type.layout))
-    # A thread has two rows, 8 apart, as is known when this is compiled: one address serves both.
+def store_by_threads(o, q_begin, work, output, batch, C: gl.constexpr):
+    """Store rows o [M, D] in ``store_layout``, from query position ``q_begin`` on, those that the sequence has."""
+    i = gl.arange(0, CONSUMER_ROWS, layout=gl.SliceLayout(1, o.type.layout))
+    # A thread has two rows, 8 apart, as is known at compile time: one address serves both.
     fixed = i & 8
     own = i - fixed
-    column = gl.arange(0, F.head_dim, layout=gl.SliceLayout(0, rows.type.layout))
-    row, heads = begin + own // C.pack, q_heads(own, place.head, F, C)
-    at = row_offsets(place.b, row, place.token + row, heads, output.seq, output.token, output.head, batch.cu_q)
-    at += (fixed // C.pack).to(gl.int64) * output.token + (fixed % C.pack).to(gl.int64) * output.head
-    row += fixed // C.pack
-    gl.store(output.out + at[:, None] + column[None, :], rows, mask=(row < place.q_len)[:, None])
+    column = gl.arange(0, C.F.head_dim, layout=gl.SliceLayout(0, o.type.layout))
+    q_index, heads = q_begin + own // C.pack, q_heads(own, work.head, C)
+    at = row_offsets(
+        work.b, q_index, work.q_row + q_index, heads, output.seq_stride, output.token_stride, output.head_stride,
+        batch.cu_q,
+    )  # fmt: skip
+    at += (fixed // C.pack).to(gl.int64) * output.token_stride + (fixed % C.pack).to(gl.int64) * output.head_stride
+    q_index += fixed // C.pack
+    gl.store(output.out + at[:, None] + column[None, :], o, mask=(q_index < work.q_len)[:, None])
 
 
 @gluon.constexpr_function
-def row_layout(head_dim):
-    """16 bytes a thread along rows, which stay with the four threads that an MMA leaves them in."""
+def store_layout(head_dim):
+    """Rows [64, head_dim] with 16 bytes in a run for each thread, in the warps that wgmma leaves them in.
+
+    Thread t of the four of a row has the columns 8 t to 8 t + 7, and again each 32 columns further on. Registers count
+    those columns, then the row 8 further down; lanes count the four threads, then rows 0 to 7; warps are 16 rows apart.
+    """
     columns = [[0, 1 << i] for i in range(5, head_dim.bit_length() - 1)]
     return gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 4], *columns, [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
@@ -112,9 +127,9 @@ def row_layout(head_dim):
 
 
 @gluon.jit
-def q_heads(i, head, F: gl.constexpr, C: gl.constexpr):
-    """The query heads of the rows ``i`` of a consumer whose tile has this number of ``heads_of``."""
+def q_heads(i, head, C: gl.constexpr):
+    """The query heads of the rows ``i`` of an MMA warpgroup whose work tile has this ``head``."""
     if C.pack > 1:
-        return q_head_of(head, i % C.pack, F)
+        return q_head_of(head, i % C.pack, C.F)
     else:
-        return q_head_of(head // F.group, i * 0 + head % F.group, F)
+        return q_head_of(head // C.F.group, i * 0 + head % C.F.group, C.F)

@@ -40,12 +40,12 @@ class HopperLaunch:
     pack: int = 1
     box_rows: int = 0
     uniform: bool = False
-    first_n: int = 0  # keys of a narrow tile: it and one of ``block_n`` hold all that a row tile sees
+    narrow_n: int = 0  # keys of a narrow tile: it and one of ``block_n`` hold all that a row tile sees
 
     @property
-    def first_rows(self) -> int:
+    def narrow_rows(self) -> int:
         """Keys of the narrow tile that are fetched at once."""
-        return min(self.first_n, self.box_rows)
+        return min(self.narrow_n, self.box_rows)
 
 
 TILE_ROWS = 128
@@ -69,8 +69,8 @@ have no such rows: four of 2,048 tokens under a window of 1,024 took 277 and 267
 VERY_FEW_KEYS = 256
 """Of rows of 64: a window of 128 took 340 us in four programs with tiles of 32 keys, 406 in three with tiles of 64."""
 ONE_PASS = (
-    HopperLaunch(128, 2, 2, consumers=2, programs=2, consumer_registers=104, registers=80, first_n=16),
-    HopperLaunch(128, 1, 2, consumers=1, programs=3, consumer_registers=136, registers=80, first_n=16),
+    HopperLaunch(128, 2, 2, consumers=2, programs=2, consumer_registers=104, registers=80, narrow_n=16),
+    HopperLaunch(128, 1, 2, consumers=1, programs=3, consumer_registers=136, registers=80, narrow_n=16),
 )
 """For heads of 64 whose row tiles see 144 keys at most, as under a window of 128 with 8 heads packed. Two consumers
 load keys once for both, one sees fewer. Two took 244 us, one 289, and five tiles of 32 keys 329."""
@@ -82,14 +82,14 @@ def one_pass(F: Features, problem: Problem, pack: int) -> HopperLaunch | None:
     Bounds of lengths and of leading keys are promises of the caller, on which no result may hang. Pages widen the list
     of keys to whole boxes: 143 keys may touch ten boxes of 16, so those stay with the loop over tiles.
     """
-    if F.head_dim != 64 or F.leading != "":
+    if F.head_dim != 64 or F.lead != "":
         return None
     for launch in ONE_PASS:
         keys = problem.window.visible_bound(64 * launch.consumers // pack, LARGEST_SIZE)
         if F.page_size > 0:
             box = box_rows(F, launch)
             keys = (ceil_div(max(keys - 1, 0), box) + 1) * box
-        if keys <= launch.block_n + launch.first_n:
+        if keys <= launch.block_n + launch.narrow_n:
             return launch
     return None
 
@@ -98,7 +98,7 @@ def hopper_launch(work: Work) -> HopperLaunch:
     """Prefill on sm_90: as many stages and registers as a multiprocessor has, in one program or several."""
     problem, F = work.problem, work.features
     # Few leading keys fit into the last tile of a window, if that is not full: packed rows see fewer keys.
-    packed = is_short(problem.window) or F.leading != "" or few_tokens(problem) or problem.max_q_len <= MAX_STEPS
+    packed = is_short(problem.window) or F.lead != "" or few_tokens(problem) or problem.max_q_len <= MAX_STEPS
     pack = heads_in_tile(problem, packed)
     launch = one_pass(F, problem, pack) or looped_launch(F, problem)
     return replace(launch, pack=pack, box_rows=box_rows(F, launch), uniform=problem.q.dim() == 4)
@@ -204,7 +204,7 @@ def box_rows(F: Features, launch: HopperLaunch) -> int:
     """Keys that are fetched at once: of a page, the largest power of two that divides it, and no more than a tile."""
     if F.page_size == 0:
         return min(launch.block_n, BOX_ROWS)
-    return min(launch.first_n or launch.block_n, BOX_ROWS, F.page_size & -F.page_size)
+    return min(launch.narrow_n or launch.block_n, BOX_ROWS, F.page_size & -F.page_size)
 
 
 BOX_BYTES = 16

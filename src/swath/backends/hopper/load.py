@@ -1,9 +1,10 @@
-"""The producers of hopper_tiles.py: warps that find tiles and keep rings in shared memory full of what they need.
+"""The load warps: one finds work tiles and loads q and K, the other loads V.
 
-One loads queries and K, the other V: the warp that asks for the boxes of small pages is a bound, and two are run by two
-schedulers. Boxes of the tensor memory accelerator bring whole rows, and zeros for what is out of a tensor's bounds: a
-dead page, or a box that no row sees. Where the edge of the visible keys cuts a box, the hidden rows of V are cleared:
-what stands there, NaN too, must not meet a p of 0.
+They are two because the warp that issues the TMA loads of small pages is a bound, and two warps have two schedulers.
+
+A TMA box brings whole rows, and zeros for what is outside the tensor: a dead page, or a box that no row sees. Where an
+edge of the visible keys runs through a box, the rows of V that no query sees are set to zero after the load: whatever
+is there, NaN too, would be multiplied by a p of 0.
 """
 
 from __future__ import annotations
@@ -14,230 +15,241 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from swath.backends.device.cache import slot_of, table_row
-from swath.backends.gluon.names import load_box, reinterpret
+from swath.backends.device.cache import load_entries, pages_of, slot_of, table_row
+from swath.backends.gluon.compat import reinterpret, tma_load
+from swath.backends.gluon.key_tiles import key_tile, key_tiles_of, narrow_tile
 from swath.backends.gluon.pipeline import (
     BOX_COLUMNS,
     CONSUMER_ROWS,
-    Place,
-    Ring,
-    forget,
+    Pipeline,
     keys_of,
-    nth,
-    pass_on,
+    pipeline_state,
+    producer_acquire,
+    producer_commit,
     query_box,
-    receive,
-    stage_of,
-    wait_for_room,
 )
-from swath.backends.gluon.scheduler import box_at, first_tile, heads_of, key_tile, place_of, tile_of
+from swath.backends.gluon.scheduler import (
+    element,
+    fetch_add,
+    get_work,
+    has_work,
+    no_work,
+    publish_work,
+    q_coordinates,
+    release_work,
+    work_tile_of,
+)
 from swath.backends.triton.kernels.walk import key_at, seen_by_any
 
 
 @gluon.jit
-def produce_keys(sources, counter, rings, batch, F: gl.constexpr, C: gl.constexpr):
-    """The first producer: draws tiles and passes those with rows on, with their query rows and K as room allows.
+def load_qk_warp(descriptors, counter, pipes, batch, C: gl.constexpr):
+    """The first load warp: the scheduler of the program, and the producer of q and K.
 
-    Without a ``counter`` programs take tiles in turn.
+    Tile numbers come from ``counter``, which all programs share. Without one, programs take them in turn.
     """
-    passed = 0
-    n = 0
-    cuts = 0  # and stays 0: of K nothing is cleared
+    work_count = 0
+    kv_count = 0
+    cuts = 0  # and stays 0: nothing of K is set to zero
     t = gl.program_id(0)
     while t < batch.num_tiles:
-        place = place_of(t, batch, F, C)
+        work = work_tile_of(t, batch, C)
         if counter is not None:
-            drawn = draw(counter)
-        if place.q_len > 0:
-            pass_on(passed, rings.places, place)
-            tile = tile_of(place, batch, F, C)
-            load_queries(passed, place, sources.q, rings.q, F, C)
-            cuts = load_keys(n, cuts, tile, sources, None, rings, batch, F, C)
-            passed += 1
-            n += tile.walk.total
+            fetched = fetch_add(counter)
+        if work.q_len > 0:
+            publish_work(work_count, pipes.work, work)
+            key_tiles = key_tiles_of(work, batch, C)
+            load_q(work_count, work, descriptors.q, pipes.q, C)
+            cuts = load_keys(kv_count, cuts, key_tiles, descriptors, None, pipes, batch, C)
+            work_count += 1
+            kv_count += key_tiles.walk.total
         if counter is None:
             t += gl.num_programs(0)
         else:
-            t = gl.max(drawn, 0) + gl.num_programs(0)
-    pass_on(passed, rings.places, Place(heads_of(F, C), 0, 0, 0, 0, 0, 0, 0, 0))
+            t = gl.max(fetched, 0) + gl.num_programs(0)
+    publish_work(work_count, pipes.work, no_work(C))
 
 
 @gluon.jit
-def produce_values(sources, cut_loaded, rings, batch, F: gl.constexpr, C: gl.constexpr):
-    """The second producer: V of the tiles that the first one passes on."""
-    passed = 0
-    n = 0
+def load_v_warp(descriptors, cut_loaded, pipes, batch, C: gl.constexpr):
+    """The second load warp: the producer of V."""
+    work_count = 0
+    kv_count = 0
     cuts = 0
-    place = receive(passed, rings.places, 1)
-    forget(passed, rings.places)
-    while place.head < heads_of(F, C):
-        tile = tile_of(place, batch, F, C)
-        cuts = load_keys(n, cuts, tile, sources, cut_loaded, rings, batch, F, C)
-        n += tile.walk.total
-        passed += 1
-        place = receive(passed, rings.places, 1)
-        forget(passed, rings.places)
+    work = get_work(work_count, pipes.work, 1)
+    release_work(work_count, pipes.work)
+    while has_work(work, C):
+        key_tiles = key_tiles_of(work, batch, C)
+        cuts = load_keys(kv_count, cuts, key_tiles, descriptors, cut_loaded, pipes, batch, C)
+        kv_count += key_tiles.walk.total
+        work_count += 1
+        work = get_work(work_count, pipes.work, 1)
+        release_work(work_count, pipes.work)
 
 
-class Part(NamedTuple):
-    """A tile to load: where in the list it begins, the page of each box, its source, and the ring that takes it."""
+class TileLoad(NamedTuple):
+    """A key tile to load: its place in the list of keys, the page of each TMA box, and from where to where."""
 
     start: gl.tensor
     page: gl.tensor
     desc: gl.tensor
-    ring: Ring
+    pipe: Pipeline
 
 
 @gluon.jit
-def load_keys(n, cuts, tile, sources, cut_loaded, rings, batch, F: gl.constexpr, C: gl.constexpr):
-    """Ask for K, or with ``cut_loaded`` for V, of all key tiles of a row tile.
+def load_keys(kv_count, cuts, key_tiles, descriptors, cut_loaded, pipes, batch, C: gl.constexpr):
+    """Load K, or with the mbarrier ``cut_loaded`` V, of all key tiles of a work tile.
 
-    ``n`` key tiles were before; counts those of V that an edge cuts.
+    ``kv_count`` key tiles were loaded before. Returns ``cuts`` plus the stages of V in which an edge cuts a box.
     """
-    desc, ring, first_desc, first_ring = sources.k, rings.k, sources.first_k, rings.first_k
+    desc, pipe, narrow_desc, narrow_pipe = descriptors.k, pipes.k, descriptors.narrow_k, pipes.narrow_k
     if cut_loaded is not None:
-        desc, ring, first_desc, first_ring = sources.v, rings.v, sources.first_v, rings.first_v
-    if C.first_n > 0:
-        start = first_tile(tile, F, C)
-        first = Part(start, box_pages(start, tile, C.first_n, 1, batch, F, C), first_desc, first_ring)
-        wide = Part(0, box_pages(0, tile, C.block_n, 1, batch, F, C), desc, ring)
-        cuts = load_stage(n, cuts, (first, wide), tile, cut_loaded, F, C)
+        desc, pipe, narrow_desc, narrow_pipe = descriptors.v, pipes.v, descriptors.narrow_v, pipes.narrow_v
+    if C.narrow_n > 0:
+        start = narrow_tile(key_tiles, C)
+        narrow = TileLoad(start, box_pages(start, key_tiles, C.narrow_n, 1, batch, C), narrow_desc, narrow_pipe)
+        wide = TileLoad(0, box_pages(0, key_tiles, C.block_n, 1, batch, C), desc, pipe)
+        cuts = load_stage(kv_count, cuts, (narrow, wide), key_tiles, cut_loaded, C)
     else:
-        start, _ = key_tile(0, tile, F, C)
-        page = box_pages(start, tile, C.block_n, 1, batch, F, C)
-        for j in range(tile.walk.total):
-            next_start, _ = key_tile(gl.minimum(j + 1, tile.walk.total - 1), tile, F, C)
-            ahead = box_pages(next_start, tile, C.block_n, 1, batch, F, C)
-            cuts = load_stage(n + j, cuts, (Part(start, page, desc, ring),), tile, cut_loaded, F, C)
+        start, _ = key_tile(0, key_tiles, C)
+        page = box_pages(start, key_tiles, C.block_n, 1, batch, C)
+        for j in range(key_tiles.walk.total):
+            next_start, _ = key_tile(gl.minimum(j + 1, key_tiles.walk.total - 1), key_tiles, C)
+            next_page = box_pages(next_start, key_tiles, C.block_n, 1, batch, C)
+            cuts = load_stage(kv_count + j, cuts, (TileLoad(start, page, desc, pipe),), key_tiles, cut_loaded, C)
             start = next_start
-            page = ahead
+            page = next_page
     return cuts
 
 
 @gluon.jit
-def load_stage(n, cuts, parts, tile, cut_loaded, F: gl.constexpr, C: gl.constexpr):
-    """Ask for the key tiles that share the ``n``-th stage; counts the times that an edge cuts those of V."""
-    stage = stage_of(parts[0].ring, n)
-    wait_for_room("k" if cut_loaded is None else "v", n, C)
+def load_stage(count, cuts, loads, key_tiles, cut_loaded, C: gl.constexpr):
+    """Load the key tiles that share a stage. A stage of V that an edge cuts is loaded, cleaned and then committed."""
+    state = pipeline_state(loads[0].pipe, count)
+    producer_acquire("k" if cut_loaded is None else "v", count, C)
     if cut_loaded is None:
-        load_tiles(stage.slot, parts, tile, stage.full, F, C)
+        start_loads(state.index, loads, key_tiles, state.full, C)
     else:
-        cut = cuts_a_box(parts[0].start, tile, parts[0].ring, F)
-        for i in gl.static_range(1, len(parts)):
-            cut |= cuts_a_box(parts[i].start, tile, parts[i].ring, F)
+        cut = edge_cuts_a_box(loads[0].start, key_tiles, loads[0].pipe, C)
+        for i in gl.static_range(1, len(loads)):
+            cut |= edge_cuts_a_box(loads[i].start, key_tiles, loads[i].pipe, C)
         if cut:
-            load_tiles(stage.slot, parts, tile, cut_loaded, F, C)
+            start_loads(state.index, loads, key_tiles, cut_loaded, C)
             mbarrier.wait(cut_loaded, cuts & 1)
             cuts += 1
-            for i in gl.static_range(len(parts)):
-                clear_hidden(stage.slot, parts[i].start, tile, parts[i].ring, F)
-            mbarrier.arrive(stage.full, count=1)
+            for i in gl.static_range(len(loads)):
+                zero_unseen(state.index, loads[i].start, key_tiles, loads[i].pipe, C)
+            producer_commit(state)
         else:
-            load_tiles(stage.slot, parts, tile, stage.full, F, C)
+            start_loads(state.index, loads, key_tiles, state.full, C)
     return cuts
 
 
 @gluon.jit
-def load_queries(n, place, q_desc, ring, F: gl.constexpr, C: gl.constexpr):
-    """Ask for the query rows of all consumers."""
-    HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
-    stage = stage_of(ring, n)
-    wait_for_room("q", n, C)
-    mbarrier.expect(stage.full, C.consumers * CONSUMER_ROWS * F.head_dim * 2)
+def load_q(count, work, q_desc, pipe, C: gl.constexpr):
+    """Load the query rows of all MMA warpgroups."""
+    BLOCKS: gl.constexpr = C.F.head_dim // BOX_COLUMNS
+    state = pipeline_state(pipe, count)
+    producer_acquire("q", count, C)
+    mbarrier.expect(state.full, C.consumers * CONSUMER_ROWS * C.F.head_dim * 2)
     CONSUMERS: gl.constexpr = C.consumers
-    for c in gl.static_range(CONSUMERS):
-        for half in gl.static_range(HALVES):
-            box = query_box(stage.slot, c, half, ring, q_desc, F, C)
-            load_box(q_desc, box_at(place, c, half, F, C), stage.full, box)
+    for wg in gl.static_range(CONSUMERS):
+        for block in gl.static_range(BLOCKS):
+            box = query_box(state.index, wg, block, pipe, q_desc, C)
+            tma_load(q_desc, q_coordinates(work, wg, block, C), state.full, box)
 
 
 @gluon.jit
-def box_pages(start, tile, KEYS: gl.constexpr, WARPS: gl.constexpr, batch, F: gl.constexpr, C: gl.constexpr):
-    """The page of each box of a tile of ``KEYS`` keys, one a lane (the same in each warp). Dense keys are page 0.
+def box_pages(start, key_tiles, KEYS: gl.constexpr, WARPS: gl.constexpr, batch, C: gl.constexpr):
+    """The page of each TMA box of a tile of ``KEYS`` keys, one a lane (the same in each warp). Dense keys are page 0.
 
-    It is -1, which reads as zeros, where no row sees the box.
+    It is -1, which is loaded as zeros, where no row sees the box.
     """
-    if F.page_size == 0:
+    if C.F.page_size == 0:
         return 0
     else:
         lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-        pos = key_at(start + lane * C.box_rows, tile.walk, F)
-        wanted = some_seen(pos, pos + C.box_rows, tile.band) & (lane < KEYS // C.box_rows)
-        entries, _ = table_row(batch.table, batch.indptr, tile.place.b, batch.table_stride, batch.max_pages)
-        return gl.load(entries + pos // F.page_size, mask=wanted, other=-1)
+        pos = key_at(start + lane * C.box_rows, key_tiles.walk, C.F)
+        wanted = some_seen(pos, pos + C.box_rows, key_tiles.band) & (lane < KEYS // C.box_rows)
+        entries, _ = table_row(
+            batch.table, batch.table_index, key_tiles.work.b, batch.table_stride, batch.table_width, C.F
+        )
+        return pages_of(load_entries(entries, pos // C.F.page_size, wanted, -1, C.F), C.F)
 
 
 @gluon.jit
-def load_tiles(slot, parts, tile, full, F: gl.constexpr, C: gl.constexpr):
-    """Ask for the key tiles of the empty stage ``slot``, box by box; ``full`` then counts their bytes."""
-    mbarrier.expect(full, (C.block_n + C.first_n) * F.head_dim * 2)
-    for i in gl.static_range(len(parts)):
-        load_boxes(slot, parts[i], tile, full, F)
+def start_loads(index, loads, key_tiles, full, C: gl.constexpr):
+    """Start to load the key tiles of the stage ``index``; the mbarrier ``full`` counts their bytes."""
+    mbarrier.expect(full, (C.block_n + C.narrow_n) * C.F.head_dim * 2)
+    for i in gl.static_range(len(loads)):
+        start_boxes(index, loads[i], key_tiles, full, C)
 
 
 @gluon.jit
-def load_boxes(slot, part, tile, full, F: gl.constexpr):
-    """Ask for the boxes of one key tile."""
-    start, page, desc, ring = part
-    HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
-    ROWS: gl.constexpr = ring.stages.shape[1]
-    BOXES: gl.constexpr = keys_of(ring.stages.shape, ring.full.shape, F) // ROWS
+def start_boxes(index, load, key_tiles, full, C: gl.constexpr):
+    """Start to load the TMA boxes of one key tile."""
+    start, page, desc, pipe = load
+    BLOCKS: gl.constexpr = C.F.head_dim // BOX_COLUMNS
+    ROWS: gl.constexpr = pipe.stages.shape[1]
+    BOXES: gl.constexpr = keys_of(pipe.stages.shape, pipe.full.shape, C) // ROWS
     # Not static: what does not depend on i is then found once before it is unrolled, a fifth fewer instructions.
     for i in range(BOXES):
-        pos = key_at(start + i * ROWS, tile.walk, F)
-        if F.page_size > 0:
-            row = slot_of(pos, F)
+        pos = key_at(start + i * ROWS, key_tiles.walk, C.F)
+        if C.F.page_size > 0:
+            row = slot_of(pos, C.F)
         else:
-            row = tile.place.key_row + pos
-        if F.page_size == 0:
-            entry = gl.where(some_seen(pos, pos + ROWS, tile.band), page, -1)
+            row = key_tiles.work.kv_row + pos
+        if C.F.page_size == 0:
+            entry = gl.where(some_seen(pos, pos + ROWS, key_tiles.band), page, -1)
         else:
-            entry = nth(page, i)
-        for half in gl.static_range(HALVES):
-            box = ring.stages.index((slot * HALVES + half) * BOXES + i)
+            entry = element(page, i)
+        for block in gl.static_range(BLOCKS):
+            box = pipe.stages.index((index * BLOCKS + block) * BOXES + i)
             box = reinterpret(box, desc.dtype, desc.block_type.shape, desc.layout)
-            load_box(desc, [entry, tile.kv_head, row, half * BOX_COLUMNS], full, box)
+            tma_load(desc, [entry, key_tiles.kv_head, row, block * BOX_COLUMNS], full, box)
 
 
 @gluon.jit
-def clear_hidden(slot, start, tile, ring, F: gl.constexpr):
-    """Zero the rows of a loaded V tile that no row sees: what stands there, NaN too, must not meet a p of 0."""
-    HALVES: gl.constexpr = F.head_dim // BOX_COLUMNS
+def zero_unseen(index, start, key_tiles, pipe, C: gl.constexpr):
+    """Set the rows of a loaded V tile that no query sees to zero."""
+    BLOCKS: gl.constexpr = C.F.head_dim // BOX_COLUMNS
     ROWS: gl.constexpr = 8
-    CHUNKS: gl.constexpr = keys_of(ring.stages.shape, ring.full.shape, F) // ROWS
-    STAGES: gl.constexpr = ring.full.shape[0]
+    CHUNKS: gl.constexpr = keys_of(pipe.stages.shape, pipe.full.shape, C) // ROWS
+    STAGES: gl.constexpr = pipe.full.shape[0]
+    # A chunk is [8, 64]. A lane has 8 neighbouring columns of a row, in one register each: 0 to 7, 8 to 15, ... for
+    # the 8 lanes of a row. The 4 rows of a warp's first pass are 0 to 3, then come 4 to 7.
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     chunks = reinterpret(
-        ring.stages, ring.stages.dtype, [STAGES * HALVES * CHUNKS, ROWS, BOX_COLUMNS], ring.stages.layout
+        pipe.stages, pipe.stages.dtype, [STAGES * BLOCKS * CHUNKS, ROWS, BOX_COLUMNS], pipe.stages.layout
     )
     for i in range(CHUNKS):
-        pos = key_at(start + i * ROWS, tile.walk, F)
-        if not all_seen(pos, pos + ROWS, tile.band):
-            seen = seen_by_any(pos + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), tile.band)
-            for half in gl.static_range(HALVES):
-                chunk = chunks.index((slot * HALVES + half) * CHUNKS + i)
+        pos = key_at(start + i * ROWS, key_tiles.walk, C.F)
+        if not all_seen(pos, pos + ROWS, key_tiles.band):
+            seen = seen_by_any(pos + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), key_tiles.band)
+            for block in gl.static_range(BLOCKS):
+                chunk = chunks.index((index * BLOCKS + block) * CHUNKS + i)
                 chunk.store(gl.where(seen[:, None], chunk.load(LAYOUT), 0.0))
     fence_async_shared()
 
 
 @gluon.jit
-def cuts_a_box(start, tile, ring, F: gl.constexpr):
-    """Whether an edge of the visible keys runs through a box of a tile, not only between its boxes."""
-    ROWS: gl.constexpr = ring.stages.shape[1]
-    BOXES: gl.constexpr = keys_of(ring.stages.shape, ring.full.shape, F) // ROWS
+def edge_cuts_a_box(start, key_tiles, pipe, C: gl.constexpr):
+    """Whether an edge of the visible keys runs through a TMA box of a tile, not only between its boxes."""
+    ROWS: gl.constexpr = pipe.stages.shape[1]
+    BOXES: gl.constexpr = keys_of(pipe.stages.shape, pipe.full.shape, C) // ROWS
     if BOXES <= 2:
-        return box_is_cut(start, tile, ROWS, F) | box_is_cut(start + (BOXES - 1) * ROWS, tile, ROWS, F)
+        return edge_cuts(start, key_tiles, ROWS, C) | edge_cuts(start + (BOXES - 1) * ROWS, key_tiles, ROWS, C)
     else:  # a box a lane
         lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
-        cut = box_is_cut(start + lane * ROWS, tile, ROWS, F) & (lane < BOXES)
+        cut = edge_cuts(start + lane * ROWS, key_tiles, ROWS, C) & (lane < BOXES)
         return gl.max(cut.to(gl.int32), 0) != 0
 
 
 @gluon.jit
-def box_is_cut(start, tile, ROWS: gl.constexpr, F: gl.constexpr):
-    """Whether of the box at place ``start`` of the list of keys some rows are seen, and some not."""
-    pos = key_at(start, tile.walk, F)
-    return some_seen(pos, pos + ROWS, tile.band) & (all_seen(pos, pos + ROWS, tile.band) == 0)
+def edge_cuts(start, key_tiles, ROWS: gl.constexpr, C: gl.constexpr):
+    """Whether some keys of the TMA box at place ``start`` of the list are seen, and some are not."""
+    pos = key_at(start, key_tiles.walk, C.F)
+    return some_seen(pos, pos + ROWS, key_tiles.band) & (all_seen(pos, pos + ROWS, key_tiles.band) == 0)
 
 
 @gluon.jit
@@ -250,19 +262,3 @@ def some_seen(start, end, band):
 def all_seen(start, end, band):
     """Whether each of the keys ``start .. end - 1`` is seen by some row."""
     return (end <= band.lead) | ((start >= band.left) & (end <= band.right))
-
-
-DRAW = gl.constexpr(
-    "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.b32 $0, 0; "
-    "@first atom.global.add.u32 $0, [$1], 1; }"
-)
-
-
-@gluon.jit
-def draw(counter):
-    """The launch's next number in lane 0 of the warp that draws, zeros in the others. Who reads it first waits for it.
-
-    ``gl.atomic_add`` lost tiles in a prototype, and an exchange between the lanes would wait here.
-    """
-    address = gl.full((32,), 0, gl.int64, layout=gl.BlockedLayout([1], [32], [1], [0])) + counter.to(gl.int64)
-    return gl.inline_asm_elementwise(DRAW, "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1)

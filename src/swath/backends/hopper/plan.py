@@ -61,7 +61,7 @@ def hopper_tiles(work: Work, scratch: Scratch, heuristics: HopperHeuristics) -> 
     rows = CONSUMER_ROWS.value
     steps, slots = tile_slots(problem, launch.consumers * rows // launch.pack)
     num_tiles = slots * (F.kv_heads * F.group // launch.pack)
-    args = shared_args(work, F) | {"steps": steps, "num_tiles": num_tiles, "C": launch}
+    args = shared_args(work, F) | {"steps": steps, "num_tiles": num_tiles, "LAUNCH": launch}
     if draws_tiles(problem):
         scratch.add("counter", torch.int32, 1, zeroed=True)
     else:
@@ -73,9 +73,9 @@ def hopper_tiles(work: Work, scratch: Scratch, heuristics: HopperHeuristics) -> 
     else:
         args["out_desc"] = None
     boxes |= dict.fromkeys("kv", (1, 1, launch.box_rows))
-    if launch.first_n:
-        boxes |= dict.fromkeys(("first_k", "first_v"), (1, 1, launch.first_rows))
-        sources = {"first_k": sources.get("k", "k"), "first_v": sources.get("v", "v")} | sources
+    if launch.narrow_n:
+        boxes |= dict.fromkeys(("narrow_k", "narrow_v"), (1, 1, launch.narrow_rows))
+        sources = {"narrow_k": sources.get("k", "k"), "narrow_v": sources.get("v", "v")} | sources
     programs = min(num_tiles, launch.programs * work.target.num_sms)
     options = {"num_warps": 4} | ({"maxnreg": launch.registers} if launch.registers else {})
     return BoxedCall(hopper_tile_kernel, programs, args, options, sources, boxes=boxes)

@@ -1,10 +1,15 @@
-"""The softmax step of softmax.py over scores as tensor cores leave them, in fewer instructions and shorter chains.
+"""The online softmax over scores as wgmma leaves them in registers, in few instructions and short chains of them.
 
-A thread has two columns of every eight, of two rows. Maxima and sums are taken by column first: two chains a row where
-``max`` and ``sum`` over a whole row make one, which is what the two warps of a scheduler wait for. Threads keep sums of
-their own from one key tile to the next, and exchange them at the end, as in FlashAttention-3.
+An accumulator of wgmma [64, N] lies in the 128 threads of a warpgroup like this: warp w has the rows 16 w to 16 w + 15,
+and thread t of the four that share a row has the columns 2 t, 2 t + 1, then 8 further on (2 t + 8, 2 t + 9), and so on.
+Each thread has two rows, 8 apart. Its registers hold both by turns: two columns of one row, two of the other.
 
-A maximum is kept until it is too small by ``SLACK``, as in FlashAttention-4: most steps then have nothing to rescale.
+Maxima and sums are taken over every eighth column first. This makes two chains of instructions a row, where ``max`` and
+``sum`` over a whole row make one, which is what the two warps of a scheduler wait for. A thread keeps sums of its own
+columns from one key tile to the next; the four of a row add theirs up at the end, as in FlashAttention-3.
+
+A maximum is kept until scores exceed it by more than ``SLACK``, as in FlashAttention-4: most steps then have nothing to
+rescale.
 """
 
 from __future__ import annotations
@@ -12,10 +17,11 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from swath.backends.device.softmax import SLACK, powers
+from swath.backends.device.softmax import SLACK, exp_scores
 from swath.backends.gluon.pipeline import CONSUMER_ROWS
 
 COLUMNS = gl.constexpr(8)
+"""Columns after which the same thread has two more."""
 THREADS = gl.constexpr(4)
 """That share a row."""
 BY_THREAD = gl.constexpr(
@@ -23,38 +29,52 @@ BY_THREAD = gl.constexpr(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [CONSUMER_ROWS.value, THREADS.value]
     )
 )
-"""One value of each of a row's threads, of the rows as an MMA has them."""
+"""The layout of [M, 4], where column t belongs to thread t of a row's four.
+
+A thread's two registers are 8 rows apart. Among the 32 lanes of a warp the lowest two bits count columns 0 to 3, the
+others rows 0 to 7. Warps are 16 rows apart.
+"""
 
 
 @gluon.jit
-def step(s, scale, m, l):
-    """``softmax.step`` with ``l`` [M, 4] as ``spread`` makes it, and an m of up to ``SLACK`` below the maximum."""
-    m_new = highest((s,), scale, m)
+def fragment_softmax(s, scale, m, l):
+    """Take in a tile of scores [M, N] whose product with ``scale`` is in base 2: p [M, N], m, l and the factor alpha.
+
+    As ``device.softmax.online_softmax``, but ``l`` [M, 4] is a sum for each thread, and m [M] may be up to ``SLACK``
+    below the maximum.
+    """
+    m_new = fragment_max((s,), scale, m)
     m_new = gl.where(m_new > m + SLACK, m_new, m)
-    p = powers(s, scale, m_new)
+    p = exp_scores(s, scale, m_new)
     alpha = gl.exp2(m - m_new)
-    return p, m_new, l * of_rows(alpha, l)[:, None] + sums(p), alpha
+    return p, m_new, l * of_rows(alpha, l)[:, None] + thread_sums(p), alpha
 
 
 @gluon.jit
-def rescaled(acc, alpha):
-    """The accumulator by the factor of a step; a warp whose factors are all 1 skips the multiplications."""
-    VALUES: gl.constexpr = acc.shape[0] * acc.shape[1] // 128  # of a thread, those of its two rows by turns in pairs
+def rescale_acc(acc, alpha):
+    """acc [M, D] times the factors alpha [M] of a step. A warp whose factors are all 1 skips the multiplications."""
+    VALUES: gl.constexpr = acc.shape[0] * acc.shape[1] // 128  # of a thread
     return gl.inline_asm_elementwise(
-        rescaling(VALUES), in_place(VALUES, "f"),
+        rescale_ptx(VALUES), in_place(VALUES, "f"),
         [acc, of_rows(alpha, acc)[:, None]], dtype=gl.float32, is_pure=False, pack=VALUES,
     )  # fmt: skip
 
 
 @gluon.constexpr_function
 def in_place(values, others):
-    """Constraints of so many values that change where they are, and of as many operands of each of the other types."""
+    """Constraints of inline PTX that changes ``values`` float registers in place.
+
+    ``others``: a letter for the type of each further operand, which has as many values.
+    """
     return ",".join(["=f"] * values + [str(i) for i in range(values)] + [t for t in others for _ in range(values)])
 
 
 @gluon.constexpr_function
-def rescaling(values):
-    """PTX that multiplies so many values, $0 and on, by their factors, unless all of the warp are 1."""
+def rescale_ptx(values):
+    """PTX that multiplies ``values`` registers, $0 and on, by their factors, unless all factors of the warp are 1.
+
+    A thread's values are those of its two rows by turns in pairs, so that the factors of both are the first and third.
+    """
     first, second = 2 * values, 2 * values + 2
     products = "".join(f"mul.rn.f32 ${i}, ${i}, ${2 * values + i}; " for i in range(values))
     return (
@@ -64,42 +84,42 @@ def rescaling(values):
 
 
 @gluon.jit
-def highest(tiles, scale, m):
-    """``softmax.highest`` of all scores in ``tiles``."""
-    columns = gl.max(by_column(tiles[0]), 1)
+def fragment_max(tiles, scale, m):
+    """The maximum m [M] after all scores in ``tiles``, each [M, N] with an N of its own."""
+    columns = gl.max(every_eighth(tiles[0]), 1)  # [M, 8]
     for i in gl.static_range(1, len(tiles)):
-        more = gl.max(by_column(tiles[i]), 1)
+        more = gl.max(every_eighth(tiles[i]), 1)
         columns = gl.maximum(gl.convert_layout(columns, more.type.layout), more)
     return gl.maximum(m, gl.convert_layout(gl.max(columns, 1), m.type.layout) * scale)
 
 
 @gluon.jit
-def sums(p):
-    """Sums [M, 4] of what each thread has of the rows of p."""
-    columns = gl.sum(by_column(p), 1).reshape((p.shape[0], THREADS, COLUMNS // THREADS))
+def thread_sums(p):
+    """Sums [M, 4] of p [M, N]: each thread's own columns, 2 t, 2 t + 1, 2 t + 8, 2 t + 9 and so on."""
+    columns = gl.sum(every_eighth(p), 1).reshape((p.shape[0], THREADS, COLUMNS // THREADS))  # [M, 4, 2]
     return gl.convert_layout(gl.sum(columns, 2), BY_THREAD, assert_trivial=True)
 
 
 @gluon.jit
-def spread(l):
-    """Sums [M, 4] whose total is ``l`` [M]."""
+def to_thread_sums(l):
+    """Sums [M, 4] that add up to ``l`` [M]: a quarter for each thread."""
     none = gl.zeros((l.shape[0], THREADS), gl.float32, layout=BY_THREAD)
     return none + of_rows(l / THREADS, none)[:, None]
 
 
 @gluon.jit
-def total(l, m):
-    """The sum of a row, in the layout of its maximum."""
+def sum_of_threads(l, m):
+    """The sum [M] of ``l`` [M, 4], in the layout of m."""
     return gl.convert_layout(gl.sum(l, 1), m.type.layout)
 
 
 @gluon.jit
-def by_column(x):
-    """[M, N] as [M, N / 8, 8]."""
+def every_eighth(x):
+    """[M, N] as [M, N / 8, 8]: the columns c, c + 8, c + 16 and so on along the middle axis."""
     return x.reshape((x.shape[0], x.shape[1] // COLUMNS, COLUMNS))
 
 
 @gluon.jit
 def of_rows(x, tile):
-    """A value a row in the layout of the rows of ``tile``."""
+    """A value a row [M], in the layout of the rows of ``tile``."""
     return gl.convert_layout(x, gl.SliceLayout(1, tile.type.layout))

@@ -26,8 +26,9 @@ def warm(case: AppendCase) -> None:
 def run(case: AppendCase) -> None:
     """Quantise each token and write it with its scale."""
     cache, size = case.cache, case.cache.page_size
-    kept = (case.slot_mapping >= 0) & (case.slot_mapping < cache.num_pages * size)
-    slot = case.slot_mapping[kept]
+    slots = case.slot_mapping.long()  # torch indexes by these everywhere
+    kept = (slots >= 0) & (slots < cache.num_pages * size)
+    slot = slots[kept]
     page, offset = slot // size, slot % size
     quant = cache.quant
     for x, pool, scale, granularity in (

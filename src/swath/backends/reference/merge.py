@@ -1,4 +1,4 @@
-"""merge_states in torch, in float32."""
+"""merge_states in torch, its weights in float64."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ def warm(case: MergeCase) -> None:
 
 
 def run(case: MergeCase) -> None:
-    """Weigh each out by its share of the common denominator; a share of zero takes nothing, not even a NaN."""
-    lse = torch.logaddexp(case.lse_a, case.lse_b)
-    safe = lse.where(lse > -torch.inf, 0.0)
-    merged = torch.zeros(case.out.shape, dtype=torch.float32, device=case.out.device)
-    for out, part in ((case.out_a, case.lse_a), (case.out_b, case.lse_b)):
-        share = torch.exp(part - safe)[..., None]
-        merged += torch.where(part[..., None] > -torch.inf, share * out.float(), 0.0)
-    case.out.copy_(merged)
-    case.lse.copy_(lse)
+    """Weigh each out by its share of the common denominator.
+
+    A part with LSE -inf takes nothing, not even a NaN; one with +inf takes all, and two of them half each.
+    """
+    lse_a, lse_b = case.lse_a.double(), case.lse_b.double()
+    top = torch.maximum(lse_a, lse_b)
+    total, merged = torch.zeros_like(top), torch.zeros_like(case.out, dtype=torch.float32)
+    for out, part in ((case.out_a, lse_a), (case.out_b, lse_b)):
+        share = torch.exp(part - top).where(part != top, 1.0).where(part != -torch.inf, 0.0)
+        total += share
+        merged += torch.where(part[..., None] != -torch.inf, share[..., None].float() * out.float(), 0.0)
+    case.out.copy_(merged / total.where(total != 0, 1.0)[..., None].float())
+    case.lse.copy_(top + total.log())

@@ -30,7 +30,7 @@ def with_positive_scale(problem: Problem) -> Problem:
 def operands_of(problem: Problem) -> Operands:
     """The tensors of a call by the names of kernel parameters: what a plan takes anew in every run."""
     problem = with_positive_scale(problem)
-    keys, leading = problem.keys, problem.window.global_tokens
+    keys, lead = problem.keys, problem.window.global_tokens
     operands: dict[str, Tensor | None] = {
         "q": problem.q,
         "out": problem.out,
@@ -39,7 +39,7 @@ def operands_of(problem: Problem) -> Operands:
         "q_scale": _contiguous(problem.q_scale),
         "cu_q": _contiguous(problem.cu_seqlens_q),
         "q_start": _contiguous(problem.q_start),
-        "leading": leading.contiguous() if isinstance(leading, Tensor) else None,
+        "lead": lead.contiguous() if isinstance(lead, Tensor) else None,
     }
     if isinstance(keys, DenseKeys):
         return operands | {"k": keys.k, "v": keys.v, "lens": keys.cu_seqlens.contiguous()}
@@ -50,7 +50,7 @@ def operands_of(problem: Problem) -> Operands:
         "k_scale": kernel_scale(cache.k_scale),
         "v_scale": kernel_scale(cache.v_scale),
         "table": _entries(table),
-        "indptr": _contiguous(table.indptr),
+        "table_index": _contiguous(table.rows if table.indptr is None else table.indptr),
         "lens": keys.seq_lens.contiguous(),
     }
 
@@ -60,16 +60,17 @@ def shared_args(work: Work, F: Features) -> dict[str, Any]:
     problem = work.problem
     window, keys = problem.window, problem.keys
     args: dict[str, Any] = {
-        "scale_log2": problem.scale * LOG2_E,
+        "scale_log2": problem.score_unit,
         "cap_log2": problem.softcap * LOG2_E,
-        "size": window.size or 0,
+        "window_size": window.size or 0,
         "num_seqs": problem.num_seqs,
+        "num_tokens": problem.q.shape[0],
         "F": F,
     }
     if "claimed" not in work.sources:
         args["claimed"] = work.claimed
-    if F.leading != "tensor":
-        args["leading"] = window.global_tokens if F.leading else 0
+    if F.lead != "tensor":
+        args["lead"] = window.global_tokens if F.lead else 0
     for name, x in (("q", problem.q), ("out", problem.out)):
         seq, token, head = _row_strides(problem, x)
         args |= {f"{name}_seq": seq, f"{name}_token": token, f"{name}_head": head}
@@ -97,7 +98,7 @@ def _row_strides(problem: Problem, x: Tensor) -> tuple[int, ...]:
 def _paged_args(keys: PagedKeys, F: Features) -> dict[str, Any]:
     cache, table = keys.cache, keys.table
     args: dict[str, Any] = {
-        "max_pages": table.max_pages,
+        "table_width": table.entries.shape[-1],
         "num_pages": cache.num_pages,
         "table_stride": _entries(table).stride(0),
     }
@@ -108,10 +109,10 @@ def _paged_args(keys: PagedKeys, F: Features) -> dict[str, Any]:
 
 
 def _dense_args(keys: DenseKeys) -> dict[str, Any]:
-    absent = "ks_page ks_head ks_token vs_page vs_head vs_token max_pages num_pages table_stride"
-    # [Tk, Hkv, D] as one page that nobody looks up.
+    absent = "ks_page ks_head ks_token vs_page vs_head vs_token num_pages table_stride"
+    # [Tk, Hkv, D] as one page that no table names; where a table has a width, this says how many keys there are.
     k, v = ((0, *x.stride()[1::-1]) for x in (keys.k, keys.v))
-    return dict.fromkeys(absent.split(), 0) | _kv_strides(k, v)
+    return dict.fromkeys(absent.split(), 0) | {"table_width": keys.capacity} | _kv_strides(k, v)
 
 
 def _kv_strides(k: tuple[int, ...], v: tuple[int, ...]) -> dict[str, int]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from swath.cache import PagedKeys, PagedKV
+from swath.cache import DenseKeys, PagedKeys, PagedKV
 from swath.problem import Problem
 from swath.target import Target
 
 STORED = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
-"""Names of the 8-bit storage types in kernels; everything else is "wide"."""
+"""Names of the 8-bit storage types in kernels; every other type is "unquantised"."""
 
 FUSED = {"enable_fp_fusion": True}
 """Compiler option of every kernel: scales fold into multiply-adds, which Triton 3.10 will no longer fuse unasked."""
@@ -27,11 +28,14 @@ class Features:
     group: int
     causal: bool = True
     window: bool = False
-    leading: str = ""  # "", "count" or "tensor"
+    lead: str = ""  # leading tokens (global_tokens): "", "count" or "tensor"
     softcap: bool = False
     interleaved: bool = False
     page_size: int = 0  # 0: dense keys
-    stored: str = "wide"
+    table: str = ""  # "", "rows" or "flat"
+    table_rows: int = 0  # of a table in which sequences name their rows: engines keep one, of one height
+    token_table: bool = False  # a slot for each position
+    stored: str = "unquantised"  # or a name of ``STORED``
     pairs: bool = False  # 8-bit rows read as 16-bit units (NVIDIA)
     k_fold: str = "none"
     v_fold: str = "none"
@@ -40,6 +44,11 @@ class Features:
     fp32: bool = False  # float32 queries: IEEE dots
     pdl: bool = False  # the reduce is launched before the splits have ended
     interpret: bool = False
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the cache holds 8-bit values."""
+        return self.stored != "unquantised"
 
     @property
     def stored_dim(self) -> int:
@@ -59,17 +68,17 @@ class Features:
     @property
     def unit_q(self) -> bool:
         """Whether query rows are divided by their largest magnitude: over 8-bit caches, unless dots are float32."""
-        return self.stored != "wide"
+        return self.quantised and (self.compute_int8 or not self.fp32)
 
 
 def features_of(problem: Problem, target: Target) -> Features:
     """The features of a call on a target."""
     window, keys = problem.window, problem.keys
-    leading = ""
+    lead = ""
     if window.size is not None and not (isinstance(window.global_tokens, int) and window.global_tokens == 0):
-        leading = "count" if isinstance(window.global_tokens, int) else "tensor"
+        lead = "count" if isinstance(window.global_tokens, int) else "tensor"
     paged = keys.cache if isinstance(keys, PagedKeys) else None
-    stored = "wide" if paged is None else STORED.get(paged.k.dtype, "wide")
+    stored = "unquantised" if paged is None else STORED.get(paged.k.dtype, "unquantised")
     fp32 = problem.q.dtype == torch.float32
     int8 = problem.compute == "int8"
     return Features(
@@ -78,12 +87,16 @@ def features_of(problem: Problem, target: Target) -> Features:
         group=problem.group,
         causal=window.causal,
         window=window.size is not None,
-        leading=leading,
+        lead=lead,
         softcap=problem.softcap > 0,
         interleaved=problem.interleaved,
         page_size=0 if paged is None else paged.page_size,
+        **_table_features(keys),
         stored=stored,
-        pairs=stored != "wide" and target.has_pairs(stored) and not (fp32 or int8) and _viewable_as_pairs(problem),
+        pairs=stored != "unquantised"
+        and target.has_pairs(stored)
+        and not (fp32 or int8)
+        and _viewable_as_pairs(problem),
         k_fold="none" if paged is None else paged.quant.k,
         v_fold="none" if paged is None else paged.quant.v_granularity,
         q_scale="" if problem.q_scale is None else "row" if problem.q_scale.dim() else "tensor",
@@ -94,6 +107,16 @@ def features_of(problem: Problem, target: Target) -> Features:
     )
 
 
+def _table_features(keys: DenseKeys | PagedKeys) -> dict[str, Any]:
+    if not isinstance(keys, PagedKeys):
+        return {}
+    table = keys.table
+    form = {"token_table": table.unit == "token"}
+    if table.rows is not None:
+        return form | {"table": "rows", "table_rows": table.entries.shape[0]}
+    return form | {"table": "" if table.indptr is None else "flat"}
+
+
 def cache_features(cache: PagedKV) -> Features:
     """The features of a kernel that only knows a cache: append."""
     return Features(
@@ -101,7 +124,7 @@ def cache_features(cache: PagedKV) -> Features:
         kv_heads=cache.num_kv_heads,
         group=1,
         page_size=cache.page_size,
-        stored=STORED.get(cache.k.dtype, "wide"),
+        stored=STORED.get(cache.k.dtype, "unquantised"),
         k_fold=cache.quant.k,
         v_fold=cache.quant.v_granularity,
     )

@@ -61,7 +61,7 @@ def plan_of(problem: Problem, target: Target, heuristics: H, tiles: Tiles[H]) ->
         copy, rest = dequantise(rest[0], plan.scratch)
         plan.calls.append(copy)
     for part in rest:
-        made = tiles if part.features.stored == "wide" else triton_tiles
+        made = triton_tiles if part.features.quantised else tiles
         plan.calls.append(made(part, plan.scratch, heuristics))
     return plan
 
@@ -81,8 +81,7 @@ def splits(work: Work, steps: int, scratch: Scratch, heuristics: Heuristics) -> 
     if slices.count > 1:
         tile_rows = min(block_m, steps * F.group)
         rows = owners * slices.count * tile_rows
-        scratch.add("partial", torch.float32, rows * F.head_dim)
-        scratch.add("partial_state", torch.float32, rows * 2)
+        scratch.add("partial", torch.float32, rows * (F.head_dim + 2))
         scratch.add("counts", torch.int32, owners)
         args = args | {"BLOCK_D": 1 << (F.head_dim - 1).bit_length(), "CHUNK": REDUCE_CHUNK}
         options = {"num_warps": 1} | ({"launch_pdl": True} if F.pdl else {})
@@ -131,7 +130,8 @@ def dequantise(work: Work, scratch: Scratch) -> tuple[KernelCall, list[Work]]:
     scratch.add("new_table", torch.int32, problem.num_seqs, width)
     made = scratch.tensors("meta")
     copied = PagedKeys(PagedKV(made["new_k"], made["new_v"]), PageTable(made["new_table"]), keys.seq_lens)
-    names = {"k": "new_k", "v": "new_v", "table": "new_table"} | dict.fromkeys(("k_scale", "v_scale", "indptr"), "")
+    absent = dict.fromkeys(("k_scale", "v_scale", "table_index"), "")
+    names = {"k": "new_k", "v": "new_v", "table": "new_table"} | absent
     parts = [replace(work, problem=replace(problem, keys=copied), sources=names)]
     if rows < most_unclaimed(problem):
         scratch.add("copied", torch.int32, 3)
@@ -143,7 +143,7 @@ def dequantise(work: Work, scratch: Scratch) -> tuple[KernelCall, list[Work]]:
 def copying(work: Work, pages: int, rows: int, width: int) -> KernelCall:
     """The launch that fills ``rows`` rows of ``pages`` pages, and a table of ``width`` entries for each sequence."""
     problem, F = work.problem, replace(work.features, pairs=False)
-    steps = 0 if problem.cu_seqlens_q is not None else problem.steps
+    steps = problem.q.shape[0] if problem.cu_seqlens_q is not None else problem.steps
     args = shared_args(work, F) | {"pages": pages, "width": width, "steps": steps, "BLOCK_T": DEQUANTISE_TOKENS}
     grid = rows * pages * F.kv_heads
     return KernelCall(dequantise_kernel, grid, args, {"num_warps": 4}, views=shared_views(work, F))

@@ -11,7 +11,9 @@ from swath.testing.fuzz.draw import SIZES, Call, Fields, draw
 from swath.testing.fuzz.extremes import known_twists
 from swath.testing.fuzz.promises import PROMISES
 
-FOR_SLOTS = {"dead-pages", "short-table", "hostile-indptr", "column-table", "strided-vectors"}
+FOR_SLOTS = {
+    "dead-pages", "short-table", "hostile-indptr", "column-table", "strided-vectors", "wide-integers", "engine-table",
+}  # fmt: skip
 """Twists of what ``slots`` takes."""
 
 

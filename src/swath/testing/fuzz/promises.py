@@ -12,9 +12,10 @@ from torch import Tensor
 from swath.cache import PagedKV
 from swath.ops.attention import attention
 from swath.ops.paged import paged_attention
+from swath.pages import PageTable
 from swath.testing.fuzz.draw import Call
-from swath.testing.fuzz.truth import exact
-from swath.testing.fuzz.twists import VECTORS, build, rows_of
+from swath.testing.fuzz.truth import exact, page_lists
+from swath.testing.fuzz.twists import VECTORS, build
 from swath.testing.fuzz.verdict import BrokenError, demand_within_budget, same_bits
 from swath.testing.inputs import Inputs
 from swath.testing.oracle import Truth, visible
@@ -118,7 +119,8 @@ def _tensors(inputs: Inputs) -> list[tuple[str, Tensor]]:
     named: dict[str, object] = {"q": inputs.q} | {name: getattr(inputs, name) for name in VECTORS}
     tensors = keys.tensors if isinstance(keys, PagedKV) else keys
     named |= dict(zip(("k", "v", "k_scale", "v_scale"), tensors, strict=False))
-    named |= dict(zip(("block_table", "indptr"), table if isinstance(table, tuple) else (table,), strict=False))
+    parts = (table.entries, table.indptr, table.rows) if isinstance(table, PageTable) else table
+    named |= dict(zip(("block_table", "indptr", "rows"), parts if isinstance(parts, tuple) else (parts,), strict=False))
     return [(name, x) for name, x in named.items() if isinstance(x, Tensor)]
 
 
@@ -179,7 +181,7 @@ def held_by(inputs: Inputs, b: int) -> int:
         first, end = inputs.cu_seqlens_k[b : b + 2].tolist()
         return int(end - first)
     kv_len = 0 if inputs.seq_lens is None else max(int(inputs.seq_lens[b]), 0)
-    return min(kv_len, rows_of(inputs.block_table)[b].shape[0] * inputs.cache.page_size)
+    return min(kv_len, page_lists(inputs.block_table, inputs.cache.page_size)[b].shape[0] * inputs.cache.page_size)
 
 
 def seen_by(inputs: Inputs, b: int) -> Tensor:
@@ -204,7 +206,7 @@ def put_nan(inputs: Inputs, b: int, kind: str, at: slice) -> bool:
         if scale is None or scale.dim() < 3:
             return False
         x = scale
-    entries = rows_of(inputs.block_table)[b].long()[positions // cache.page_size]
+    entries = page_lists(inputs.block_table, cache.page_size)[b][positions // cache.page_size]
     exists = (entries >= 0) & (entries < cache.num_pages)
     nan: float = torch.nan
     if x.element_size() == 1:

@@ -17,7 +17,10 @@ from torch import Tensor
 from swath.testing.oracle import Truth, visible
 
 if TYPE_CHECKING:
+    from swath.pages import PageTable
     from swath.testing.inputs import Inputs
+
+    Table = Tensor | tuple[Tensor, Tensor] | PageTable
 
 MOST_SCORES = 1 << 24
 """Scores that are held at once, 128 MiB in float64; rows are taken in parts where there are more."""
@@ -46,6 +49,29 @@ class Scoring:
         return x.movedim(0, 2 if self.interleaved else 1).flatten(1, 2)
 
 
+def page_lists(table: Table | None, page_size: int) -> list[Tensor]:
+    """The pages of each sequence, int64, under a table of any form."""
+    if table is None:
+        return []
+    entries, indptr, rows, unit = _table_parts(table)
+    if indptr is not None:
+        ends = [min(max(i, 0), len(entries)) for i in indptr.tolist()]
+        lists = [entries[start:end].long() for start, end in pairwise(ends)]
+    else:
+        lists = [entries[row].long() for row in (range(len(entries)) if rows is None else rows.tolist())]
+    if unit == "token":
+        lists = [slots[::page_size].div(page_size, rounding_mode="floor") for slots in lists]
+    return lists
+
+
+def _table_parts(table: Table) -> tuple[Tensor, Tensor | None, Tensor | None, str]:
+    if isinstance(table, Tensor):
+        return table, None, None, "page"
+    if isinstance(table, tuple):
+        return *table, None, "page"
+    return table.entries, table.indptr, table.rows, table.unit
+
+
 @dataclass(frozen=True, eq=False)
 class Pool:
     """Where keys lie: k, v [pages, Hkv, slots, D] with their scales, and the entries of each sequence's pages.
@@ -67,16 +93,12 @@ class Pool:
         return cls(k[:, :, None], v[:, :, None], None, None, pages)
 
     @classmethod
-    def of_pages(cls, tensors: Sequence[Tensor | None], block_table: Tensor | Sequence[Tensor]) -> Pool:
-        """k, v, k_scale and v_scale of a cache under a rectangular or a flat table."""
+    def of_pages(cls, tensors: Sequence[Tensor | None], block_table: Table) -> Pool:
+        """k, v, k_scale and v_scale of a cache under a table of any form."""
         k, v, k_scale, v_scale = tensors
         if k is None or v is None:
             raise ValueError("a cache has keys and values")
-        if isinstance(block_table, Tensor):
-            return cls(k, v, k_scale, v_scale, list(block_table.long()))
-        ids = block_table[0].long()
-        ends = [min(max(i, 0), len(ids)) for i in block_table[1].tolist()]
-        return cls(k, v, k_scale, v_scale, [ids[start:end] for start, end in pairwise(ends)])
+        return cls(k, v, k_scale, v_scale, page_lists(block_table, k.shape[2]))
 
     def live(self, b: int, kv_len: int) -> Tensor:
         """Which positions of sequence ``b`` have a slot, bool [N]; those after N have none."""

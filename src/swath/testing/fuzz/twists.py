@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from swath.cache import PagedKV
+from swath.pages import PageTable
 from swath.testing.cases import Case
 from swath.testing.fuzz.draw import Call
 from swath.testing.inputs import Inputs
@@ -145,7 +146,7 @@ def short_table(inputs: Inputs, r: Random) -> Inputs:
     if isinstance(table, Tensor):
         left = r.randint(0, max([0, *whole]))
         table, cut = table[:, :left], [n >= left for n in whole]
-    elif table is not None:
+    elif isinstance(table, tuple):
         kept = [r.randint(0, n) for n in whole]
         rows = [row[:n] for row, n in zip(rows_of(table), kept, strict=True)]
         table, cut = (torch.cat([*rows, table[0][:0]]), _ends(kept, table[1])), [True] * len(kept)
@@ -270,11 +271,55 @@ def moved_by(x: Tensor, elements: int) -> Tensor:
     return there
 
 
-def rows_of(table: Tensor | tuple[Tensor, Tensor] | None) -> list[Tensor]:
-    """The entries of each sequence, as views."""
+@twist(0.15)
+def wide_integers(inputs: Inputs, _r: Random) -> Inputs:
+    """Tables, lengths, bounds and counts of 64 bits."""
+
+    def wide(x: Any) -> Any:
+        return x.long() if isinstance(x, Tensor) and x.dtype == torch.int32 else x
+
+    made = {name: wide(getattr(inputs, name)) for name in VECTORS}
+    table = inputs.block_table
+    made["block_table"] = tuple(map(wide, table)) if isinstance(table, tuple) else wide(table)
+    return replace(inputs, **made)
+
+
+@twist(0.2, is_paged)
+def engine_table(inputs: Inputs, r: Random) -> Inputs:
+    """A table as engines keep it: in rows of a larger one, by the slots of tokens, or both."""
+    table, page_size = inputs.block_table, inputs.cache.page_size
+    kind = r.choice(("rows", "tokens", "both"))
+    if isinstance(table, tuple):
+        ids, indptr = table
+        return replace(
+            inputs, block_table=PageTable(_first_of_page(ids, page_size), indptr.long() * page_size, unit="token")
+        )
+    if not isinstance(table, Tensor):
+        return inputs
+    entries, unit, rows = (table, "page", None) if kind == "rows" else (_first_of_page(table, page_size), "token", None)
+    if kind != "tokens":
+        height = len(entries) + r.randint(0, 5)
+        larger = entries.new_full((height, entries.shape[1]), 1)  # a page that no other sequence may follow to
+        places = r.sample(range(height), len(entries))
+        larger[places] = entries
+        entries, rows = larger, torch.tensor(places, dtype=torch.int32, device=table.device)
+    return replace(inputs, block_table=PageTable(entries, rows=rows, unit=unit))
+
+
+def _first_of_page(pages: Tensor, page_size: int) -> Tensor:
+    """Pages as slots of tokens, of which all but the first one of each page are another page's."""
+    slots = pages.long()[..., None] * page_size
+    others = torch.zeros(*pages.shape, page_size - 1, dtype=torch.int64, device=pages.device)
+    return torch.cat([slots, others], -1).flatten(-2)
+
+
+def rows_of(table: Tensor | tuple[Tensor, Tensor] | PageTable | None) -> list[Tensor]:
+    """The entries of each sequence, as views, of a table in one of the two plain forms."""
     if table is None:
         return []
     if isinstance(table, Tensor):
         return list(table)
+    if isinstance(table, PageTable):
+        raise TypeError("twists come before the one that makes another table")
     ends = [min(max(end, 0), len(table[0])) for end in table[1].tolist()]
     return [table[0][start:end] for start, end in pairwise(ends)]

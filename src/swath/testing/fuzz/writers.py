@@ -13,7 +13,8 @@ from swath.ops.merge import merge_states
 from swath.ops.slots import slots
 from swath.testing.budget import UNIT
 from swath.testing.fuzz.draw import Call
-from swath.testing.fuzz.twists import build, rows_of
+from swath.testing.fuzz.truth import page_lists
+from swath.testing.fuzz.twists import build
 from swath.testing.fuzz.verdict import BrokenError, Verdict, on, same_bits, taker, truncates_bf16
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
@@ -142,7 +143,7 @@ def judge_slots(call: Call, _impl: str, device: torch.device | str) -> Verdict:
     bounds = [b * tokens // max(case.num_seqs, 1) for b in range(case.num_seqs + 1)]
     if inputs.cu_seqlens_q is not None:
         bounds = inputs.cu_seqlens_q.tolist()
-    rows = [row.tolist() for row in rows_of(inputs.block_table)]
+    rows = [pages.tolist() for pages in page_lists(inputs.block_table, case.page_size)]
     for b, (start, end) in enumerate(pairwise(bounds)):
         kv_len = max(int(inputs.seq_lens[b]), 0)
         wanted += [slot_of(rows[b], kv_len - (end - start) + i, case.page_size) for i in range(end - start)]

@@ -15,7 +15,7 @@ def tile_row(F: Features, short_window: bool) -> TileLaunch:
     """Prefill; ``short_window``: it is a few tiles wide."""
     if F.fp32:
         return TileLaunch(16, 16, 4, 1)
-    if F.stored != "wide":
+    if F.quantised:
         return TileLaunch(64, 32, 8, 2)
     if F.head_dim <= 64:
         return TileLaunch(64, 32, 4, 2) if short_window else TileLaunch(128, 64, 4, 3)

@@ -135,6 +135,6 @@ def in_step(launch: SplitLaunch, F: Features, block_m: int, programs: int, targe
     three stages and 259 with four.
     """
     whole = 64 < F.head_dim <= 128 and not F.padded
-    if F.stored != "wide" or programs <= launch.resident * target.num_sms or not whole:
+    if F.quantised or programs <= launch.resident * target.num_sms or not whole:
         return launch
     return fitting(replace(launch, stages=launch.stages + 1), F, block_m, target)

@@ -25,7 +25,8 @@ def pack_heads(group: int, short: bool, block_m: int) -> int:
 
 
 def tile_slots(problem: Problem, positions: int) -> tuple[int, int]:
-    """Query tokens of each sequence (0 in a ragged batch), and the slots of a flat list of tiles of ``positions``."""
+    """Query tokens of each sequence (of a ragged batch: of all), and the slots of a flat list of tiles of
+    ``positions``."""
     if problem.cu_seqlens_q is not None:
-        return 0, problem.q.shape[0] // positions + problem.num_seqs
+        return problem.q.shape[0], problem.q.shape[0] // positions + problem.num_seqs
     return problem.steps, problem.num_seqs * ceil_div(problem.steps, positions)

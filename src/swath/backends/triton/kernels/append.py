@@ -5,22 +5,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from swath.backends.device.quant import channel_scale, encode, head_scale
+from swath.backends.device.quant import SMALLEST_SCALE, channel_scale, encode, head_scale
 
 
 @triton.jit
 def stored_scale(x, scale, at, kv_head, column, live, OF_V: tl.constexpr, LARGEST: tl.constexpr, F: tl.constexpr):
-    """What divides the row ``x``: its own token scale, written at ``at`` first, or the cache's static scale."""
+    """The scale that divides the row ``x``: its own token scale, stored at ``at``, or the cache's static scale."""
     fold: tl.constexpr = F.v_fold if OF_V else F.k_fold
     if fold == "token":
-        largest = tl.max(tl.abs(x), 0)
-        own = tl.where(largest > 0, tl.div_rn(largest, LARGEST), 1.0).to(scale.dtype.element_ty)
+        largest = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 0)
+        own = tl.maximum(tl.div_rn(largest, LARGEST), SMALLEST_SCALE)
+        own = tl.where(largest < float("inf"), own, float("nan"))
+        own = tl.where(largest != 0, own, 1.0).to(scale.dtype.element_ty)
         tl.store(scale + at, own)
         return own.to(tl.float32)
     elif fold == "channel":
-        return tl.where(live, channel_scale(scale, kv_head, column, F.head_dim, live), 1.0)
+        unit = channel_scale(scale, kv_head, column, F.head_dim, live)
     else:
-        return head_scale(scale, kv_head, OF_V, F) + 0.0 * x
+        unit = head_scale(scale, kv_head, OF_V, F) + 0.0 * column
+    return tl.where(unit != 0, unit, 1.0)
 
 
 @triton.jit(do_not_specialize=("num_slots",))
@@ -33,7 +36,7 @@ def append_kernel(
     """One program per (token, kv head), heads fastest; a slot outside the cache is skipped."""
     kv_head = tl.program_id(0) % F.kv_heads
     token = (tl.program_id(0) // F.kv_heads).to(tl.int64)
-    slot = tl.load(slots + token)
+    slot = tl.load(slots + token).to(tl.int64)
     if (slot < 0) | (slot >= num_slots):
         return
     page, offset = slot // F.page_size, slot % F.page_size
@@ -41,13 +44,15 @@ def append_kernel(
     column = tl.arange(0, BLOCK_D)
     live = column < F.head_dim
     row = page * page_stride + head * head_stride + offset * token_stride + column
-    x = tl.load(k + token * k_token + head * k_head + column, mask=live, other=0.0).to(tl.float32)
+    x = tl.load(k + token * k_token + head * k_head + column, mask=live, other=0.0)
     at = page * ks_page + head * ks_head + offset * ks_token
-    if F.stored != "wide":
+    if F.quantised:
+        x = x.to(tl.float32)
         x = tl.div_rn(x, stored_scale(x, k_scale, at, kv_head, column, live, False, LARGEST, F))
     tl.store(cache_k + row, encode(x, F).to(cache_k.dtype.element_ty), mask=live)
-    x = tl.load(v + token * v_token + head * v_head + column, mask=live, other=0.0).to(tl.float32)
+    x = tl.load(v + token * v_token + head * v_head + column, mask=live, other=0.0)
     at = page * vs_page + head * vs_head + offset * vs_token
-    if F.stored != "wide":
+    if F.quantised:
+        x = x.to(tl.float32)
         x = tl.div_rn(x, stored_scale(x, v_scale, at, kv_head, column, live, True, LARGEST, F))
     tl.store(cache_v + row, encode(x, F).to(cache_v.dtype.element_ty), mask=live)

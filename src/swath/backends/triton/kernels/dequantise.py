@@ -1,9 +1,9 @@
-"""Dequantise the pages that a prefill sees into 16-bit scratch pages, once, so that its tiles run the 16-bit kernel.
+"""Copy the 8-bit pages that a long prefill sees into 16-bit scratch pages, so that its tiles run the 16-bit kernel.
 
-The scratch is a paged cache of its own, for sequences that splits do not claim: the j-th page in sight of the r-th of
-them goes to page ``r * pages + j``, and a new table says so, or -1 of a dead page. What it says of pages out of sight
-is undefined, and not read, so nothing else changes for the tiles. Sequences without room in the scratch are for a
-launch of tiles over the cache.
+The scratch is a paged cache of its own for the sequences that splits do not claim. The j-th page in sight of the r-th
+of them goes to scratch page ``r * pages + j``, and the entry of a new page table names it, or is -1 for a dead page.
+Entries of pages out of sight are undefined, and not read, so that nothing else changes for the tiles. Sequences without
+room in the scratch are taken by another launch of tiles, over the cache.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from swath.backends.device.cache import page_in_sight, table_row
+from swath.backends.device.cache import load_entries, page_in_sight, pages_of, table_row
 from swath.backends.device.quant import channel_scale, decode, head_scale
-from swath.backends.device.window import band_of
-from swath.backends.triton.kernels.query import leading_of, ranked_sequence, sequence_of, store_claim
+from swath.backends.device.window import band_of, view_of
+from swath.backends.triton.kernels.query import keys_within, lead_of, ranked_sequence, sequence_of, store_claim
 
 
 @triton.jit
@@ -37,19 +37,19 @@ def copy_page(source, target, scale, scale_at, scale_token, kv_head, token_strid
             x *= channel_scale(scale, kv_head, column, F.head_dim, live)[None, :]
         else:
             x *= head_scale(scale, kv_head, OF_V, F)
-        place = target + token[:, None] * F.head_dim + column[None, :]
-        tl.store(place, x.to(target.dtype.element_ty), mask=mask)
+        to = target + token[:, None] * F.head_dim + column[None, :]
+        tl.store(to, x.to(target.dtype.element_ty), mask=mask)
 
 
 RUN_TIME = (
-    "leading",
-    "size",
+    "lead",
+    "window_size",
     "steps",
     "claimed",
     "num_seqs",
     "pages",
     "width",
-    "max_pages",
+    "table_width",
     "num_pages",
     "table_stride",
 )
@@ -57,44 +57,45 @@ RUN_TIME = (
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def dequantise_kernel(
-    k, v, k_scale, v_scale, table, indptr, lens, cu_q, q_start, leading, new_k, new_v, new_table, copied, others,
-    size, steps, claimed, num_seqs, pages, width, max_pages, num_pages, kv_page, kv_head_stride, kv_token, table_stride,
-    ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
+    k, v, k_scale, v_scale, table, table_index, lens, cu_q, q_start, lead, new_k, new_v, new_table, copied, others,
+    window_size, steps, claimed, num_seqs, pages, width, table_width, num_pages,
+    kv_page, kv_head_stride, kv_token, table_stride, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """One program per (sequence not claimed, page in sight, kv head), heads fastest; ``pages`` of scratch each, and
-    ``width`` entries of the new table.
+    """One program per (sequence not claimed, page in sight, kv head), heads fastest.
 
-    Where there may be more such sequences than the grid has, the first program writes which ones the launch over the
-    scratch takes (``copied``) and which the one over the cache (``others``).
+    A sequence has ``pages`` scratch pages, and ``width`` entries of the new table. Where there may be more sequences
+    than the grid has, the first program writes which ones the launch over the scratch takes (``copied``), and which the
+    one over the cache (``others``). ``steps``: query tokens of each sequence, or (with cu_q) of all.
     """
     kv_head = tl.program_id(0) % F.kv_heads
     j = tl.program_id(0) // F.kv_heads % pages
     rank = tl.program_id(0) // F.kv_heads // pages
     if copied is not None:
         if tl.program_id(0) == 0:
-            end = ranked_sequence(tl.num_programs(0) // F.kv_heads // pages, cu_q, num_seqs, claimed)
+            end = ranked_sequence(tl.num_programs(0) // F.kv_heads // pages, cu_q, steps, num_seqs, claimed)
             store_claim(copied, claimed, 0, end)
             store_claim(others, claimed, end, num_seqs)
-    b = ranked_sequence(rank, cu_q, num_seqs, claimed)
+    b = ranked_sequence(rank, cu_q, steps, num_seqs, claimed)
     if b >= num_seqs:
         return
-    seq = sequence_of(b, cu_q, steps, lens, q_start, F)
-    entries, own_pages = table_row(table, indptr, b, table_stride, max_pages)
+    seq = sequence_of(b, cu_q, steps, steps, lens, q_start, F)
+    entries, own_pages = table_row(table, table_index, b, table_stride, table_width, F)
     # The new table has as many entries for each sequence: those that its own table lacks are dead ones.
-    kv_len = tl.minimum(seq.kv_len, width * F.page_size)
-    band = band_of(seq.start, seq.start + seq.q_len - 1, kv_len, size, leading_of(b, leading, F), F)
+    kv_len = keys_within(seq, width, F)
+    view = view_of(seq.q_start, seq.q_len, kv_len, window_size)
+    band = band_of(view.start, view.start + seq.q_len - 1, kv_len, view.size, lead_of(b, lead, F), F)
     page, seen = page_in_sight(j, band, F.page_size)
-    entry = tl.load(entries + page, mask=seen & (page < own_pages), other=-1)
+    entry = pages_of(load_entries(entries, page, seen & (page < own_pages), -1, F), F)
     live = (entry >= 0) & (entry < num_pages)
-    place = rank * pages + j
+    new_page = rank * pages + j
     if kv_head == 0:
-        tl.store(new_table + b * width + page, tl.where(live, place, -1), mask=seen)
+        tl.store(new_table + b * width + page, tl.where(live, new_page, -1), mask=seen)
     if not live:
         return
     entry, head = entry.to(tl.int64), kv_head.to(tl.int64)
     source = entry * kv_page + head * kv_head_stride
-    target = (place.to(tl.int64) * F.kv_heads + head) * F.page_size * F.head_dim
+    target = (new_page.to(tl.int64) * F.kv_heads + head) * F.page_size * F.head_dim
     scale_at = entry * ks_page + head * ks_head
     copy_page(k + source, new_k + target, k_scale, scale_at, ks_token, kv_head, kv_token, False, F, BLOCK_T)
     scale_at = entry * vs_page + head * vs_head

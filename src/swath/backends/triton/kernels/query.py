@@ -1,4 +1,4 @@
-"""From sequences and query rows in memory to the dot operands of a program, and from its accumulators back."""
+"""Query rows: which sequence they are of, from memory to dot operands, and from accumulators back to memory."""
 
 from __future__ import annotations
 
@@ -7,40 +7,47 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from swath.backends.device.cache import load_int32
 from swath.backends.device.quant import channel_scale, decode_e4m3, head_scale, unit_rows
 from swath.backends.device.softmax import add_sink, finish
-from swath.backends.triton.kernels.walk import Rows, TokenScales
+from swath.backends.triton.kernels.walk import Query, TokenScales
 
-SMALLEST_FACTOR = tl.constexpr(1.0e-30)
-"""Of scores that are all 0, or that a scale makes so."""
+SMALLEST_FACTOR = tl.constexpr(2.0**-126)
+"""The factor of scores that are all 0, or that a scale makes so: a factor may not be 0."""
 
 
 class Sequence(NamedTuple):
-    """One sequence: its first query token, how many there are, the position of the first, and how many keys."""
+    """The query tokens and the keys of one sequence."""
 
-    token: tl.tensor
+    q_row: tl.tensor  # the row of q with its first query token
     q_len: tl.tensor
-    start: tl.tensor
+    q_start: tl.tensor  # the position of its first query token
     kv_len: tl.tensor
-    key_row: tl.tensor  # dense: the first key's row
+    kv_row: tl.tensor  # dense keys: the row of its first key
 
 
 @triton.jit
-def tokens_of(b, cu_q, steps):
-    """The first query token of sequence ``b`` and how many there are; a negative number counts as 0."""
+def first_token(b, cu_q, num_tokens, mask=None):
+    """Where the query tokens of sequence ``b`` begin, and those of the one before it end: within those that exist."""
+    return tl.minimum(tl.maximum(load_int32(cu_q + b, mask), 0), num_tokens)
+
+
+@triton.jit
+def tokens_of(b, cu_q, steps, num_tokens):
+    """The row of the first query token of sequence ``b``, and how many it has; a negative number counts as 0."""
     if cu_q is None:
         return b * steps, steps
     else:
-        token = tl.load(cu_q + b)
-        return token, tl.maximum(tl.load(cu_q + b + 1) - token, 0)
+        q_row = first_token(b, cu_q, num_tokens)
+        return q_row, tl.maximum(first_token(b + 1, cu_q, num_tokens) - q_row, 0)
 
 
-RANKED = tl.constexpr(256)
+LENGTHS_AT_ONCE = tl.constexpr(256)
 """Sequences whose lengths are looked at together."""
 
 
 @triton.jit
-def ranked_sequence(rank, cu_q, num_seqs, claimed):
+def ranked_sequence(rank, cu_q, num_tokens, num_seqs, claimed):
     """The ``rank``-th sequence, from 0 on, of more than ``claimed`` query tokens; ``num_seqs`` where there is none.
 
     Without ``cu_q`` all sequences have more.
@@ -49,11 +56,11 @@ def ranked_sequence(rank, cu_q, num_seqs, claimed):
         return rank
     else:
         found, before = rank * 0, rank * 0
-        for first in range(0, num_seqs, RANKED):
-            b = first + tl.arange(0, RANKED)
+        for first in range(0, num_seqs, LENGTHS_AT_ONCE):
+            b = first + tl.arange(0, LENGTHS_AT_ONCE)
             inside = b < num_seqs
-            q_len = tl.load(cu_q + b + 1, mask=inside, other=0) - tl.load(cu_q + b, mask=inside, other=0)
-            longer = (q_len > claimed).to(tl.int32)
+            q_len = first_token(b + 1, cu_q, num_tokens, inside) - first_token(b, cu_q, num_tokens, inside)
+            longer = (inside & (q_len > claimed)).to(tl.int32)
             found += tl.sum((inside & (before + tl.cumsum(longer, 0) <= rank)).to(tl.int32), 0)
             before += tl.sum(longer, 0)
         return found
@@ -61,7 +68,7 @@ def ranked_sequence(rank, cu_q, num_seqs, claimed):
 
 @triton.jit
 def store_claim(claim, claimed, first, end):
-    """Write a tensor of three that ``takes`` reads as its ``claimed``."""
+    """Write the tensor of three numbers that ``takes`` reads as its ``claimed``."""
     tl.store(claim, claimed)
     tl.store(claim + 1, first)
     tl.store(claim + 2, end)
@@ -71,7 +78,8 @@ def store_claim(claim, claimed, first, end):
 def takes(b, q_len, claimed):
     """Whether a launch of tiles takes sequence ``b``: those of at most ``claimed`` query tokens belong to the splits.
 
-    Where two launches share the others, ``claimed`` is a tensor: that number, the launch's first sequence, and the end.
+    Where two launches of tiles share the others, ``claimed`` is a tensor of three: that number, the first sequence of
+    this launch, and the end of its sequences.
     """
     if claimed.dtype.is_ptr():
         inside = (b >= tl.load(claimed + 1)) & (b < tl.load(claimed + 2))
@@ -81,26 +89,35 @@ def takes(b, q_len, claimed):
 
 
 @triton.jit
-def sequence_of(b, cu_q, steps, lens, q_start, F: tl.constexpr):
+def sequence_of(b, cu_q, steps, num_tokens, lens, q_start, F: tl.constexpr):
     """Read the lengths of sequence ``b``; negative ones count as 0."""
-    token, q_len = tokens_of(b, cu_q, steps)
-    key_row = b * 0
+    q_row, q_len = tokens_of(b, cu_q, steps, num_tokens)
+    kv_row = b * 0
     if F.page_size == 0:
-        key_row = tl.load(lens + b)
-        kv_len = tl.maximum(tl.load(lens + b + 1) - key_row, 0)
+        kv_row = tl.maximum(load_int32(lens + b), 0)
+        kv_len = tl.maximum(load_int32(lens + b + 1), kv_row) - kv_row
     else:
-        kv_len = tl.maximum(tl.load(lens + b), 0)
-    start = kv_len - q_len if q_start is None else tl.load(q_start + b)
-    return Sequence(token, q_len, start, kv_len, key_row)
+        kv_len = tl.maximum(load_int32(lens + b), 0)
+    start = kv_len - q_len if q_start is None else load_int32(q_start + b)
+    return Sequence(q_row, q_len, start, kv_len, kv_row)
 
 
 @triton.jit
-def leading_of(b, leading, F: tl.constexpr):
-    """How many leading keys sequence ``b`` keeps."""
-    if F.leading == "tensor":
-        return tl.load(leading + b)
+def keys_within(seq, pages, F: tl.constexpr):
+    """How many of a sequence's keys exist: in its ``pages``, or of dense keys, of which there are ``pages`` in all."""
+    if F.page_size > 0:
+        return tl.minimum(seq.kv_len, pages * F.page_size)
     else:
-        return leading
+        return tl.minimum(seq.kv_len, tl.maximum(pages - seq.kv_row, 0))
+
+
+@triton.jit
+def lead_of(b, lead, F: tl.constexpr):
+    """How many leading tokens sequence ``b`` keeps: its ``global_tokens``, which kernels call ``lead``."""
+    if F.lead == "tensor":
+        return load_int32(lead + b)
+    else:
+        return lead
 
 
 @triton.jit
@@ -113,18 +130,21 @@ def q_head_of(kv_head, member, F: tl.constexpr):
 
 
 @triton.jit
-def row_offsets(b, step, token, q_head, seq_stride, token_stride, head_stride, cu_q):
-    """Element offsets (int64) of rows in q or out: [B, S, Hq, D], or [T, Hq, D] where there is a ``cu_q``."""
+def row_offsets(b, q_index, q_row, q_head, seq_stride, token_stride, head_stride, cu_q):
+    """Element offsets (int64) of rows in q or out: [B, S, Hq, D], or [T, Hq, D] where there is a ``cu_q``.
+
+    ``q_index`` counts query tokens in their sequence, ``q_row`` in the whole batch.
+    """
     if cu_q is None:
-        row = b.to(tl.int64) * seq_stride + step.to(tl.int64) * token_stride
+        row = b.to(tl.int64) * seq_stride + q_index.to(tl.int64) * token_stride
     else:
-        row = token.to(tl.int64) * token_stride
+        row = q_row.to(tl.int64) * token_stride
     return row + q_head.to(tl.int64) * head_stride
 
 
 @triton.jit
 def query_scale(q_scale, row, valid, F: tl.constexpr):
-    """The scale of fp8 query rows: one for all, one a row, or 1."""
+    """The scale of fp8 query rows: one for all rows, one a row, or 1."""
     if F.q_scale == "row":
         return tl.load(q_scale + row, mask=valid, other=0.0)
     elif F.q_scale == "tensor":
@@ -135,14 +155,14 @@ def query_scale(q_scale, row, valid, F: tl.constexpr):
 
 @triton.jit
 def token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F: tl.constexpr):
-    """The token scales of one kv head; for other granularities a number that nobody reads."""
+    """The token scales of one kv head; for other granularities a number that is not read."""
     k = k_scale + kv_head.to(tl.int64) * ks_head if F.k_fold == "token" else kv_head
     v = v_scale + kv_head.to(tl.int64) * vs_head if F.v_fold == "token" else kv_head
     return TokenScales(k, v, ks_page, ks_token, vs_page, vs_token)
 
 
 @triton.jit
-def load_half(q, offset, valid, column, k_scale, kv_head, F: tl.constexpr):
+def load_columns(q, offset, valid, column, k_scale, kv_head, F: tl.constexpr):
     """Query elements [M, N] in float32 at the ``column`` indices, K's channel scale folded in."""
     live = column < F.head_dim
     x = tl.load(q + offset[:, None] + column[None, :], mask=valid[:, None] & live[None, :], other=0)
@@ -156,31 +176,52 @@ def load_half(q, offset, valid, column, k_scale, kv_head, F: tl.constexpr):
 
 @triton.jit
 def load_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach, F: tl.constexpr):
-    """Query rows as dot operands with their score factors, K's scales folded in (all but a token scale)."""
+    """Query rows as dot operands with their score factors, K's scales folded in (all but a token scale).
+
+    A float32 row takes the factor itself: scores and their maximum are then the same numbers, however large, where the
+    multiply-add that scales others may be off by a rounding of the maximum.
+    """
     if F.unit_q:
         return load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
+    elif F.fp32:
+        x = load_columns(q, offset, valid, tl.arange(0, F.block_d), k_scale, kv_head, F)
+        x *= scale_log2 * head_scale(k_scale, kv_head, False, F)
+        return Query(x, x, 1.0, reach)
     else:
         column = tl.arange(0, F.block_d)
         mask = valid[:, None] & (column < F.head_dim)[None, :] if F.padded else valid[:, None]
         x = tl.load(q + offset[:, None] + column[None, :], mask=mask, other=0.0)
-        return Rows(x, x, scale_log2, reach)
+        return Query(x, x, scale_log2, reach)
 
 
 @triton.jit
 def load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach, F: tl.constexpr):
-    """``load_query`` over an 8-bit cache: rows divided by their largest magnitude, which goes into the factors."""
+    """``load_query`` over an 8-bit cache: rows are divided by their largest magnitude, which joins their factors.
+
+    Rows with a NaN or an infinity, or under such a scale, have only scores of NaN.
+    """
     column = tl.arange(0, F.block_d)
     even = 2 * column if F.pairs else column
-    x_even = load_half(q, offset, valid, even, k_scale, kv_head, F)
-    x_odd = load_half(q, offset, valid, even + 1, k_scale, kv_head, F) if F.pairs else x_even
-    largest = tl.max(tl.maximum(tl.abs(x_even), tl.abs(x_odd)), 1)
+    x_even = load_columns(q, offset, valid, even, k_scale, kv_head, F)
+    x_odd = load_columns(q, offset, valid, even + 1, k_scale, kv_head, F) if F.pairs else x_even
+    size = tl.maximum(tl.abs(x_even), tl.abs(x_odd))
+    if F.compute_int8:  # in which a row has no NaN, but may have the scores 0 x inf
+        size = tl.where(size == size, size, float("inf"))
+    largest = tl.max(size, 1)
     factor = largest * row_scale * (scale_log2 * head_scale(k_scale, kv_head, False, F))
     if F.compute_int8:
         factor *= 1.0 / 127.0
-    # Masked scores are -inf and must stay so: a sign goes into the rows, and no factor is 0.
-    divisor = tl.where(factor < 0, -largest, largest)
-    factor = tl.where(factor == 0, SMALLEST_FACTOR, tl.abs(factor))
-    return Rows(unit_rows(x_even, divisor, F), unit_rows(x_odd, divisor, F), factor, reach)
+    # Masked scores are -inf and must stay so: signs, zeros and NaN go into the rows, and a factor is above 0.
+    divisor = tl.where(factor == 0, float("inf"), tl.where(factor < 0, -largest, largest))
+    divisor = tl.where(factor == factor, divisor, float("nan"))
+    factor = tl.where(factor == factor, tl.maximum(tl.abs(factor), SMALLEST_FACTOR), float("inf"))
+    return Query(unit_rows(x_even, divisor, F), unit_rows(x_odd, divisor, F), factor, reach)
+
+
+@triton.jit
+def states_of(partial, rows, F: tl.constexpr):
+    """Where the m and l of splits are: behind the accumulators of all their ``rows``."""
+    return partial + rows.to(tl.int64) * F.head_dim
 
 
 @triton.jit
@@ -197,13 +238,15 @@ def join_columns(acc, acc_odd, v_scale, kv_head, F: tl.constexpr):
 
 
 @triton.jit
-def store_rows(out, lse, sink, at, token, q_head, valid, m, l, acc, column, F: tl.constexpr):
-    """Finish rows and write them: ``at`` holds output offsets; an LSE stands at [token, q_head]."""
+def store_output(out, lse, sink, at, q_row, q_head, valid, m, l, acc, column, F: tl.constexpr):
+    """The epilogue: join the sink, normalise rows, and store them at the offsets ``at``, and the LSE at [T, Hq]."""
+    logit = None
     if sink is not None:
-        m, l, weight = add_sink(m, l, tl.load(sink + q_head, mask=valid, other=0.0).to(tl.float32))
+        logit = tl.load(sink + q_head, mask=valid, other=0.0).to(tl.float32)
+        m, l, weight = add_sink(m, l, logit)
         acc *= weight[:, None]
-    inverse, log_sum = finish(m, l)
+    inverse, log_sum = finish(m, l, logit)
     mask = valid[:, None] & (column < F.head_dim)[None, :]
     tl.store(out + at[:, None] + column[None, :], (acc * inverse[:, None]).to(out.dtype.element_ty), mask=mask)
     if lse is not None:
-        tl.store(lse + token * (F.kv_heads * F.group) + q_head, log_sum, mask=valid)
+        tl.store(lse + q_row * (F.kv_heads * F.group) + q_head, log_sum, mask=valid)

@@ -1,7 +1,8 @@
-"""Splits: decode and n-step decode. A program owns rows (steps x group) of one kv head and a slice of their keys.
+"""Splits, for decode of one or a few tokens: a program owns rows of one kv head and a slice of their keys.
 
-Partials (m, l, acc) are kept in float32 and joined by reduce.py; a sequence whose keys fill one slice is finished here.
-With ``split_size`` slices end at its multiples, so that a row's bits depend neither on the batch nor on the bounds.
+The rows are the query tokens of a sequence times the heads of the kv head's group. Their partial states (m, l, acc) are
+kept in float32 and joined by reduce.py; where all keys are in one slice, the program writes the result itself. With
+``split_size`` slices end at its multiples, so that a row's bits depend neither on the batch nor on the bounds.
 """
 
 from __future__ import annotations
@@ -13,32 +14,34 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from swath.backends.device.cache import Keys, table_row
-from swath.backends.device.window import band_of, reach_of
+from swath.backends.device.window import band_of, reach_of, view_of
 from swath.backends.triton.kernels.query import (
     join_columns,
-    leading_of,
+    keys_within,
+    lead_of,
     load_query,
     q_head_of,
     query_scale,
     row_offsets,
     sequence_of,
-    store_rows,
+    states_of,
+    store_output,
     token_scales,
 )
 from swath.backends.triton.kernels.walk import (
     attend,
-    attend_clear_first,
-    clear_tiles,
-    listed,
-    new_partial_sums,
+    attend_unmasked_first,
+    new_column_sums,
     new_state,
     plan_walk,
+    reach_in_list,
     tile_pages,
+    unmasked_tiles,
 )
 
 
-class Slices(NamedTuple):
-    """How the tiles of a program's rows are cut: slice j has tiles ``first .. end - 1``, of ``count`` slices."""
+class TileSlice(NamedTuple):
+    """A program's slice of the key tiles: ``first .. end - 1``. ``count``: how many slices there are."""
 
     first: tl.tensor
     end: tl.tensor
@@ -47,15 +50,16 @@ class Slices(NamedTuple):
 
 @triton.jit
 def slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N: tl.constexpr):
-    """Slice ``j`` of a walk: an even cut, or (slice_tiles > 0) one at multiples of ``slice_tiles``.
+    """Slice ``j`` of the key tiles of a walk.
 
-    Even slices are at most ``num_splits``, of ``least_tiles`` or more.
+    Slices are even, at most ``num_splits`` and of ``least_tiles`` or more. If ``slice_tiles`` > 0 they end at multiples
+    of that many tiles of the sequence instead, wherever the window begins.
     """
     if slice_tiles == 0:
         each = tl.maximum(tl.cdiv(walk.total, num_splits), least_tiles)
         first = tl.minimum(j * each, walk.total)
-        return Slices(first, tl.minimum(first + each, walk.total), tl.cdiv(walk.total, each))
-    # The list is in whole tiles then.
+        return TileSlice(first, tl.minimum(first + each, walk.total), tl.cdiv(walk.total, each))
+    # The list of keys is in whole tiles then: num_lead of leading tokens, then num_band from tile ``origin`` on.
     num_lead = walk.lead // BLOCK_N
     origin = num_lead + walk.gap // BLOCK_N
     lead_slices = tl.cdiv(num_lead, slice_tiles)
@@ -63,22 +67,23 @@ def slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N: tl.constexp
     num_band = walk.total - num_lead
     band_end = tl.maximum(tl.cdiv(origin + num_band, slice_tiles), band_slice)
     cut = tl.where(j < lead_slices, j, band_slice + j - lead_slices) * slice_tiles
-    # Tiles of the list that stand before a cut: leading ones, then those of the band.
+    # Tiles of the list that are before a cut: of leading tokens, then of the band.
     first = tl.minimum(cut, num_lead) + tl.minimum(tl.maximum(cut - origin, 0), num_band)
     cut += slice_tiles
     end = tl.minimum(cut, num_lead) + tl.minimum(tl.maximum(cut - origin, 0), num_band)
     count = lead_slices + tl.where(num_band > 0, band_end - band_slice, 0)
-    return Slices(first, end, tl.where(num_band > 0, count, lead_slices))
+    return TileSlice(first, end, tl.where(num_band > 0, count, lead_slices))
 
 
 RUN_TIME = (
-    "leading",
-    "size",
+    "lead",
+    "window_size",
     "steps",
+    "num_tokens",
     "num_splits",
     "least_tiles",
     "slice_tiles",
-    "max_pages",
+    "table_width",
     "num_pages",
     "table_stride",
 )
@@ -86,9 +91,9 @@ RUN_TIME = (
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def split_kernel(
-    q, k, v, out, lse, partial, partial_state, counts, sink, q_scale, k_scale, v_scale,
-    table, indptr, lens, cu_q, q_start, leading,
-    scale_log2, cap_log2, size, steps, num_splits, least_tiles, slice_tiles, max_pages, num_pages,
+    q, k, v, out, lse, partial, counts, sink, q_scale, k_scale, v_scale,
+    table, table_index, lens, cu_q, q_start, lead,
+    scale_log2, cap_log2, window_size, steps, num_tokens, num_splits, least_tiles, slice_tiles, table_width, num_pages,
     q_seq, q_token, q_head, out_seq, out_token, out_head, kv_page, kv_head_stride, kv_token, table_stride,
     ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -96,76 +101,81 @@ def split_kernel(
     """One program per (sequence, row tile, kv head, slice), slices fastest.
 
     ``steps``: query tokens of each sequence, or (with cu_q) the most that this schedule claims; others return.
+    ``partial``: acc of all rows of all slices, then m and l of each.
     """
-    # Programs over 8-bit keys issue so many instructions that those of masks and maxima count: 8 steps over int8 take
-    # 13 % less so. Others wait for memory, and a second run of tiles begins with a wait.
-    CLEAR_FIRST: tl.constexpr = F.pairs
+    # Programs over 8-bit keys are limited by instructions, of which masks and maxima are a part: 8 steps over int8 take
+    # 13 % less time so. Others wait for memory, and a second run of tiles begins with a wait.
+    UNMASKED_FIRST: tl.constexpr = F.pairs
     j = tl.program_id(0) % num_splits
-    owner = tl.program_id(0) // num_splits
+    owner = tl.program_id(0) // num_splits  # the (sequence, row tile, kv head)
     row_tiles = tl.cdiv(steps * F.group, BLOCK_M)
     kv_head = owner % F.kv_heads
-    tile = owner // F.kv_heads % row_tiles
+    row_tile = owner // F.kv_heads % row_tiles
     b = owner // F.kv_heads // row_tiles
     if F.pdl and partial is not None:
         gdc_launch_dependents()
-    seq = sequence_of(b, cu_q, steps, lens, q_start, F)
-    r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.where(seq.q_len > steps, 0, seq.q_len * F.group)
-    if tile * BLOCK_M >= rows:
+    seq = sequence_of(b, cu_q, steps, num_tokens, lens, q_start, F)
+    r = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # rows: query token r // group, member r % group of the group
+    num_rows = tl.where(seq.q_len > steps, 0, seq.q_len * F.group)
+    if row_tile * BLOCK_M >= num_rows:
         if partial is not None and j == 0:
             tl.store(counts + owner, 0)
         return
-    entries, pages = table_row(table, indptr, b, table_stride, max_pages)
-    p = seq.start + r // F.group
-    first = seq.start + tile * BLOCK_M // F.group
-    last = seq.start + (tl.minimum((tile + 1) * BLOCK_M, rows) - 1) // F.group
-    lead = leading_of(b, leading, F)
-    band = band_of(first, last, tl.minimum(seq.kv_len, pages * F.page_size), size, lead, F)
+    entries, pages = table_row(table, table_index, b, table_stride, table_width, F)
+    kv_len = keys_within(seq, pages, F)
+    view = view_of(seq.q_start, seq.q_len, kv_len, window_size)
+    first = view.start + row_tile * BLOCK_M // F.group
+    last = view.start + (tl.minimum((row_tile + 1) * BLOCK_M, num_rows) - 1) // F.group
+    lead = lead_of(b, lead, F)
+    band = band_of(first, last, kv_len, view.size, lead, F)
     align = tl.where(slice_tiles > 0, BLOCK_N, 1)
     walk = plan_walk(band, align, align, BLOCK_N)
-    cut = slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N)
+    key_slice = slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N)
     if partial is not None:
         if j == 0:
-            tl.store(counts + owner, cut.count)
-        if j >= tl.maximum(cut.count, 1):
+            tl.store(counts + owner, key_slice.count)
+        if j >= tl.maximum(key_slice.count, 1):
             return
     base = kv_head.to(tl.int64) * kv_head_stride
     keys = Keys(k + base, v + base, entries, num_pages, kv_page, kv_token, kv_page, kv_token)
-    begin, end = cut.first, cut.end
-    if CLEAR_FIRST:
-        begin, end = clear_tiles(keys, band, walk, first, last, size, cut.first, cut.end, F, BLOCK_N)
-    page = tile_pages(keys, band, walk, begin, F, BLOCK_N)
+    unmasked, unmasked_end = key_slice.first, key_slice.end
+    if UNMASKED_FIRST:
+        unmasked, unmasked_end = unmasked_tiles(
+            keys, band, walk, first, last, view.size, key_slice.first, key_slice.end, F, BLOCK_N
+        )  # fmt: skip
+    page = tile_pages(keys, band, walk, unmasked, F, BLOCK_N)
     tl.debug_barrier()  # or ptxas asks for the pages only when the query is there: one more trip to memory before K
-    member = q_head_of(kv_head, r % F.group, F)
-    token = seq.token + r // F.group
-    valid = r < rows
-    at = row_offsets(b, r // F.group, token, member, q_seq, q_token, q_head, cu_q)
-    row_scale = query_scale(q_scale, token * F.kv_heads * F.group + member, valid, F)
-    reach = listed(reach_of(p, band, size, lead, F), walk)
+    q_heads = q_head_of(kv_head, r % F.group, F)
+    q_row = seq.q_row + r // F.group
+    valid = r < num_rows
+    at = row_offsets(b, r // F.group, q_row, q_heads, q_seq, q_token, q_head, cu_q)
+    row_scale = query_scale(q_scale, q_row * F.kv_heads * F.group + q_heads, valid, F)
+    reach = reach_in_list(reach_of(view.start + r // F.group, band, view.size, lead, F), walk)
     query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
-    m, l, acc, acc_odd = new_state(BLOCK_M, F)
-    state = m, new_partial_sums(BLOCK_M, BLOCK_N, F), acc, acc_odd
-    if CLEAR_FIRST:
-        m, l, acc, acc_odd = attend_clear_first(
+    m, l, acc, acc_odd = new_state(BLOCK_M, F)  # [BLOCK_M], [BLOCK_M], [BLOCK_M, columns] twice
+    state = m, new_column_sums(BLOCK_M, BLOCK_N, F), acc, acc_odd  # l: [BLOCK_M, C]
+    if UNMASKED_FIRST:
+        m, l, acc, acc_odd = attend_unmasked_first(
             state, page, query, keys, scales, band, cap_log2,
-            walk, cut.first, cut.end, begin, end, F, BLOCK_N, STAGES,
+            walk, key_slice.first, key_slice.end, unmasked, unmasked_end, F, BLOCK_N, STAGES,
         )  # fmt: skip
     else:
         m, l, acc, acc_odd = attend(
             state, page, query, keys, scales, band, cap_log2,
-            walk, cut.first, cut.end, cut.end, 0, F, BLOCK_N, STAGES, MASKED=True,
+            walk, key_slice.first, key_slice.end, key_slice.end, 0, F, BLOCK_N, STAGES, MASKED=True,
         )  # fmt: skip
-    l = tl.sum(l, 1)
-    acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)
+    l = tl.sum(l, 1)  # [BLOCK_M]
+    acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)  # [BLOCK_M, D padded], [D padded]
     if partial is not None:
-        if cut.count > 1:
+        if key_slice.count > 1:
             tile_rows = tl.minimum(steps * F.group, BLOCK_M)
-            place = (owner.to(tl.int64) * num_splits + j) * tile_rows + tl.arange(0, BLOCK_M)
+            partial_row = (owner.to(tl.int64) * num_splits + j) * tile_rows + tl.arange(0, BLOCK_M)
             mask = valid[:, None] & (column < F.head_dim)[None, :]
-            tl.store(partial + place[:, None] * F.head_dim + column[None, :], acc, mask=mask)
-            tl.store(partial_state + 2 * place, m, mask=valid)
-            tl.store(partial_state + 2 * place + 1, l, mask=valid)
+            tl.store(partial + partial_row[:, None] * F.head_dim + column[None, :], acc, mask=mask)
+            states = states_of(partial, tl.num_programs(0) * tile_rows, F) + 2 * partial_row
+            tl.store(states, m, mask=valid)
+            tl.store(states + 1, l, mask=valid)
             return
-    at = row_offsets(b, r // F.group, token, member, out_seq, out_token, out_head, cu_q)
-    store_rows(out, lse, sink, at, token, member, valid, m, l, acc, column, F)
+    at = row_offsets(b, r // F.group, q_row, q_heads, out_seq, out_token, out_head, cu_q)
+    store_output(out, lse, sink, at, q_row, q_heads, valid, m, l, acc, column, F)

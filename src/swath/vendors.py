@@ -1,0 +1,57 @@
+"""How other projects write windows and lay out caches, in terms of plain numbers and tensors.
+
+The nouns have a door for each of them: ``Window.from_mojo``, ``PagedKV.from_packed`` and ``PagedKV.from_aiter``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from swath.checks import check_count, check_is_tensor
+from swath.errors import bad_value
+
+PACKED_LAYOUTS = ("nhd", "hnd")
+
+
+def mojo_window(local: int | None, global_: int | None) -> tuple[int | None, int]:
+    """Size and leading tokens of mojo_opset's ``local_window_size``, which excludes the query, and its global one."""
+    if global_ is not None:
+        check_count("global_", global_, "an int >= 0 or None")
+    if local is None:
+        return (None, 0) if global_ is None else (0, global_)
+    return check_count("local", local, "an int >= 0 or None") + 1, global_ or 0
+
+
+def vllm_pages(kv: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """K and V [num_pages, Hkv, page_size, D] of vLLM's one tensor a layer, whose rows hold K then V. Views.
+
+    ``layout``: "nhd" is [num_pages, page_size, Hkv, 2 * D], the shape in vLLM 0.25 to 0.31; "hnd" is
+    [num_pages, Hkv, page_size, 2 * D], the shape from vLLM 0.32 on, whatever its strides.
+    """
+    if layout not in PACKED_LAYOUTS:
+        raise bad_value("layout", f"one of {', '.join(map(repr, PACKED_LAYOUTS))}", repr(layout))
+    shape = "num_pages, page_size, num_kv_heads" if layout == "nhd" else "num_pages, num_kv_heads, page_size"
+    _check_dims("kv", kv, (4,), f"[{shape}, 2 * head_dim]")
+    if kv.shape[3] % 2:
+        raise bad_value("kv", f"shape [{shape}, 2 * head_dim]", tuple(kv.shape))
+    k, v = (kv.transpose(1, 2) if layout == "nhd" else kv).chunk(2, dim=3)
+    return k, v
+
+
+def aiter_pages(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V [num_pages, Hkv, page_size, D] of aiter's blocked caches. Copies.
+
+    K is [num_pages, Hkv, D/x, page_size, x]; V is [num_pages, Hkv, D, page_size], or in its shuffled layout
+    [num_pages, Hkv, page_size/x, D, x].
+    """
+    _check_dims("k", k, (5,), "[num_pages, Hkv, D/x, page_size, x]")
+    _check_dims("v", v, (4, 5), "[num_pages, Hkv, D, page_size] or [num_pages, Hkv, page_size/x, D, x]")
+    keys = k.permute(0, 1, 3, 2, 4).flatten(3)
+    values = v.transpose(2, 3) if v.dim() == 4 else v.permute(0, 1, 2, 4, 3).flatten(2, 3)
+    return keys.contiguous(), values.contiguous()
+
+
+def _check_dims(name: str, x: object, dims: tuple[int, ...], shape: str) -> None:
+    x = check_is_tensor(name, x)
+    if x.dim() not in dims:
+        raise bad_value(name, f"shape {shape}", tuple(x.shape))
