@@ -1,4 +1,4 @@
-"""Kernel variants as option values, and a program that compiles them for one target: rows in, results out, as JSON."""
+"""Kernel variants as option values, and a program that compiles them for one target and prints results as JSON."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,7 +35,7 @@ OPTIONS: dict[str, list[str]] = {
 }
 
 PAIRED_TARGET = "sm_90"
-"""It compiles every pair of values; the others some rows of the same list."""
+"""It compiles every pair of values; on the others each kernel meets every value."""
 ONE_PASS = [
     ("dense", "bf16", "64", "both sides", "sink+lse", "16"),
     ("ragged", "fp16", "64", "both sides", "softcap", "16"),
@@ -51,12 +52,63 @@ TABLES = [
 """Page tables and integers that few callers have, with every kernel that reads them: rows of token slots, 64 bits."""
 
 
-def rows_of(arch: str) -> list[dict[str, Any]]:
+class Variant(NamedTuple):
+    """A launch of a kernel compiled as for none of the launches before it; ``number`` is that of its row."""
+
+    number: int
+    row: dict[str, str]
+    call: Any
+    operands: Any
+
+    @property
+    def values(self) -> set[tuple[str, str, str]]:
+        """(kernel, option, value); dense calls have no cache, whatever their row says of one."""
+        cache = ("storage", "paging") if self.row["queries"] == "dense" else ()
+        return {(self.call.kernel.fn.__name__, *item) for item in self.row.items() if item[0] not in cache}
+
+
+def suite_variants(arch: str) -> list[Variant]:
     """The variants that the suite compiles for a target."""
     rows = pairwise(OPTIONS)
     if arch != PAIRED_TARGET:
-        return rows[::4]
-    return rows + [dict(zip(OPTIONS, values, strict=True)) for values in ONE_PASS + TABLES]
+        return covering(list(variants(arch, rows)))
+    return list(variants(arch, rows + [dict(zip(OPTIONS, values, strict=True)) for values in ONE_PASS + TABLES]))
+
+
+def all_variants(arch: str) -> Iterator[Variant]:
+    """The variants of every combination of values."""
+    return variants(arch, (dict(zip(OPTIONS, values, strict=True)) for values in product(*OPTIONS.values())))
+
+
+def covering(found: list[Variant]) -> list[Variant]:
+    """Some of them, in which each kernel meets every value that it meets in any: greedily, the most new ones first."""
+    missing = set().union(*(variant.values for variant in found))
+    chosen = []
+    while missing:
+        best = max(found, key=lambda variant: len(variant.values & missing))
+        missing -= best.values
+        chosen.append(best)
+    return chosen
+
+
+def variants(arch: str, rows: Iterable[dict[str, str]]) -> Iterator[Variant]:
+    """The launches that the rows need on a target, each variant of a kernel once."""
+    from swath.backends.triton.arguments import operands_of
+
+    seen = set()
+    for number, row in enumerate(rows):
+        problem = problem_of(row)
+        for tiles in tiles_of(problem, arch):
+            plan = plan_for(tiles, problem, Target(arch, num_sms=132))
+            operands = operands_of(problem) | plan.scratch.tensors("meta")
+            for call in plan.calls:
+                # What Triton compiles for: options, constants, and which tensors there are, of which types.
+                arguments = call.arguments(operands).items()
+                compiled_for = (x if p.isupper() else getattr(x, "dtype", x is None) for p, x in arguments)
+                key = (call.kernel.fn.__name__, *call.options.items(), *compiled_for)
+                if key not in seen:
+                    seen.add(key)
+                    yield Variant(number, row, call, operands)
 
 
 WINDOWS = {
@@ -87,7 +139,7 @@ def problem_of(row: dict[str, str]) -> Problem:
         q, k, v = (torch.empty(tokens, h, head_dim, dtype=dtype) for h in (group * kv_heads, kv_heads, kv_heads))
         return attention_call.prepare(q, k, v, cu, cu, **options)
     page_size = int(row["paging"].split()[-1]) if row["paging"] != "split 256" else 16
-    if row["queries"] == "long ragged":  # so many 8-bit keys that only one sequence has room when dequantised
+    if row["queries"] == "long ragged":  # 8-bit keys of which the scratch holds one sequence, dequantised
         capacity = options["max_kv_len"] = (3 * SCRATCH_BYTES // 4) // (kv_heads * head_dim * 4)
     table: Any = torch.zeros(num_seqs, -(-capacity // page_size), dtype=ints)
     if row["paging"].startswith("flat"):
@@ -115,16 +167,23 @@ def _cache(storage: str, granularity: str, heads: int, page_size: int, head_dim:
     return PagedKV.empty(quant, 2, heads, page_size, head_dim, k_scale=scale, v_scale=scale)
 
 
+def tiles_of(problem: Problem, arch: str) -> tuple[str, ...]:
+    """Whose prefill tiles the target has for a call."""
+    return ("triton", "hopper") if arch == hopper.ARCH and hopper.why_not_tiles(problem, 132) is None else ("triton",)
+
+
 def main() -> None:
-    """Compile the rows on standard input for the target of the command line; one JSON line a kernel."""
-    arch = sys.argv[1]
-    for row, call, operands in compiled_calls(arch, json.load(sys.stdin)):
-        result = {"row": row, "kernel": call.kernel.fn.__name__} | _compiled(call, operands, arch)
-        print(json.dumps(result), flush=True)
+    """Compile variants for a target, those of every ``parts``-th row from ``part`` on; one JSON line a kernel."""
+    arch, which, part, parts = sys.argv[1:]
+    stand_on(arch)
+    for variant in {"all": all_variants, "suite": suite_variants}[which](arch):
+        if variant.number % int(parts) == int(part):
+            result = {"row": variant.row, "kernel": variant.call.kernel.fn.__name__} | _compiled(variant, arch)
+            print(json.dumps(result), flush=True)
 
 
-def compiled_calls(arch: str, rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Any, Any]]:
-    """The launches that the rows need on a target, each kernel variant once: row, launch, operands."""
+def stand_on(arch: str) -> None:
+    """Let Triton compile for a target that need not be here, and ptxas report on every kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -132,32 +191,12 @@ def compiled_calls(arch: str, rows: list[dict[str, Any]]) -> Iterator[tuple[dict
     triton.runtime.driver.set_active(_Driver(target))
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # what comes from Triton's cache has no report
-    from swath.backends.triton.arguments import operands_of
-
-    seen = set()
-    for row in rows:
-        problem = problem_of(row)
-        for tiles in tiles_of(problem, arch):
-            plan = plan_for(tiles, problem, Target(arch, num_sms=132))
-            operands = operands_of(problem) | plan.scratch.tensors("meta")
-            for call in plan.calls:
-                constants = (call.args[p] for p in call.kernel.arg_names if p.isupper())
-                wide = row["paging"].startswith("wide")
-                key = (call.kernel.fn.__name__, "claimed" in call.sources, wide, *constants)
-                if key not in seen:
-                    seen.add(key)
-                    yield row, call, operands
 
 
-def tiles_of(problem: Problem, arch: str) -> tuple[str, ...]:
-    """Whose prefill tiles the target has for a call."""
-    return ("triton", "hopper") if arch == hopper.ARCH and hopper.why_not_tiles(problem, 132) is None else ("triton",)
-
-
-def _compiled(call: Any, operands: Any, arch: str) -> dict[str, Any]:
+def _compiled(variant: Variant, arch: str) -> dict[str, Any]:
     try:
         with redirect_stdout(io.StringIO()) as said:  # there Triton prints what ptxas says
-            kernel = call.compile(operands)
+            kernel = variant.call.compile(variant.operands)
     except Exception as error:  # noqa: BLE001 -- whatever the compiler says is the result
         return {"error": f"{type(error).__name__}: {str(error)[-500:]}"}
     barriers = re.findall(r"\bbar(?:rier)?\.\w+\s+(\d+)", kernel.asm.get("ptx", ""))

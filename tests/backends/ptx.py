@@ -14,7 +14,7 @@ import hashlib
 import re
 import sys
 
-from compile_variants import compiled_calls, rows_of
+from compile_variants import stand_on, suite_variants
 
 
 def digest(ptx: str, name: str) -> tuple[int, str]:
@@ -29,7 +29,8 @@ def main(arch: str) -> None:
     from triton.backends.nvidia.compiler import CUDABackend
 
     CUDABackend.make_cubin = lambda *_: b""
-    for number, (row, call, operands) in enumerate(compiled_calls(arch, rows_of(arch))):
+    stand_on(arch)
+    for number, (_, row, call, operands) in enumerate(suite_variants(arch)):
         ptx = call.compile(operands).asm["ptx"]
         print(number, *digest(ptx, call.kernel.fn.__name__), " | ".join(row.values()), flush=True)
 
