@@ -18,12 +18,14 @@ def stored_scale(x, scale, at, kv_head, column, live, OF_V: tl.constexpr, LARGES
         own = tl.where(largest < float("inf"), own, float("nan"))
         own = tl.where(largest != 0, own, 1.0).to(scale.dtype.element_ty)
         tl.store(scale + at, own)
-        return own.to(tl.float32)
+        unit = own.to(tl.float32)
     elif fold == "channel":
         unit = channel_scale(scale, kv_head, column, F.head_dim, live)
+        unit = tl.where(unit != 0, unit, 1.0)
     else:
         unit = head_scale(scale, kv_head, OF_V, F) + 0.0 * column
-    return tl.where(unit != 0, unit, 1.0)
+        unit = tl.where(unit != 0, unit, 1.0)
+    return unit
 
 
 @triton.jit(do_not_specialize=("num_slots",))

@@ -115,7 +115,7 @@ def keys_within(seq, pages, F: tl.constexpr):
 def lead_of(b, lead, F: tl.constexpr):
     """How many leading tokens sequence ``b`` keeps: its ``global_tokens``, which kernels call ``lead``."""
     if F.lead == "tensor":
-        return load_int32(lead + b)
+        return tl.maximum(load_int32(lead + b), 0)  # less would overflow where columns are taken from it
     else:
         return lead
 
