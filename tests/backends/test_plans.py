@@ -349,3 +349,14 @@ def test_a_launch_hook_gets_every_launch(recorder: Recorder, monkeypatch: pytest
         knobs.runtime.launch_enter_hook.remove(listener)
     plan.run(operands_of(problem), problem.q.device)
     assert recorder.launches
+
+
+@has_triton
+@pytest.mark.parametrize("steps", [2, 30])
+def test_float32_queries_multiply_in_int8_by_tiles_that_int8_takes(steps: int) -> None:
+    """An int8 product takes 32 keys or more; tiles for float32 products have 16."""
+    cache = PagedKV.empty(KVQuant(torch.int8, "channel"), 2, 8, 16, 128, k_scale=SCALE, v_scale=SCALE)
+    q, table = torch.empty(2, steps, 32, 128), torch.zeros(2, 64, dtype=torch.int32)
+    problem = paged_call.prepare(q, cache, table, torch.zeros(2, dtype=torch.int32), compute="int8")
+    for arch in ("sm_90", "gfx942"):
+        assert plan_for("triton", problem, Target(arch, 132)).calls[0].args["BLOCK_N"] >= 32

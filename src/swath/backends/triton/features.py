@@ -41,7 +41,7 @@ class Features:
     v_fold: str = "none"
     q_scale: str = ""  # "", "tensor" or "row"
     compute_int8: bool = False
-    fp32: bool = False  # float32 queries: IEEE dots
+    fp32: bool = False  # IEEE dots in float32: of float32 queries, unless they multiply in int8
     pdl: bool = False  # the reduce is launched before the splits have ended
     interpret: bool = False
 
@@ -68,7 +68,7 @@ class Features:
     @property
     def unit_q(self) -> bool:
         """Whether query rows are divided by their largest magnitude: over 8-bit caches, unless dots are float32."""
-        return self.quantised and (self.compute_int8 or not self.fp32)
+        return self.quantised and not self.fp32
 
 
 def features_of(problem: Problem, target: Target) -> Features:
@@ -79,8 +79,8 @@ def features_of(problem: Problem, target: Target) -> Features:
         lead = "count" if isinstance(window.global_tokens, int) else "tensor"
     paged = keys.cache if isinstance(keys, PagedKeys) else None
     stored = "unquantised" if paged is None else STORED.get(paged.k.dtype, "unquantised")
-    fp32 = problem.q.dtype == torch.float32
     int8 = problem.compute == "int8"
+    fp32 = problem.q.dtype == torch.float32 and not int8
     return Features(
         head_dim=problem.head_dim,
         kv_heads=keys.num_kv_heads,

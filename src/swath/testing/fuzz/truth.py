@@ -227,10 +227,10 @@ def _rows(q: Tensor, rows: Tensor, keys: tuple[Tensor, Tensor, Tensor], seen: Te
     s = scoring.scale * (flat @ k.mT)
     if scoring.softcap > 0:
         s = scoring.softcap * torch.tanh(s / scoring.softcap)
-    size = torch.full_like(s[..., :1].sum(-1), scoring.softcap) if scoring.softcap > 0 else _largest(s.abs(), mask)
+    size = _largest(s.abs(), mask)
     s = s.masked_fill(~mask, -torch.inf)
     lse = _lse(s, scoring, shape)
-    p = torch.exp(s - lse.where(lse > -torch.inf, 0.0)[..., None])
+    p = torch.exp(s - lse.where(lse != -torch.inf, 0.0)[..., None])
     noise = abs(scoring.scale) * _largest((flat.square() @ k.square().mT).sqrt(), mask)
     units = unit.abs().amax(1).expand(heads, -1) if unit.numel() else unit.new_ones(heads, 1)
     biggest = (flat * units[:, None]).abs().amax(-1)
