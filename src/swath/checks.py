@@ -12,7 +12,7 @@ INT_DTYPES = (torch.int32, torch.int64)
 
 
 def check_no_grad(**tensors: Tensor | None) -> None:
-    """swath is forward only: refuse inputs whose gradient somebody expects."""
+    """swath is forward only: refuse inputs that require grad."""
     if torch.is_grad_enabled():
         for name, x in tensors.items():
             if x is not None and x.requires_grad:

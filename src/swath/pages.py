@@ -24,7 +24,7 @@ def check_page_size(page_size: int) -> None:
 
 
 def page_count(keys: int, page_size: int) -> int:
-    """Pages that so many keys take."""
+    """Pages that this number of keys takes."""
     return -(-keys // page_size)
 
 
@@ -116,7 +116,7 @@ class PageTable:
         return table
 
     def _check_batch(self, names: Sequence[str], num_seqs: int, device: torch.device) -> None:
-        """Check that the parts, called by ``names``, are a table of so many sequences on ``device``."""
+        """Check that the parts, called by ``names``, are a table of that many sequences on ``device``."""
         if self.entries.device != device:
             raise bad_value(names[0], f"a tensor on {device}, as the others", self.entries.device)
         index, length = (self.rows, num_seqs) if self.indptr is None else (self.indptr, num_seqs + 1)

@@ -1,4 +1,4 @@
-"""A user's mistake is one line that says what and which file, and costs nobody a file."""
+"""A user's mistake is one line that says what and which file, and no file is lost."""
 
 from __future__ import annotations
 

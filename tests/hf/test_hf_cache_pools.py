@@ -211,7 +211,7 @@ def test_static_scales_cover_the_calls_after_a_short_first_one(
 
 
 def test_static_scales_stay_after_the_first_tokens() -> None:
-    """A token at a time; they cover those that found fewer than so many before them."""
+    """A token at a time; they cover the tokens of calls that found fewer than that before them."""
     ids, ours, quant = tokens(1, CALIBRATION_TOKENS + 20), make("llama", "swath"), KVQuant(torch.int8, "channel")
     plain, cache = paged(ours), paged(ours, quant=quant)
     logits(ours, ids, past_key_values=plain)

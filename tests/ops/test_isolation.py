@@ -1,4 +1,4 @@
-"""What a row may not see does not reach it: NaN and infinities in K, V and their scales, and rows of nobody."""
+"""NaN and infinities in K, V and their scales reach no row that may not see them."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_a_forked_child_computes_the_same(name: str, prepare: Prepare, impl: str
 
 
 def test_nothing_of_a_call_stays_alive(prepare: Prepare, impl: str) -> None:
-    """What is remembered of calls holds no tensor, no window, and no class that somebody made of Window."""
+    """What is remembered of calls holds no tensor, no window, and no subclass of Window."""
     inputs = prepare(Case((70, 33), 1))
 
     def call() -> list[weakref.ref[object]]:

@@ -63,7 +63,7 @@ class CpuClock:
         )
 
     def extra_bytes(self, run: Run) -> int | None:
-        """Memory that one call takes beside its result; None where nobody counts it."""
+        """Memory that one call takes beside its result; None where it is not counted."""
         del run
         return None
 
@@ -170,7 +170,7 @@ def capture(run: Run) -> Graph:
 
 
 def host_us(run: Run, rounds: int = 200) -> float:
-    """Host time of one eager call in microseconds: the median of calls that nobody waits for."""
+    """Host time of one eager call in microseconds: the median of calls without a wait."""
     for _ in range(10):
         run()
     torch.cuda.synchronize()

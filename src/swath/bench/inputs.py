@@ -115,7 +115,7 @@ def make_inputs(case: BenchCase, device: torch.device, seed: int = 0) -> Inputs:
 
 
 def bounds_of(counts: Sequence[int], device: torch.device) -> Tensor:
-    """Where sequences of so many rows, laid end to end, begin and end: int32 [B + 1]."""
+    """Where sequences of these numbers of rows, laid end to end, begin and end: int32 [B + 1]."""
     return int32([0, *accumulate(counts)], device)
 
 

@@ -125,7 +125,7 @@ def _around_split(now: Present) -> Iterator[Candidate]:
 
 
 def _with_split(now: Present, launch: SplitLaunch, num_splits: int | None = None) -> Heuristics:
-    """With as many splits as the rule gives, or so many."""
+    """With as many splits as the rule gives, or as the test says."""
     tried = replace(now.heuristics, split_launch=lambda *_: launch)
     return tried if num_splits is None else replace(tried, num_splits=lambda *_: num_splits)
 

@@ -12,7 +12,7 @@ def in_words(us: float, digits: int = 4) -> str:
 
 
 def number(x: float, digits: int = 4) -> str:
-    """With so many digits, or all that stand before the point."""
+    """With that many digits, or all that stand before the point."""
     return f"{x:.0f}" if x >= 10**digits else f"{x:.{digits}g}"
 
 

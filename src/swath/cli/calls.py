@@ -11,7 +11,7 @@ from swath.quant import KVQuant
 from swath.testing import Case, make_unset
 
 MAX_STEPS = 8
-"""Up to so many query tokens are n-step decode, q [B, S, Hq, D]; more are a chunked prefill, q [T, Hq, D]."""
+"""Up to this many query tokens are n-step decode, q [B, S, Hq, D]; more are a chunked prefill, q [T, Hq, D]."""
 
 
 def case_of(batch: int = 1, q_len: int = 1, kv_len: int = 256, **others: Any) -> Case:

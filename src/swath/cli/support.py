@@ -280,7 +280,7 @@ ROWS = {
 
 
 def _limits() -> dict[str, Call]:
-    """Calls that nobody takes."""
+    """Calls that no backend takes."""
     paged, int8 = "paged_attention", KVQuant(INT8, "token")
     return {
         "fp8 queries": Call("attention", case_of(q_len=64, dtype=E4M3)),

@@ -151,5 +151,5 @@ class Canary:
         return cls(buffer, buffer[inner], writable)
 
     def broken(self) -> int:
-        """Elements changed that nobody may write."""
+        """Elements changed that no call may write."""
         return int(((self.buffer != SENTINEL) & ~self.writable).sum())

@@ -135,7 +135,7 @@ class Maker(ABC):
         return torch.tensor(values, dtype=self.case.index_dtype, device=self.device)
 
     def bounds(self, counts: Sequence[int]) -> Tensor:
-        """Where sequences of so many rows, laid end to end, begin and end: [B + 1]."""
+        """Where sequences of these numbers of rows, laid end to end, begin and end: [B + 1]."""
         return self.ints([0, *accumulate(counts)])
 
     def unused(self, count: int, _end: int) -> Tensor:

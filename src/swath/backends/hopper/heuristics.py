@@ -197,7 +197,7 @@ def draws_tiles(problem: Problem) -> bool:
 
 
 BOX_ROWS = 64
-"""Keys that are fetched at once at most: fewer than a tile, so that what nobody sees of a tile is not fetched."""
+"""Keys that are fetched at once at most: fewer than a tile, so that what no query sees of a tile is not fetched."""
 
 
 def box_rows(F: Features, launch: HopperLaunch) -> int:

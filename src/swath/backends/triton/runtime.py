@@ -211,6 +211,6 @@ def ready_launch(call: KernelCall, compiled: Any, operands: Operands, offsets: d
 
 
 def _watched() -> bool:
-    """Whether somebody, a profiler say, asks Triton to be told of launches."""
+    """Whether a profiler, say, asks Triton to be told of launches."""
     before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(before, "calls", before) or getattr(after, "calls", after))

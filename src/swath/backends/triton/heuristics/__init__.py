@@ -47,8 +47,8 @@ class Heuristics:
     replaced.
 
     - split_steps: query tokens of a sequence up to which splits take it, 0 for none
-    - split_rows: rows of a split program, for work of so many steps
-    - split_launch: of splits with so many rows
+    - split_rows: rows of a split program, for work of that many steps
+    - split_launch: of splits with that many rows
     - num_splits: slices of visible keys, for owners, tiles of keys, the launch and multiprocessors
     - tile_launch: of Triton's tiles
     """
