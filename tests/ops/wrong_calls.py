@@ -151,9 +151,9 @@ def scoring(what: str) -> Iterator[Wrong]:
         why = f"{len(counts)} counts on {counts.device}"
         yield Wrong(what, "window.global_tokens", ValueError, why, lambda _, window=window: window, "window")
     yield from values(what, "scale", TypeError, "1", True, [0.1])
-    yield from values(what, "scale", ValueError, 10**400, float("nan"), float("inf"), -float("inf"), 1e16, -1e-16)
+    yield from values(what, "scale", ValueError, 10**400, float("nan"), float("inf"), -float("inf"), 1e39, -1e-38)
     yield from values(what, "softcap", TypeError, None, "5", True)
-    yield from values(what, "softcap", ValueError, -1.0, float("nan"), 1e16, 1e-300)
+    yield from values(what, "softcap", ValueError, -1.0, float("nan"), 1e39, 1e-300)
     yield from values(what, "sink", TypeError, 1.0, torch.zeros(4, dtype=torch.int32), torch.zeros(4).double())
     yield from values(what, "sink", ValueError, torch.zeros(3), torch.zeros(1, 4), torch.zeros(4, device="meta"))
     yield from values(what, "gqa", ValueError, "AABB", None, 0)

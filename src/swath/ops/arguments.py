@@ -18,8 +18,8 @@ Q_DTYPES = WIDE
 MAX_HEAD_DIM = 256
 GQA_LAYOUTS = ("grouped", "interleaved")
 COMPUTES = ("float", "int8")
-SMALLEST_FACTOR, LARGEST_FACTOR = 1e-15, 1e15
-"""Of scores: a quotient of two such numbers leaves room in float32 for the product of q and k."""
+SMALLEST_FACTOR, LARGEST_FACTOR = 1e-37, 1e38
+"""Of scores: what float32 holds in base 2 with all of its bits."""
 
 OTHER_WORDS = {
     "softmax_scale": "scale=",
@@ -84,6 +84,9 @@ def check_options(q: Tensor, num_seqs: int, options: dict[str, Any]) -> dict[str
     scale = float(q.shape[-1]) ** -0.5 if scale is None else _check_factor("scale", scale, "None", signed=True)
     softcap = _check_factor("softcap", options["softcap"], "inf", signed=False)
     softcap = 0.0 if softcap == math.inf else softcap
+    if softcap and scale and not SMALLEST_FACTOR <= abs(scale) / softcap <= LARGEST_FACTOR:
+        wanted = f"scale / softcap from {SMALLEST_FACTOR:g} to {LARGEST_FACTOR:g} in size"
+        raise bad_value("softcap", wanted, f"{scale:g} / {softcap:g}")
     if sink is not None:
         _check_sink(sink, q)
     check_choice("gqa", options["gqa"], GQA_LAYOUTS)

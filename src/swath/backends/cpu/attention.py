@@ -226,9 +226,14 @@ class _Queries:
 
     @classmethod
     def fold(cls, problem: Problem, rows: SequenceRows, keys: KeySlice) -> _Queries:
-        """Score scale and K's channel scale folded in; quantised row by row for ``compute="int8"``."""
+        """Score scale and K's scales folded in, all but token scales; in int8 steps by row for ``compute="int8"``.
+
+        Tensor and head scales would fit the scores as well, but these may be beyond float32 without them.
+        """
         q = problem.by_kv_head(rows.dequantised_q(0, rows.q.shape[0], torch.float32)).flatten(1, 2)
         q = fold_q(q, keys.quant.k, keys.k_scale)
+        if keys.quant.k != "token":
+            q = fold_scores(q, keys.quant.k, keys.k_scale)
         cap_log2 = problem.softcap * LOG2_E
         unit = problem.score_unit
         if problem.compute == "float":
@@ -241,7 +246,8 @@ class _Queries:
         s = torch.bmm(self.q[:, at], keys.k.mT)
         if self.factor is not None:
             s.mul_(self.factor[:, at])
-        s = fold_scores(s, keys.quant.k, keys.k_scale)
+        if keys.quant.k == "token":
+            s = fold_scores(s, keys.quant.k, keys.k_scale)
         return s.tanh_().mul_(self.cap_log2) if self.cap_log2 else s
 
 
