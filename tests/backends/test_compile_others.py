@@ -1,0 +1,64 @@
+"""The kernels of append_kv and merge_states compile for every target, without a GPU, as attention does elsewhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from compile_variants import TARGETS, _Driver
+
+from conftest import python_environment
+from swath import KVQuant, PagedKV
+from swath.backends.triton import append, merge
+from swath.problem import AppendCase, MergeCase
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+WIDE = [KVQuant(dtype) for dtype in (torch.bfloat16, torch.float32)]
+NARROW = [
+    KVQuant(dtype, k, v)
+    for dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+    for k, v in (("token", "channel"), ("head", "tensor"))
+]
+
+
+def appends() -> list[AppendCase]:
+    """A call for every way of storing rows: what divides them, and how they are encoded."""
+    shapes = {"none": None, "tensor": (), "head": (2,), "channel": (2, 64), "token": (4, 2, 16)}
+    cases = []
+    for quant in WIDE + NARROW:
+        wanted = (shapes[granularity] for granularity in (quant.k, quant.v_granularity))
+        k_scale, v_scale = (None if shape is None else torch.ones(shape, dtype=torch.bfloat16) for shape in wanted)
+        cache = PagedKV.empty(quant, 4, 2, 16, 64, k_scale=k_scale, v_scale=v_scale)
+        rows = torch.zeros(3, 2, 64, dtype=torch.bfloat16)
+        cases.append(AppendCase(cache, rows, rows, torch.arange(3)))
+    return cases
+
+
+def main() -> None:
+    """Compile them all for the target of the command line."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    arch = sys.argv[1]
+    target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
+    triton.runtime.driver.set_active(_Driver(target))
+    triton.knobs.compilation.always_compile = True
+    for case in appends():
+        append.warm(case)
+    for dtype in (torch.bfloat16, torch.float32):
+        out, lse = torch.zeros(5, 4, 80, dtype=dtype), torch.zeros(5, 4)
+        merge.warm(MergeCase(out, lse, out, lse, out, lse))
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_kernels_compile(arch: str) -> None:
+    command = [sys.executable, "-c", "import test_compile_others; test_compile_others.main()", arch]
+    environment = python_environment()
+    environment["PYTHONPATH"] += f":{Path(__file__).parent}:{Path(__file__).parents[1]}"
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
