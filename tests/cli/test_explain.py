@@ -125,7 +125,7 @@ def test_explain_takes_every_granularity(stored: str, granularity: str) -> None:
         (["--cache-dtype", "fp16"], "q: wanted the unquantised cache's dtype torch.float16, got torch.bfloat16"),
         (["--granularity", "channel"], "k: wanted one of ('none',) for torch.bfloat16, got 'channel'"),
         (["--compute", "int8"], "compute: wanted 'float', or an int8 cache"),
-        (["--softcap", -1], "softcap: wanted 0, inf, or a float from 1e-15 to 1e+15, got -1.0"),
+        (["--softcap", -1], "softcap: wanted 0, inf, or a float from 1e-37 to 1e+38, got -1.0"),
         (["--window", -1], "size: wanted an int >= 0 or None, got -1"),
         (["--device", "tpu"], "device: wanted 'cpu'"),
         (["--op", "append_kv", "--window", 4], "window: wanted an operator that takes it (attention, paged_attention)"),
