@@ -156,8 +156,9 @@ def test_nothing_is_left_to_do(path: Path) -> None:
 
 
 NOUNS = ("errors", "vendors", "window", "quant", "pages", "checks", "cache", "problem", "target")
-ABOVE = ("swath.ops", "swath.dispatch", "swath.backends", "swath.hf", "swath.cli", "swath.bench", "swath.demo")
-BACKENDS_NEVER = ("swath.ops", "swath.dispatch", "swath.hf", "swath.cli", "swath.bench", "swath.demo", "swath.testing")
+USERS = ("swath.hf", "swath.engines", "swath.cli", "swath.bench", "swath.demo")
+ABOVE = ("swath.ops", "swath.dispatch", "swath.backends", *USERS)
+BACKENDS_NEVER = ("swath.ops", "swath.dispatch", "swath.testing", *USERS)
 NEVER = {
     **{f"swath.{noun}": ABOVE for noun in NOUNS},
     "swath.testing.oracle": ("swath.",),
@@ -174,7 +175,9 @@ NEVER = {
     "swath.backends.triton.work": ("triton",),
     "swath.backends.hopper.attention": ("triton",),
     "swath.backends.hopper.heuristics": ("triton",),
-    "swath.ops": ("swath.backends", "swath.hf", "swath.cli", "swath.bench", "swath.demo", "swath.testing"),
+    "swath.ops": ("swath.backends", "swath.testing", *USERS),
+    "swath.engines": ("swath.backends", "swath.hf", "swath.cli", "swath.bench", "swath.demo", "swath.testing"),
+    "swath.engines.common": ("vllm", "sglang"),
 }
 """Modules (and what lies under them) and what they must never import."""
 

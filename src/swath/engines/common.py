@@ -1,0 +1,185 @@
+"""What the adapters of engines share: caches as views, a layer's constants, and one step as all its layers see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swath.cache import PagedKV
+from swath.errors import bad_value
+from swath.ops.append import append_kv
+from swath.ops.paged import paged_attention
+from swath.pages import BlockTable
+from swath.vendors import vllm_pages
+from swath.window import Window
+
+SCALE_DTYPE = torch.float32
+"""Of token scales that lie in an engine's pages."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What never changes about a layer: how far it sees, and how its scores are made.
+
+    Args:
+        size: keys in its window, the query's own included; None is no limit. (See ``window_size``.)
+        scale, softcap: as ``paged_attention`` takes them.
+        sink: [Hq] logits. A parameter is read in place, so its weights may be loaded later.
+        split_size: of ``paged_attention``, for the same bits in any batch.
+        impl: the backend of both operators.
+    """
+
+    size: int | None = None
+    scale: float | None = None
+    softcap: float = 0.0
+    sink: Tensor | None = None
+    split_size: int | None = None
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.sink is not None:
+            object.__setattr__(self, "sink", self.sink.detach())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its options of ``paged_attention``."""
+        names = ("scale", "softcap", "sink", "split_size", "impl")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One forward pass as all layers see it: made once, from tensors that stay on the device.
+
+    An engine with two pools of pages makes two steps, ``dataclasses.replace(step, block_table=..., slots=...)``.
+
+    Args:
+        block_table, seq_lens: as ``paged_attention`` takes them, for B sequences; new tokens count in seq_lens.
+        slots: int [T or fewer], where the new tokens are written; -1 for none.
+        num_tokens: rows of q that may belong to a sequence, T. Rows past them are padding and are not touched.
+        max_q_len, max_kv_len: host bounds of the lengths, for launches and scratch.
+        cu_seqlens_q: [B + 1]; None where every sequence has exactly ``max_q_len`` query tokens, T / B.
+        q_start: [B], or None: the queries are the last keys.
+        global_tokens, causal: of the layers' windows (see ``Window``).
+    """
+
+    block_table: BlockTable
+    seq_lens: Tensor
+    slots: Tensor
+    num_tokens: int
+    max_q_len: int
+    max_kv_len: int
+    cu_seqlens_q: Tensor | None = None
+    q_start: Tensor | None = None
+    global_tokens: int | Tensor = 0
+    causal: bool = True
+    _windows: dict[int | None, Window] = field(default_factory=dict, init=False, repr=False)
+
+    def window(self, size: int | None) -> Window:
+        """The window of layers that see ``size`` keys, the same object for all of them."""
+        if size not in self._windows:
+            self._windows[size] = Window(size, 0 if size is None else self.global_tokens, self.causal)
+        return self._windows[size]
+
+    def append(self, layer: Layer, cache: PagedKV, k: Tensor, v: Tensor) -> None:
+        """Write the new tokens' k, v [T or more, Hkv, D] into their slots."""
+        n = self.slots.shape[0]
+        if k.shape[0] != n:
+            k, v = k[:n], v[:n]
+        append_kv(cache, k, v, self.slots, impl=layer.impl)
+
+    def attend(
+        self, layer: Layer, q: Tensor, cache: PagedKV, out: Tensor | None = None, return_lse: bool = False
+    ) -> Any:
+        """Attention of q [T or more, Hq, D]: out [T, Hq, D], a new tensor or the rows given, and the LSE [T, Hq]."""
+        n, steps = self.num_tokens, self.max_q_len
+        if q.shape[0] != n:
+            q = q[:n]
+        if out is not None and out.shape[0] != n:
+            out = out[:n]
+        together = self.cu_seqlens_q is None and steps > 1
+        if together:
+            q = q.unflatten(0, (-1, steps))
+            out = None if out is None else out.unflatten(0, (-1, steps))
+        made = paged_attention(
+            q, cache, self.block_table, self.seq_lens, cu_seqlens_q=self.cu_seqlens_q, max_q_len=steps,
+            max_kv_len=self.max_kv_len, window=self.window(layer.size), q_start=self.q_start, out=out,
+            return_lse=return_lse, **layer.options,
+        )  # fmt: skip
+        if not together:
+            return made
+        return made.flatten(0, 1) if isinstance(made, Tensor) else tuple(x.flatten(0, 1) for x in made)
+
+
+def window_size(left: int) -> int | None:
+    """Keys in a window of which an engine says how many stand before the query: -1 is no limit (FlashAttention)."""
+    return Window.from_flash(left, 0, causal=True).size
+
+
+def stored_as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A cache tensor as what it stores: engines keep fp8 as uint8."""
+    return x if x.dtype == dtype else x.view(dtype)
+
+
+def rows_cache(
+    kv: Tensor, dtype: torch.dtype, *, k_scale: Tensor | None = None, v_scale: Tensor | None = None
+) -> PagedKV:
+    """A view of one tensor a layer, [num_pages, Hkv, page_size, 2 * D] with any strides, whose rows hold K then V."""
+    return PagedKV(*vllm_pages(stored_as(kv, dtype), "hnd"), k_scale=k_scale, v_scale=v_scale)
+
+
+def nhd_cache(
+    k: Tensor, v: Tensor, page_size: int, dtype: torch.dtype, *,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> PagedKV:  # fmt: skip
+    """A view of pools of tokens, k and v [num_pages * page_size, Hkv, D], as SGLang keeps them.
+
+    Token scales are [num_pages * page_size, Hkv], others as in every cache.
+
+    Raises:
+        ValueError: the pool is no whole number of pages.
+    """
+    if k.shape[0] % page_size:
+        raise bad_value("k", f"whole pages of {page_size} tokens", tuple(k.shape))
+
+    def by_page(x: Tensor) -> Tensor:
+        return x.view(-1, page_size, *x.shape[1:])
+
+    k_scale, v_scale = (by_page(x) if x is not None and x.shape == k.shape[:2] else x for x in (k_scale, v_scale))
+    return PagedKV.from_nhd(
+        by_page(stored_as(k, dtype)), by_page(stored_as(v, dtype)), k_scale=k_scale, v_scale=v_scale
+    )
+
+
+def planar_cache(kv: Tensor, head_dim: int, dtype: torch.dtype) -> PagedKV:
+    """The bytes of each page read as K, V, K's token scales and V's, each [Hkv, page_size, ...] in one piece.
+
+    Rows with scales between them begin at multiples of 8 bytes: int8 decode read them at a third of the speed (H200,
+    rows of 264 bytes: 375 us; in pieces: 137 us).
+
+    Args:
+        kv: [num_pages, Hkv, page_size, at least 2 * (D + 4)], one byte an element. The bytes of a page lie together,
+            in any order: nothing but this view may read or write them.
+        head_dim: D.
+        dtype: int8 or an fp8 type.
+
+    Raises:
+        ValueError: the bytes of a page are spread.
+    """
+    num_pages, num_kv_heads, page_size, content = kv.shape
+    page_bytes = num_kv_heads * page_size * content
+    spread = 1 + sum((n - 1) * stride for n, stride in zip(kv.shape[1:], kv.stride()[1:], strict=True))
+    if spread != page_bytes or kv.stride(0) % SCALE_DTYPE.itemsize or kv.storage_offset() % SCALE_DTYPE.itemsize:
+        raise bad_value("kv", f"pages of {page_bytes} bytes in one piece", f"strides {kv.stride()}")
+    pages = kv.as_strided((num_pages, page_bytes), (kv.stride(0), 1))
+    pieces, at = [], 0
+    for kind, last in ((dtype, (head_dim,)), (dtype, (head_dim,)), (SCALE_DTYPE, ()), (SCALE_DTYPE, ())):
+        shape = (num_kv_heads, page_size, *last)
+        end = at + prod(shape) * kind.itemsize
+        pieces.append(pages[:, at:end].view(kind).unflatten(1, shape))
+        at = end
+    return PagedKV(*pieces)
