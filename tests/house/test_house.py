@@ -130,11 +130,12 @@ def test_no_failure_is_swallowed() -> None:
 
 
 def is_interface(path: Path, function: Function) -> bool:
-    """A function whose parameters somebody else decided: a backend's or its schedule's, a Protocol's, a callback's."""
+    """A function whose parameters are decided elsewhere: a backend's, a Protocol's, a callback's, an engine's."""
     offers = path.stem in BACKENDS or "backends" in path.relative_to(SRC).parts
     backend = offers and function.name in ("why_not", "run", "plan", "warm")
     callback = any(not is_jit(function) for _ in function.decorator_list)
-    return backend or callback or path.name == "dispatch.py"
+    engine = "engines" in path.parts and path.name != "common.py"
+    return backend or callback or engine or path.name == "dispatch.py"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

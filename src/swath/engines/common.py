@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -30,7 +31,7 @@ class Layer:
         scale, softcap: as ``paged_attention`` takes them.
         sink: [Hq] logits. A parameter is read in place, so its weights may be loaded later.
         split_size: of ``paged_attention``, for the same bits in any batch.
-        impl: the backend of both operators.
+        impl: the backend of attention.
     """
 
     size: int | None = None
@@ -44,11 +45,18 @@ class Layer:
         if self.sink is not None:
             object.__setattr__(self, "sink", self.sink.detach())
 
-    @property
+    @cached_property
     def options(self) -> dict[str, Any]:
         """Its options of ``paged_attention``."""
         names = ("scale", "softcap", "sink", "split_size", "impl")
         return {name: getattr(self, name) for name in names}
+
+    def append(self, cache: PagedKV, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """Write k, v [T or more, Hkv, D] into ``slots``, int [T]; -1 is none, and rows past them are padding."""
+        n = slots.shape[0]
+        if k.shape[0] != n:
+            k, v = k[:n], v[:n]
+        append_kv(cache, k, v, slots)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +73,7 @@ class Step:
         cu_seqlens_q: [B + 1]; None where every sequence has exactly ``max_q_len`` query tokens, T / B.
         q_start: [B], or None: the queries are the last keys.
         global_tokens, causal: of the layers' windows (see ``Window``).
+        size: keys in the windows of all layers, in place of their own; None: each layer has its own.
     """
 
     block_table: BlockTable
@@ -77,6 +86,7 @@ class Step:
     q_start: Tensor | None = None
     global_tokens: int | Tensor = 0
     causal: bool = True
+    size: int | None = None
     _windows: dict[int | None, Window] = field(default_factory=dict, init=False, repr=False)
 
     def window(self, size: int | None) -> Window:
@@ -87,10 +97,7 @@ class Step:
 
     def append(self, layer: Layer, cache: PagedKV, k: Tensor, v: Tensor) -> None:
         """Write the new tokens' k, v [T or more, Hkv, D] into their slots."""
-        n = self.slots.shape[0]
-        if k.shape[0] != n:
-            k, v = k[:n], v[:n]
-        append_kv(cache, k, v, self.slots, impl=layer.impl)
+        layer.append(cache, k, v, self.slots)
 
     def attend(
         self, layer: Layer, q: Tensor, cache: PagedKV, out: Tensor | None = None, return_lse: bool = False
@@ -107,7 +114,7 @@ class Step:
             out = None if out is None else out.unflatten(0, (-1, steps))
         made = paged_attention(
             q, cache, self.block_table, self.seq_lens, cu_seqlens_q=self.cu_seqlens_q, max_q_len=steps,
-            max_kv_len=self.max_kv_len, window=self.window(layer.size), q_start=self.q_start, out=out,
+            max_kv_len=self.max_kv_len, window=self.window(self.size or layer.size), q_start=self.q_start, out=out,
             return_lse=return_lse, **layer.options,
         )  # fmt: skip
         if not together:

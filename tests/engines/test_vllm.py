@@ -1,0 +1,192 @@
+"""vLLM's attention backend on swath: what it says it can do, and batches of every kind against float64.
+
+Where vLLM is installed (``make test-vllm``) its own classes take the place of the stub's.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+import vllm_stub
+from vllm_batch import Batch, cache_tensor, metadata_of, run
+
+import swath.engines.vllm
+from conftest import each_backend, python_environment
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Iterator[SimpleNamespace]:
+    """The names of vLLM that tests use, and the modules of the adapter."""
+    with vllm_stub.installed():
+        names = {
+            name: getattr(import_module(path), name)
+            for path, names in vllm_stub.MODULES.items()
+            for name in names
+            if hasattr(import_module(path), name)
+        }
+        backend = import_module("swath.engines.vllm.backend")
+        yield SimpleNamespace(**names, backend=backend, versions=import_module("swath.engines.vllm.versions"))
+
+
+BATCHES = {
+    "decode": Batch(window=24),
+    "verify": Batch(q_lens=(4, 4, 4), window=24, dtype=torch.float16),
+    "chunked": Batch(q_lens=(32,), kv_lens=(150,), window=40, sink=True),
+    "mixed": Batch(q_lens=(1, 33, 20, 4), kv_lens=(70, 33, 129, 90), window=24, padded=True),
+    "full": Batch(q_lens=(1, 33, 20), softcap=5.0, padded=True),
+    "not causal": Batch(q_lens=(1, 33, 20), window=24, causal=False),
+    "leading": Batch(q_lens=(1, 5, 20), rswa=24, leading=(20, 33, 7), window=64, padded=True),
+    "float32": Batch(q_lens=(1, 33, 20), window=24, sink=True, dtype=torch.float32, layout="LBHNC"),
+}
+CACHES = {
+    "int8_per_token_head": Batch(q_lens=(1, 33, 4), window=24, layout="BLNHC"),
+    "fp8_per_token_head": Batch(q_lens=(1, 33, 4), sink=True, layout="LBHNC"),
+    "fp8": Batch(q_lens=(1, 33, 4), window=24, layout="BLHNC"),
+    "fp8_e5m2": Batch(q_lens=(1, 33, 4), softcap=5.0),
+    "int8": Batch(q_lens=(1, 33, 4), window=24),
+}
+BATCHES |= {name: replace(batch, kv_cache_dtype=name) for name, batch in CACHES.items()}
+
+
+@each_backend("attention", but=("reference",))
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches(name: str, vllm: SimpleNamespace, impl: str, device: str) -> None:
+    run(BATCHES[name], vllm, impl, device)
+
+
+@each_backend("attention", but=("reference",))
+@pytest.mark.parametrize("name", ["decode", "verify", "leading", "int8_per_token_head"])
+def test_a_captured_graph_holds_for_other_lengths(name: str, vllm: SimpleNamespace, impl: str, device: str) -> None:
+    """Bounds of the longest context, lengths of 1 at capture, two requests of padding."""
+    run(replace(BATCHES[name], padded=True), vllm, impl, device, graph=True)
+
+
+def test_register_is_lazy_and_may_be_called_again(vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    custom, cpu = vllm.AttentionBackendEnum.CUSTOM, vllm.AttentionBackendEnum.CPU_ATTN
+    before = cpu.get_path()
+    monkeypatch.delenv(swath.engines.vllm.ON_CPU, raising=False)
+    for _ in range(2):
+        swath.engines.vllm.register()
+    assert custom.get_path() == swath.engines.vllm.BACKEND
+    assert cpu.get_path() == before
+    module, _, name = custom.get_path().rpartition(".")
+    assert getattr(import_module(module), name) is vllm.backend.SwathBackend
+    monkeypatch.setenv(swath.engines.vllm.ON_CPU, "1")
+    swath.engines.vllm.register()
+    assert cpu.get_path() == swath.engines.vllm.BACKEND
+
+
+def test_importing_the_plugin_imports_neither_vllm_nor_torch() -> None:
+    """vLLM loads the entry points of every package in every process, also where swath is not asked for."""
+    code = "import sys, swath.engines.vllm; assert not {'vllm', 'torch', 'triton'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=python_environment())
+
+
+def test_what_the_backend_says_it_can_do(vllm: SimpleNamespace) -> None:
+    backend = vllm.backend.SwathBackend
+    assert backend.get_name() == vllm.AttentionBackendEnum.CUSTOM.name
+    assert [n for n in (32, 60, 64, 96, 128, 256, 1024) if backend.supports_head_size(n)] == [32, 64, 96, 128, 256]
+    kinds = [kind for kind in vllm.AttentionType if backend.supports_attn_type(kind)]
+    assert kinds == [vllm.AttentionType.DECODER]
+    assert backend.supports_kv_cache_dtype("int8_per_token_head")
+    assert not backend.supports_kv_cache_dtype("int4_per_token_head")
+    assert backend.supports_dtype(torch.bfloat16)
+    assert not backend.supports_mm_prefix()
+    assert not backend.supports_alibi_sqrt()
+    assert not backend.is_mla()
+    others = (16, False, False, False, False, None)
+    assert backend.supports_combination(64, torch.bfloat16, "bfloat16", *others) is None
+    assert "float16" in backend.supports_combination(64, torch.bfloat16, "float16", *others)
+
+
+WRONG = {
+    "alibi_slopes": dict(alibi_slopes=[1.0]),
+    "attn_type": dict(attn_type="encoder_only"),
+    "head_size": dict(head_size=60),
+    "kv_cache_dtype": dict(kv_cache_dtype="int4_per_token_head"),
+}
+
+
+@pytest.mark.parametrize("argument", WRONG)
+def test_a_layer_refuses_what_it_cannot_do(argument: str, vllm: SimpleNamespace) -> None:
+    """Where vLLM's platform asks no questions, as on a CPU, the engine fails as it starts and says why."""
+    given = dict(num_heads=4, head_size=64, scale=0.125, num_kv_heads=2)
+    with pytest.raises(ValueError, match=argument):
+        vllm.backend.SwathImpl(**given | WRONG[argument])
+
+
+def test_values_narrower_than_keys_are_refused(vllm: SimpleNamespace) -> None:
+    spec = vllm.FullAttentionSpec(
+        block_size=16, num_kv_heads=2, head_size=192, head_size_v=128, dtype=torch.bfloat16
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="head_size_v"):
+        vllm.backend.SwathBackend.customize_spec(spec)
+
+
+def test_a_causal_flag_for_each_request_is_refused(vllm: SimpleNamespace) -> None:
+    metadata = metadata_of(BATCHES["decode"], vllm, None, "cpu", graph=False)
+    metadata.causal = torch.tensor([True, False, True])
+    config = SimpleNamespace(model_config=SimpleNamespace(rswa_window=None))
+    with pytest.raises(ValueError, match="causal"):
+        vllm.backend.SwathBuilder(None, [], config, torch.device("cpu")).build(0, metadata)
+
+
+def test_pages_of_token_scales_hold_two_floats_more(vllm: SimpleNamespace) -> None:
+    spec = vllm.FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.int8)
+    customize = vllm.backend.SwathBackend.customize_spec
+    assert customize(spec) is spec
+    quantised = replace(spec, kv_quant_mode=vllm.KVQuantMode.INT8_PER_TOKEN_HEAD)
+    assert customize(quantised).state_content_bytes == 2 * 64 + 8
+
+
+def test_layers_share_a_step_and_groups_its_lengths(vllm: SimpleNamespace) -> None:
+    """Another group of pages takes the same step with a table of its own."""
+    config = SimpleNamespace(model_config=SimpleNamespace(rswa_window=None))
+    builder = vllm.backend.SwathBuilder(None, [], config, torch.device("cpu"))
+    assert builder.supports_update_block_table
+    step = builder.build(0, metadata_of(BATCHES["decode"], vllm, None, "cpu", graph=False))
+    table, slots = torch.zeros(3, 4).int(), torch.zeros(3).long()
+    other = builder.update_block_table(step, table, slots)
+    assert other.block_table is table
+    assert other.slots is slots
+    assert other.seq_lens is step.seq_lens
+
+
+def test_a_cache_is_viewed_once(vllm: SimpleNamespace) -> None:
+    """Until vLLM hands over another tensor, or other scales."""
+    spec = vllm.FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.uint8)
+    attention = vllm.backend.SwathImpl(4, 64, 0.125, 2, kv_cache_dtype="fp8")
+    layer = SimpleNamespace(_k_scale=torch.tensor(0.5), _v_scale=torch.tensor(0.5))
+    kv = cache_tensor(spec, 3, "LBNHC", "cpu")
+    view = attention.cache(layer, kv)
+    assert attention.cache(layer, kv) is view
+    layer._k_scale = torch.tensor([2.0, 4.0])  # one for each head
+    assert attention.cache(layer, kv).quant.k == "head"
+
+
+def test_a_profiling_run_has_no_metadata(vllm: SimpleNamespace) -> None:
+    attention = vllm.backend.SwathImpl(4, 64, 0.125, 2)
+    out = torch.full((3, 4, 64), torch.nan)
+    assert (attention.forward(None, out, None, None, torch.empty(0), None, out) == 0).all()
+
+
+def test_batch_invariance_cuts_keys_at_fixed_places(vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert vllm.backend.SwathImpl(4, 64, 0.125, 2).layer.split_size is None
+    monkeypatch.setattr(vllm.backend.envs, "VLLM_BATCH_INVARIANT", True)
+    assert vllm.backend.SwathImpl(4, 64, 0.125, 2).layer.split_size == 256
+
+
+def test_static_int8_is_registered_where_vllm_takes_it(vllm: SimpleNamespace) -> None:
+    """Once; its mode has a number of its own, which CUSTOM has not in 0.33."""
+    if not hasattr(vllm, "register_kv_cache_dtype"):
+        pytest.skip("this vLLM has no register_kv_cache_dtype")
+    for _ in range(2):
+        vllm.versions.register_int8()
+    assert vllm.KV_CACHE_DTYPES.count("int8") == 1
