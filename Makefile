@@ -5,8 +5,9 @@ PYTHON ?= python3
 JOBS ?= 2
 # The Triton that `make test-triton` takes.
 OTHER_TRITON ?= 3.9.0
-# What `make memcheck` runs the tests under.
+# What `make memcheck` runs the tests under, and which of its tools: memcheck, racecheck, synccheck or initcheck.
 SANITIZER ?= compute-sanitizer
+TOOL ?= memcheck
 # Passed on to the command that a target runs: make demo ARGS="--quick"
 ARGS ?=
 
@@ -83,12 +84,12 @@ hf-sweep: $(DEV_STAMP) ## compare every causal model type of Transformers on swa
 
 # Without torch's caching allocator each tensor is an allocation of its own, which memcheck knows the bounds of. Failed
 # CUDA calls do not count: torch makes some on purpose, to ask whether there is a context.
-memcheck: ## look for stray accesses on the GPU: a small sweep under compute-sanitizer, with the installed Python
+memcheck: ## look for stray accesses on the GPU: a small sweep under compute-sanitizer (TOOL=racecheck for races)
 	@command -v $(SANITIZER) > /dev/null || { echo "$(SANITIZER) is not installed (or not on the PATH): it is part of the \
 	CUDA toolkit; SANITIZER=/path/to/it names another" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("memcheck needs a GPU that torch can use")'
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src $(SANITIZER) --tool memcheck --error-exitcode 1 \
-	  --target-processes application-only --report-api-errors no \
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src $(SANITIZER) --tool $(TOOL) --error-exitcode 1 \
+	  --target-processes application-only $(if $(filter memcheck,$(TOOL)),--report-api-errors no) \
 	  $(PYTHON) -m pytest tests/backends/test_memcheck.py -k gpu $(ARGS)
 
 # Without a GPU `--backend triton` runs in the interpreter, which tests/interpreter.py makes quicker.
