@@ -15,10 +15,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm_stub
-from vllm_batch import Batch, cache_tensor, metadata_of, run
+from vllm_batch import Batch, cache_tensor, config_of, metadata_of, run, spec_of
 
 import swath.engines.vllm
 from conftest import each_backend, python_environment
+from swath.engines.warmup import Traffic
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +134,8 @@ def test_values_narrower_than_keys_are_refused(vllm: SimpleNamespace) -> None:
 def test_a_causal_flag_for_each_request_is_refused(vllm: SimpleNamespace) -> None:
     metadata = metadata_of(BATCHES["decode"], vllm, None, "cpu", graph=False)
     metadata.causal = torch.tensor([True, False, True])
-    config = SimpleNamespace(model_config=SimpleNamespace(rswa_window=None))
     with pytest.raises(ValueError, match="causal"):
-        vllm.backend.SwathBuilder(None, [], config, torch.device("cpu")).build(0, metadata)
+        vllm.backend.SwathBuilder(None, [], config_of(), torch.device("cpu")).build(0, metadata)
 
 
 def test_pages_of_token_scales_hold_two_floats_more(vllm: SimpleNamespace) -> None:
@@ -148,8 +148,7 @@ def test_pages_of_token_scales_hold_two_floats_more(vllm: SimpleNamespace) -> No
 
 def test_layers_share_a_step_and_groups_its_lengths(vllm: SimpleNamespace) -> None:
     """Another group of pages takes the same step with a table of its own."""
-    config = SimpleNamespace(model_config=SimpleNamespace(rswa_window=None))
-    builder = vllm.backend.SwathBuilder(None, [], config, torch.device("cpu"))
+    builder = vllm.backend.SwathBuilder(None, [], config_of(), torch.device("cpu"))
     assert builder.supports_update_block_table
     step = builder.build(0, metadata_of(BATCHES["decode"], vllm, None, "cpu", graph=False))
     table, slots = torch.zeros(3, 4).int(), torch.zeros(3).long()
@@ -179,7 +178,7 @@ def test_a_profiling_run_has_no_metadata(vllm: SimpleNamespace) -> None:
 
 def test_batch_invariance_cuts_keys_at_fixed_places(vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     assert vllm.backend.SwathImpl(4, 64, 0.125, 2).layer.split_size is None
-    monkeypatch.setattr(vllm.backend.envs, "VLLM_BATCH_INVARIANT", True)
+    monkeypatch.setattr(import_module("vllm.envs"), "VLLM_BATCH_INVARIANT", True)
     assert vllm.backend.SwathImpl(4, 64, 0.125, 2).layer.split_size == 256
 
 
@@ -190,3 +189,29 @@ def test_static_int8_is_registered_where_vllm_takes_it(vllm: SimpleNamespace) ->
     for _ in range(2):
         vllm.versions.register_int8()
     assert vllm.KV_CACHE_DTYPES.count("int8") == 1
+
+
+def test_static_int8_needs_calibrated_scales(vllm: SimpleNamespace) -> None:
+    impl = vllm.backend.SwathImpl(4, 64, 0.125, 2, kv_cache_dtype="int8")
+    layer = SimpleNamespace(impl=impl, _k_scale_float=1.0, _v_scale_float=0.02)
+    with pytest.raises(ValueError, match="k_scale and v_scale"):
+        vllm.backend.SwathBuilder(None, ["one"], config_of(one=layer), torch.device("cpu"))
+    layer._k_scale_float = 0.03
+    vllm.backend.SwathBuilder(None, ["one"], config_of(one=layer), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8_per_token_head", "fp8"])
+def test_a_builder_warms_the_layers_that_differ(kv_cache_dtype: str, vllm: SimpleNamespace) -> None:
+    """Each shape of the traffic once for each kind of layer; nothing is compiled on a CPU."""
+    spec = vllm.backend.SwathBackend.customize_spec(spec_of(vllm, kv_cache_dtype))
+    layers = {}
+    for i, window in enumerate((40, None, 40)):
+        impl = vllm.backend.SwathImpl(4, 64, 0.125, 2, sliding_window=window, kv_cache_dtype=kv_cache_dtype)
+        scales = dict(_k_scale=torch.ones(()), _v_scale=torch.ones(()), _k_scale_float=1.0, _v_scale_float=1.0)
+        layers[f"layer{i}"] = SimpleNamespace(impl=impl, **scales)
+    builder = vllm.backend.SwathBuilder(spec, list(layers), config_of(24, **layers), torch.device("cpu"))
+    shapes = list(Traffic(8, 128, 512, (1, 4)).shapes())
+    assert builder.warm() == 2 * len(shapes)
+    step = builder.step_of(*shapes[0])
+    assert step.size == 24
+    assert isinstance(step.global_tokens, torch.Tensor)

@@ -14,7 +14,7 @@ from swath import PagedKV
 from swath.pages import page_count
 from swath.testing import check_budget, oracle
 
-PAGE = 16
+PAGE, HEADS, KV_HEADS, DIM = 16, 4, 2, 64
 POISON = 0x7F
 """In every byte: NaN in float16, bfloat16, float32, e4m3 and e5m2; an int8 value whose token scale is NaN."""
 NULL_PAGE = 0
@@ -42,9 +42,6 @@ class Batch:
     kv_cache_dtype: str = "auto"
     layout: str = "LBNHC"
     padded: bool = False
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 64
 
     @property
     def size(self) -> int | None:
@@ -81,7 +78,7 @@ class Batch:
 
 def cache_tensor(spec: Any, num_pages: int, layout: str, device: str) -> Tensor:
     """The tensor of one layer, [pages, kv heads, tokens, content], its bytes all poison; "B..." lie among others."""
-    content = spec.state_content_bytes or 2 * spec.head_size * spec.dtype.itemsize
+    content = spec.state_content_size_bytes
     sizes = {"L": 2 if layout[0] == "B" else 1, "B": num_pages, "H": spec.num_kv_heads, "N": spec.block_size}
     sizes["C"] = content
     pool = torch.full([sizes[axis] for axis in layout], POISON, dtype=torch.uint8, device=device)
@@ -96,15 +93,10 @@ def run(batch: Batch, vllm: SimpleNamespace, impl: str, device: str, *, graph: b
     for the batch by the contents of its tensors alone.
     """
     torch.manual_seed(0)
-    mode, stored = STORED.get(batch.kv_cache_dtype, ("NONE", batch.dtype))
-    spec = vllm.FullAttentionSpec(
-        block_size=PAGE, num_kv_heads=batch.num_kv_heads, head_size=batch.head_dim, dtype=stored,
-        kv_quant_mode=vllm.KVQuantMode[mode],
-    )  # fmt: skip
-    spec = vllm.backend.SwathBackend.customize_spec(spec)
-    sink = torch.randn(batch.num_heads, device=device).to(batch.dtype) if batch.sink else None
+    spec = vllm.backend.SwathBackend.customize_spec(spec_of(vllm, batch.kv_cache_dtype, batch.dtype))
+    sink = torch.randn(HEADS, device=device).to(batch.dtype) if batch.sink else None
     attention = vllm.backend.SwathImpl(
-        batch.num_heads, batch.head_dim, batch.head_dim**-0.5, batch.num_kv_heads, None, batch.window,
+        HEADS, DIM, DIM**-0.5, KV_HEADS, None, batch.window,
         batch.kv_cache_dtype, batch.softcap or None, vllm.AttentionType.DECODER, None, sinks=sink,
     )  # fmt: skip
     attention.layer = replace(attention.layer, impl=impl)
@@ -114,13 +106,11 @@ def run(batch: Batch, vllm: SimpleNamespace, impl: str, device: str, *, graph: b
     write(batch, attention, layer, kv)
     metadata = metadata_of(batch, vllm, spec, device, graph)
     rows = metadata.num_actual_tokens if graph else sum(batch.q_lens)
-    q = torch.full((rows + 3, batch.num_heads, batch.head_dim), torch.nan, dtype=batch.dtype, device=device)
+    q = torch.full((rows + 3, HEADS, DIM), torch.nan, dtype=batch.dtype, device=device)
     q[: sum(batch.q_lens)] = torch.randn(sum(batch.q_lens), *q.shape[1:], device=device)
     out = torch.full_like(q, 7.0)
-    config = SimpleNamespace(
-        model_config=SimpleNamespace(rswa_window=batch.rswa), scheduler_config=SimpleNamespace(max_num_seqs=8)
-    )
-    builder = vllm.backend.SwathBuilder(spec, [], config, torch.device(device))
+    builder = vllm.backend.SwathBuilder(spec, [], config_of(rswa_window=batch.rswa), torch.device("cpu"))
+    builder.leading = builder.leading.to(device)
     step = builder.build_for_cudagraph_capture(metadata) if graph else builder.build(0, metadata)
     if graph:
         metadata.seq_lens[: len(batch.kv_lens)] = torch.tensor(batch.kv_lens, device=device)
@@ -128,6 +118,24 @@ def run(batch: Batch, vllm: SimpleNamespace, impl: str, device: str, *, graph: b
     assert made is out
     check(batch, q, out, attention.cache(layer, kv), sink)
     return out
+
+
+def spec_of(vllm: SimpleNamespace, kv_cache_dtype: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """vLLM's description of a layer's cache, before the backend customises it."""
+    mode, stored = STORED.get(kv_cache_dtype, ("NONE", dtype))
+    return vllm.FullAttentionSpec(
+        block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=stored, kv_quant_mode=vllm.KVQuantMode[mode]
+    )
+
+
+def config_of(rswa_window: int | None = None, **layers: Any) -> SimpleNamespace:
+    """vLLM's configuration, as far as a builder reads it."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(rswa_window=rswa_window, max_model_len=512, dtype=torch.bfloat16),
+        scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=128),
+        compilation_config=SimpleNamespace(static_forward_context=layers),
+        speculative_config=SimpleNamespace(num_speculative_tokens=3),
+    )
 
 
 STORED = {
@@ -149,7 +157,7 @@ def write(batch: Batch, attention: Any, layer: Any, kv: Tensor) -> None:
             first = batch.kv_lens[b] - batch.q_lens[b]
             slots.append(own[first:] if new else own[:first].where(batch.visible(b)[:first], -1))
         mapping = torch.cat(slots).to(device)
-        k, v = torch.randn(2, len(mapping) + 2, batch.num_kv_heads, batch.head_dim, device=device).to(batch.dtype)
+        k, v = torch.randn(2, len(mapping) + 2, KV_HEADS, DIM, device=device).to(batch.dtype)
         k[-2:] = v[-2:] = torch.nan  # padding: vLLM may pass more rows than slots
         k[:-2][mapping < 0] = torch.nan
         attention.do_kv_cache_update(layer, k, v, kv, mapping)
@@ -179,7 +187,7 @@ def check(batch: Batch, q: Tensor, out: Tensor, cache: PagedKV, sink: Tensor | N
     truth = oracle.paged(
         q[:rows], cache.k, cache.v, cache.k_scale, cache.v_scale, table, torch.tensor(batch.kv_lens),
         cu_seqlens_q=bounds, size=batch.size, global_tokens=list(batch.leading) or 0, causal=batch.causal,
-        scale=batch.head_dim**-0.5, softcap=batch.softcap, sink=sink,
+        scale=DIM**-0.5, softcap=batch.softcap, sink=sink,
     )  # fmt: skip
     check_budget(out[:rows], None, truth, quantised=cache.quant.is_quantised)
     assert (out[rows:] == 7.0).all()

@@ -150,6 +150,10 @@ class FullAttentionSpec:
     kv_quant_mode: KVQuantMode = KVQuantMode.NONE
     state_content_bytes: int | None = None
 
+    @property
+    def state_content_size_bytes(self) -> int:
+        return self.state_content_bytes or (self.head_size + self.head_size_v) * self.dtype.itemsize
+
     def __post_init__(self) -> None:
         if self.head_size_v is None:
             object.__setattr__(self, "head_size_v", self.head_size)

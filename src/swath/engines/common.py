@@ -103,23 +103,27 @@ class Step:
         self, layer: Layer, q: Tensor, cache: PagedKV, out: Tensor | None = None, return_lse: bool = False
     ) -> Any:
         """Attention of q [T or more, Hq, D]: out [T, Hq, D], a new tensor or the rows given, and the LSE [T, Hq]."""
+        arguments, options = self.call(layer, q, cache, out)
+        made = paged_attention(*arguments, return_lse=return_lse, **options)
+        if arguments[0].dim() == 3:
+            return made
+        return made.flatten(0, 1) if isinstance(made, Tensor) else tuple(x.flatten(0, 1) for x in made)
+
+    def call(self, layer: Layer, q: Tensor, cache: PagedKV, out: Tensor | None) -> tuple[Any, dict[str, Any]]:
+        """The arguments of ``paged_attention``, by position and by name."""
         n, steps = self.num_tokens, self.max_q_len
         if q.shape[0] != n:
             q = q[:n]
         if out is not None and out.shape[0] != n:
             out = out[:n]
-        together = self.cu_seqlens_q is None and steps > 1
-        if together:
+        if self.cu_seqlens_q is None and steps > 1:
             q = q.unflatten(0, (-1, steps))
             out = None if out is None else out.unflatten(0, (-1, steps))
-        made = paged_attention(
-            q, cache, self.block_table, self.seq_lens, cu_seqlens_q=self.cu_seqlens_q, max_q_len=steps,
-            max_kv_len=self.max_kv_len, window=self.window(self.size or layer.size), q_start=self.q_start, out=out,
-            return_lse=return_lse, **layer.options,
+        options = dict(
+            cu_seqlens_q=self.cu_seqlens_q, max_q_len=steps, max_kv_len=self.max_kv_len,
+            window=self.window(self.size or layer.size), q_start=self.q_start, out=out, **layer.options,
         )  # fmt: skip
-        if not together:
-            return made
-        return made.flatten(0, 1) if isinstance(made, Tensor) else tuple(x.flatten(0, 1) for x in made)
+        return (q, cache, self.block_table, self.seq_lens), options
 
 
 def window_size(left: int) -> int | None:

@@ -1,0 +1,96 @@
+"""The metadata of a step, made once for all layers of a group; and compiling for them while the engine starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
+
+from swath.engines.common import Step
+from swath.engines.warmup import Traffic, warm
+from swath.errors import bad_value
+from swath.pages import page_count
+
+
+class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
+    """Makes the ``Step`` that all layers of a KV cache group share.
+
+    It reads no device tensor, so a captured graph holds for every batch of its shape. It is made while the engine
+    starts, and has everything compiled that its layers will need.
+    """
+
+    _cudagraph_support = AttentionCGSupport.ALWAYS
+    supports_update_block_table = True
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.rswa_window: int | None = vllm_config.model_config.rswa_window
+        # Where captured graphs read the leading tokens of each request.
+        most = vllm_config.scheduler_config.max_num_seqs if self.rswa_window else 0
+        self.leading = torch.zeros(most, dtype=torch.int32, device=device)
+        context = vllm_config.compilation_config.static_forward_context
+        self.layers = [context[name] for name in layer_names]
+        for layer in self.layers:
+            layer.impl.check_scales(layer)
+        if device.type == "cuda":
+            self.warm()
+
+    def warm(self) -> int:
+        """Compile the kernels of the layers, over a small cache laid out as theirs will be."""
+        config, spec = self.vllm_config, self.kv_cache_spec
+        content = spec.state_content_size_bytes // spec.dtype.itemsize
+        kv = torch.zeros(2, spec.block_size, spec.num_kv_heads, content, dtype=spec.dtype, device=self.device)
+        kv = kv.transpose(1, 2)
+        kinds = {}
+        for layer in self.layers:
+            impl, own = layer.impl, layer.impl.layer
+            kind = impl.num_heads, own.size, own.softcap, own.sink is None
+            kinds[kind] = own, impl.storage.view(kv, impl.head_size, layer._k_scale, layer._v_scale), impl.num_heads
+        scheduler, speculation = config.scheduler_config, config.speculative_config
+        steps = (1,) if speculation is None else (1, 1 + (speculation.num_speculative_tokens or 0))
+        most = scheduler.max_num_seqs, scheduler.max_num_batched_tokens, config.model_config.max_model_len
+        return warm(kinds.values(), config.model_config.dtype, Traffic(*most, steps), self.step_of)
+
+    def step_of(self, num_seqs: int, num_tokens: int, max_q_len: int, max_kv_len: int) -> Step:
+        """A step of this shape, with tensors as vLLM's."""
+        width = page_count(self.vllm_config.model_config.max_model_len, self.kv_cache_spec.block_size)
+        ints = torch.zeros(num_seqs + 1, dtype=torch.int32, device=self.device)
+        step = Step(
+            block_table=ints.new_empty(num_seqs, width), seq_lens=ints.new_empty(num_seqs),
+            slots=ints.new_empty(num_tokens, dtype=torch.int64), num_tokens=num_tokens, max_q_len=max_q_len,
+            max_kv_len=max_kv_len, cu_seqlens_q=ints,
+        )  # fmt: skip
+        return step if self.rswa_window is None else self.with_leading(step)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
+        """The step, from tensors and host bounds of the batch."""
+        m = common_attn_metadata
+        if not isinstance(m.causal, bool):
+            raise bad_value("causal", "True or False for the whole batch", f"a tensor {tuple(m.causal.shape)}")
+        step = Step(
+            block_table=m.block_table_tensor, seq_lens=m.seq_lens, slots=m.slot_mapping, causal=m.causal,
+            num_tokens=m.num_actual_tokens, max_q_len=m.max_query_len, max_kv_len=m.max_seq_len,
+            cu_seqlens_q=m.query_start_loc,
+        )  # fmt: skip
+        if self.rswa_window is None or m.rswa_prefix_lens is None:
+            return step
+        num_seqs = m.seq_lens.shape[0]
+        self.leading[:num_seqs].copy_(m.rswa_prefix_lens[:num_seqs], non_blocking=True)
+        return self.with_leading(step)
+
+    def with_leading(self, step: Step) -> Step:
+        """The step with R-SWA's window in place of the layers'."""
+        return replace(step, size=self.rswa_window, global_tokens=self.leading[: step.seq_lens.shape[0]])
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Step:
+        """A step to capture with: lengths of 1 make its runs short. Replays have lengths of their own."""
+        step = self.build(0, common_attn_metadata)
+        step.seq_lens.fill_(1)
+        return step
+
+    def update_block_table(self, metadata: Step, blk_table: Tensor, slot_mapping: Tensor) -> Step:
+        """The same step over the pages of another group."""
+        return replace(metadata, block_table=blk_table, slots=slot_mapping)

@@ -1,0 +1,101 @@
+"""Compiling what a served model will need while its engine starts, so that no request waits for it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swath.cache import PagedKV
+from swath.engines.common import Layer, Step
+from swath.ops.append import append_kv
+from swath.ops.explain import warmup
+from swath.ops.paged import paged_attention
+
+logger = logging.getLogger(__name__)
+
+LONGEST_CHUNK = 4096
+"""Query tokens from which a longer prompt needs no other kernel."""
+CONTEXTS = (64, 256, 1024)
+"""Keys of short contexts, for which decode has kernels of its own."""
+FEW_TOKENS = (1, 4, 8, 16)
+"""Query tokens of sequences that are decoded, or nearly so."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What an engine may send in a step, at most: sequences, tokens in all, and keys of a sequence.
+
+    steps: query tokens of a sequence in decode: 1, and with speculation those that are verified at once.
+    """
+
+    max_seqs: int
+    max_tokens: int
+    max_kv_len: int
+    steps: tuple[int, ...] = (1,)
+
+    def shapes(self) -> Iterator[tuple[int, int, int, int]]:
+        """Steps that need different kernels, more or less: ``(num_seqs, num_tokens, max_q_len, max_kv_len)``.
+
+        Few tokens for ever more sequences, over short contexts and long ones; prompts, alone and in chunks of a long
+        one; and both in one batch.
+        """
+        contexts = sorted({min(n, self.max_kv_len) for n in (*CONTEXTS, self.max_kv_len)})
+        for kv_len in contexts:
+            for num_seqs in rising(self.max_seqs):
+                for steps in sorted({*self.steps, *FEW_TOKENS}):
+                    if num_seqs * steps <= self.max_tokens:
+                        yield num_seqs, num_seqs * steps, steps, kv_len
+            for tokens in rising(min(self.max_tokens, LONGEST_CHUNK)):
+                for num_seqs in sorted({min(n, self.max_seqs, tokens) for n in (1, 8, self.max_seqs)}):
+                    longest = tokens - num_seqs + 1
+                    yield num_seqs, tokens, longest, max(kv_len, longest)
+
+
+def rising(most: int) -> Iterator[int]:
+    """1, 2, 3, 4, 6, 8, 12 and so on, and ``most``."""
+    n = 1
+    while n < most:
+        yield n
+        if n > 1 and n + n // 2 < most:
+            yield n + n // 2
+        n *= 2
+    yield most
+
+
+def warm(
+    layers: Iterable[tuple[Layer, PagedKV, int]], dtype: torch.dtype, traffic: Traffic,
+    step_of: Callable[[int, int, int, int], Step],
+) -> int:  # fmt: skip
+    """Compile the kernels of layers that differ, and say in the log how long it took. Nothing runs.
+
+    Args:
+        layers: each with a cache laid out as the engine's, of any number of pages, and its number of query heads.
+        dtype: of queries.
+        traffic: what the engine may send.
+        step_of: a step of these sequences, tokens, longest query and longest context, its tensors as the engine's.
+
+    Returns:
+        The calls that were compiled.
+    """
+    begin, calls = time.perf_counter(), 0
+    for layer, cache, num_q_heads in layers:
+        for sizes in traffic.shapes():
+            step = step_of(*sizes)
+            q = torch.empty(step.num_tokens, num_q_heads, cache.head_dim, dtype=dtype, device=cache.k.device)
+            arguments, options = step.call(layer, q, cache, torch.empty_like(q))
+            warmup(paged_attention, *arguments, **options)
+            calls += 1
+        warmup(append_kv, cache, *new_tokens(cache, dtype))
+    logger.info("swath: %d calls compiled in %.1f s", calls, time.perf_counter() - begin)
+    return calls
+
+
+def new_tokens(cache: PagedKV, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """k, v and slots of one token."""
+    k = torch.empty(1, cache.num_kv_heads, cache.head_dim, dtype=dtype, device=cache.k.device)
+    return k, torch.empty_like(k), torch.empty(1, dtype=torch.int64, device=cache.k.device)
