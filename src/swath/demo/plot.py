@@ -22,11 +22,12 @@ def save(report: Report, path: Path) -> None:
 
     figure = Figure(figsize=(8.4, 6.0), facecolor="white", layout="constrained")
     ax = figure.add_subplot()
-    _draw_axes(ax, report.rows)
-    names = list(dict.fromkeys(row.attention for row in report.rows))
+    rows = [row for row in report.rows if not row.tokens_before]  # after other text, losses are not comparable
+    _draw_axes(ax, rows)
+    names = list(dict.fromkeys(row.attention for row in rows))
     for name, tone in zip(names, TONES, strict=False):
-        _draw_pair(ax, [row for row in report.rows if row.attention == name], tone)
-    _draw_kv_legend(ax, report.rows)
+        _draw_pair(ax, [row for row in rows if row.attention == name], tone)
+    _draw_kv_legend(ax, rows)
     figure.suptitle("Quality against cache memory", x=0.02, ha="left", color=INK, size=13, weight="bold")
     figure.supxlabel(textwrap.fill(caption(report.conditions), 150), x=0.02, ha="left", color=MUTED, size=7.5)
     data = io.BytesIO()

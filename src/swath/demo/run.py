@@ -6,6 +6,7 @@ import datetime
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text as Line
-from torch import Tensor
 
 import swath
 from swath.demo import plot, texts
@@ -46,10 +46,12 @@ class Demo:
         loaded = self._load()
         _check_context(loaded.model.config, s.budget.tokens + s.budget.decode_steps + 1)
         text = texts.topics(loaded.tokenizer) if s.text is None else texts.from_file(loaded.tokenizer, s.text)
-        ids = text.take(0, s.budget.tokens)
+        text.take(0, s.budget.tokens)
+        if len(text.ids) < s.budget.tokens + s.budget.before:
+            self.settings = s = replace(s, budget=replace(s.budget, before=0))
         self.report = Report(_conditions(s, loaded, text.name))
         self._generate(loaded, self.report)
-        self._measure(self._cases(loaded), ids, self.report)
+        self._measure(self._cases(loaded), text, self.report)
         self.report.complete = True
         self.report.write(s.json_path)
         plot.save(self.report, s.plot_path)
@@ -84,13 +86,13 @@ class Demo:
         with self._busy("Calibrating sink logits on two other texts"):
             return cases(loaded.model, [topics.take(first, n) for first in (n, 2 * n)], s)
 
-    def _measure(self, todo: list[Case], ids: Tensor, report: Report) -> None:
+    def _measure(self, todo: list[Case], text: texts.Text, report: Report) -> None:
         budget = self.settings.budget
         progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
             console=self.out,
         )  # fmt: skip
-        task = progress.add_task("", total=len(todo) * (budget.tokens + budget.decode_steps))
+        task = progress.add_task("", total=sum(case.before + budget.tokens + budget.decode_steps for case in todo))
         try:
             with Live(console=self.out, refresh_per_second=8, transient=True) as live:
                 for number, case in enumerate(todo, 1):
@@ -98,6 +100,7 @@ class Demo:
                     self._log(note)
                     progress.update(task, description=note)
                     live.update(Group(table(report), progress) if report.rows else progress)
+                    ids = torch.cat([text.take(budget.tokens, case.before), text.take(0, budget.tokens)])
                     report.rows.append(measure(case, ids, budget, lambda n: progress.advance(task, n)))
                     report.write(self.settings.json_path)
         finally:

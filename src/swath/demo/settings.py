@@ -12,15 +12,19 @@ from swath.errors import bad_value
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is measured: tokens of text, how many of the last are scored, prefill chunk, decode steps."""
+    """How much is measured: tokens of text, how many of the last are scored, prefill chunk, decode steps.
+
+    before: tokens of other text that some rows read first; 0 for no such rows.
+    """
 
     tokens: int
     scored: int
     chunk: int
     decode_steps: int
+    before: int = 0
 
 
-FULL = Budget(tokens=2048, scored=1024, chunk=128, decode_steps=32)
+FULL = Budget(tokens=2048, scored=1024, chunk=128, decode_steps=32, before=16_384)
 QUICK = Budget(tokens=1024, scored=512, chunk=128, decode_steps=16)
 
 

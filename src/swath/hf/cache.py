@@ -13,7 +13,9 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from swath.errors import bad_type, bad_value
 from swath.hf.layer import ON_THE_HOST, PagedLayer
+from swath.hf.leading import leaves_leading
 from swath.hf.pages import Pages
+from swath.hf.rotary import rotary_of
 from swath.hf.settings import REGISTERED, WindowChoice, check_window_choice, window_of_layer
 from swath.hf.versions import layer_types_and_windows
 from swath.pages import check_page_size
@@ -49,6 +51,10 @@ class PagedCache(Cache):  # type: ignore[misc]
             None, the window given to ``register`` counts, else the model's.
         chunk: where the window is bounded, long prompts go through in passes of so many tokens, so that their
             pages too are reused. Layers whose keys other layers read hold a prompt whole until the next call.
+        leading_positions: where leading tokens (``Window(128, global_tokens=4)``) stand for queries far behind them.
+            "text": where the text has them, so that a model meets distances beyond those it was trained on.
+            "cache": right before the window, as StreamingLLM counts. For models with rotary embeddings of fixed
+            frequencies, whose tokens have consecutive positions, and for every ``quant``.
 
     After a call that failed, in the middle of the layers say, ``crop`` goes back to the tokens before it, or ``reset``
     to none; until then calls are refused. Where ``crop``, ``reorder_cache`` or the like refuse, nothing has changed.
@@ -65,12 +71,15 @@ class PagedCache(Cache):  # type: ignore[misc]
         page_size: int = 16,
         window: WindowChoice = None,
         chunk: int = 512,
+        leading_positions: str = "text",
     ) -> None:
         self._config = config.get_text_config(decoder=True)
         check_window_choice(window)
         check_page_size(page_size)
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
             raise bad_value("chunk", "an int >= 1", repr(chunk))
+        if leading_positions not in ("text", "cache"):
+            raise bad_value("leading_positions", "'text' or 'cache'", repr(leading_positions))
         storage = _quant_of(quant)
         self._groups: dict[tuple[Window, int | None], Pages] = {}
         self._paged: list[PagedLayer] = []
@@ -83,8 +92,12 @@ class PagedCache(Cache):  # type: ignore[misc]
             effective = override or self._settings_window(layer_idx) or kept.window
             group = effective, None if kept.read_again else chunk
             pages = self._groups.setdefault(group, Pages(effective, page_size, group[1]))
-            self._paged.append(PagedLayer(pages, storage, override is not None, len(self._paged)))
+            turns = leading_positions == "cache" and leaves_leading(effective)
+            rotary = rotary_of(self._config, kept.layer_type) if turns else None
+            self._paged.append(PagedLayer(pages, storage, override is not None, len(self._paged), rotary))
             layers.append(self._paged[-1])
+        if leading_positions == "cache" and all(layer.rotary is None for layer in self._paged):
+            raise bad_value("leading_positions", "'text' without a layer whose window has leading tokens", "'cache'")
         super().__init__(layers=layers)
 
     @property
@@ -205,10 +218,11 @@ class PagedCache(Cache):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Kept:
-    """What a layer of the model keeps: the keys in a window, which later layers may read again."""
+    """What a layer of the model keeps: the keys in a window, which later layers may read again; and its type."""
 
     window: Window
     read_again: bool
+    layer_type: str
 
 
 def _kept_by_layers(config: Any) -> list[Kept | None]:
@@ -222,7 +236,7 @@ def _kept_by_layers(config: Any) -> list[Kept | None]:
     return [
         None
         if kind == "dummy"
-        else Kept(Window(size if kind == "sliding_attention" else None), shared and last[kind] == i)
+        else Kept(Window(size if kind == "sliding_attention" else None), shared and last[kind] == i, kind)
         for i, (kind, size) in enumerate(layers)
     ]
 

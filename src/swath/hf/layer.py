@@ -12,9 +12,11 @@ from transformers.cache_utils import CacheLayerMixin
 from swath.cache import PagedKV
 from swath.errors import bad_value
 from swath.hf.attention import Scoring
+from swath.hf.leading import attend_near, held_keys
 from swath.hf.masks import BandMask
 from swath.hf.pages import Pages, Pass
 from swath.hf.pools import magnitudes, rescale, static_scales
+from swath.hf.rotary import Rotary
 from swath.ops.append import append_kv
 from swath.ops.paged import paged_attention
 from swath.quant import KVQuant, calibrate
@@ -37,9 +39,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     supports_early_init = False
 
-    def __init__(self, pages: Pages, quant: KVQuant | None, overrides: bool, order: int) -> None:
+    def __init__(self, pages: Pages, quant: KVQuant | None, overrides: bool, order: int, rotary: Rotary | None) -> None:
         super().__init__()
         self.pages, self.quant, self.overrides, self.order = pages, quant, overrides, order
+        self.rotary = rotary  # None: leading tokens stay where the text has them
         self.length = 0
         self.new: tuple[Tensor, Tensor] | None = None
         self._place = len(pages.pools.stores)
@@ -115,6 +118,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             if self.new is not None:
                 k, v = (x[:, :, part].transpose(1, 2).flatten(0, 1) for x in self.new)
                 append_kv(self.store, k, v, p.slot_mapping)
+            if self.rotary is not None and p.max_kv_len > held_keys(window):
+                out[:, part] = attend_near(q[:, part], self.store, p, window, self.rotary, scoring, impl)
+                continue
             paged_attention(
                 q[:, part], self.store, p.block_table, p.seq_lens, max_kv_len=p.max_kv_len, window=window,
                 out=out[:, part], impl=impl, **scoring,
