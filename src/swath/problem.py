@@ -54,10 +54,7 @@ class Problem:
 
     def remembered(self, key: str, find: Callable[[], Any]) -> Any:
         """What was found under ``key`` for a call of this signature, or what ``find`` returns."""
-        memo = {} if self.memo is None else self.memo
-        if key not in memo:
-            memo[key] = find()
-        return memo[key]
+        return remembered(self.memo, key, find)
 
     @property
     def num_seqs(self) -> int:
@@ -167,6 +164,8 @@ class AppendCase:
     k: Tensor
     v: Tensor
     slot_mapping: Tensor
+    memo: dict[str, Any] | None = None
+    """What backends remember of calls with this signature; None where that is not known."""
 
     @property
     def result(self) -> None:
@@ -188,6 +187,14 @@ class MergeCase:
     def result(self) -> tuple[Tensor, Tensor]:
         """The union."""
         return self.out, self.lse
+
+
+def remembered(memo: dict[str, Any] | None, key: str, find: Callable[[], Any]) -> Any:
+    """What a memo has under ``key``, or what ``find`` returns, which it then keeps."""
+    memo = {} if memo is None else memo
+    if key not in memo:
+        memo[key] = find()
+    return memo[key]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from conftest import plan_for
 from swath import KVQuant, PagedKV, Window, attention, paged_attention, target
 from swath.backends.triton.heuristics.dequantise import SCRATCH_BYTES, dequantises
+from swath.ops import append as append_call
 from swath.ops import attention as attention_call
 from swath.ops import paged as paged_call
 from swath.ops import signature
@@ -289,6 +290,27 @@ def test_a_remembered_launch_passes_what_a_new_one_would(row: dict[str, str], re
         assert launched == expected
         assert {args[1:9] for args in recorder.launches} == {(1, 1, 7, 11, (4, 1, 0), None, None, None)}
         recorder.launches.clear()
+
+
+def test_a_remembered_append_takes_its_own_tensors(recorder: Recorder) -> None:
+    from swath.backends.triton import append
+
+    def case() -> Any:
+        cache = PagedKV.empty(INT8, 4, 2, 16, 64)
+        k, v = torch.zeros(2, 3, 2, 64)
+        return append_call.prepare(cache, k, v, torch.arange(3))
+
+    first, second = case(), case()
+    assert first.memo is second.memo
+    append.run(first)
+    assert not recorder.launches, "the first run compiles"
+    append.run(second)
+    ((grid, _, _, _, _, _, _, _, _, *values),) = recorder.launches
+    cache = second.cache
+    tensors = (second.k, second.v, cache.k, cache.v, cache.k_scale, cache.v_scale, second.slot_mapping)
+    assert grid == 6
+    assert values[:8] == [*map(plain, tensors), 64]
+    assert values[8:12] == [128, 64, 128, 64]
 
 
 @has_triton

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from swath import checks
@@ -9,6 +11,7 @@ from swath.cache import PagedKV
 from swath.errors import bad_type, bad_value
 from swath.ops import arguments
 from swath.ops.operator import Operator
+from swath.ops.signature import Memory
 from swath.problem import AppendCase
 
 
@@ -31,8 +34,17 @@ def append_kv(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor, *, imp
     APPEND_KV((cache, k, v, slot_mapping), {}, impl)
 
 
+_memory: Memory[dict[str, Any]] = Memory()
+
+
 def prepare(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> AppendCase:
     """Check the arguments of ``append_kv`` (see there)."""
+    memo = _memory.recall(_accept, (cache, k, v, slot_mapping), {})
+    return AppendCase(cache, k, v, slot_mapping, memo)
+
+
+def _accept(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> dict[str, Any]:
+    """Every check of a call whose signature was not met before; what backends will remember of such calls."""
     if not isinstance(cache, PagedKV):
         raise bad_type("cache", "a PagedKV", type(cache).__name__)
     device = cache.k.device
@@ -47,7 +59,7 @@ def prepare(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> Appen
     checks.check_ints("slot_mapping", slot_mapping, k.shape[0], device)
     checks.check_no_grad(k=k, v=v)
     cache.check_writable()
-    return AppendCase(cache, k, v, slot_mapping)
+    return {}
 
 
 ARGUMENTS = {"cache": PagedKV, "k": Tensor, "v": Tensor, "slot_mapping": Tensor}

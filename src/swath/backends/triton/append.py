@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from swath.backends.triton.features import FUSED, cache_features, kernel_dtype, kernel_scale, token_strides
-from swath.problem import AppendCase
+from torch import Tensor
+
+from swath.backends.triton.arguments import Operands
+from swath.backends.triton.features import cache_features, kernel_dtype, kernel_scale, token_strides
+from swath.problem import AppendCase, remembered
 from swath.quant import LARGEST
 from swath.target import on_device, why_no_triton
+
+if TYPE_CHECKING:
+    from swath.backends.triton.runtime import Plan
 
 
 def why_not(case: AppendCase) -> str | None:
@@ -22,41 +28,58 @@ def plan(case: AppendCase) -> str:
 
 def warm(case: AppendCase) -> None:
     """Compile what ``run`` would launch."""
-    _launch(case, warm=True)
+    with on_device(case.k.device):
+        _plan(case).compile(_operands(case))
 
 
 def run(case: AppendCase) -> None:
     """Launch."""
-    _launch(case, warm=False)
+    device = case.k.device
+    with on_device(device):
+        _plan(case).run(_operands(case), device)
 
 
-def _launch(case: AppendCase, warm: bool) -> None:
-    import triton
+def _plan(case: AppendCase) -> Plan:
+    """The launch that was planned for the first call of this signature."""
+    made: Plan = remembered(case.memo, "triton", lambda: _plan_of(case))
+    return made
 
+
+def _plan_of(case: AppendCase) -> Plan:
     from swath.backends.triton.kernels.append import append_kernel
+    from swath.backends.triton.runtime import KernelCall, Plan
 
     cache, k, v = case.cache, case.k, case.v
-    grid = (k.shape[0] * cache.num_kv_heads,)
-    if grid[0] == 0:
-        return
-    scales = (cache.k_scale, cache.v_scale)
-    args: list[Any] = [
-        k,
-        v,
-        *(x.view(kernel_dtype(x.dtype)) for x in (cache.k, cache.v)),
-        *map(kernel_scale, scales),
-        case.slot_mapping,
-    ]
-    args += [cache.num_pages * cache.page_size, *k.stride()[:2], *v.stride()[:2], *cache.k.stride()[:3]]
-    args += [*token_strides(cache.k_scale), *token_strides(cache.v_scale)]
-    constants = {
+    programs = k.shape[0] * cache.num_kv_heads
+    if programs == 0:
+        return Plan()
+    args: dict[str, Any] = {
+        "num_slots": cache.num_pages * cache.page_size,
         "F": cache_features(cache),
-        "BLOCK_D": triton.next_power_of_2(cache.head_dim),
+        "BLOCK_D": 1 << (cache.head_dim - 1).bit_length(),
         "LARGEST": LARGEST.get(cache.k.dtype, 1.0),
-        "num_warps": 1,
-    } | FUSED
-    if warm:
-        append_kernel.warmup(*args, **constants, grid=grid)
-    else:
-        with on_device(k.device):
-            append_kernel[grid](*args, **constants)
+    }
+    args |= _strides("k_token k_head", k) | _strides("v_token v_head", v)
+    args |= _strides("page_stride head_stride token_stride", cache.k)
+    for name, scale in (("ks", cache.k_scale), ("vs", cache.v_scale)):
+        args |= dict(zip((f"{name}_page", f"{name}_head", f"{name}_token"), token_strides(scale), strict=True))
+    views = {name: kernel_dtype(cache.k.dtype) for name in ("cache_k", "cache_v")}
+    return Plan([KernelCall(append_kernel, programs, args, {"num_warps": 1}, views=views)])
+
+
+def _strides(names: str, x: Tensor) -> dict[str, int]:
+    return dict(zip(names.split(), x.stride(), strict=False))
+
+
+def _operands(case: AppendCase) -> Operands:
+    """The tensors of a call by the names of the kernel's parameters."""
+    cache = case.cache
+    return {
+        "k": case.k,
+        "v": case.v,
+        "cache_k": cache.k,
+        "cache_v": cache.v,
+        "k_scale": kernel_scale(cache.k_scale),
+        "v_scale": kernel_scale(cache.v_scale),
+        "slots": case.slot_mapping.contiguous(),
+    }
