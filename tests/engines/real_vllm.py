@@ -1,0 +1,337 @@
+"""The real vLLM on swath, on a CPU: run by ``make test-vllm`` in an environment of its own.
+
+Tiny models with random weights generate through vLLM's scheduler (chunked prefill, mixed batches, a cached prefix) and
+are held to Transformers' eager attention; over quantised caches, to Transformers on swath's PagedCache, whose reference
+backend computes in float64. A language model is served by ``vllm serve`` and asked by the real ``openai`` client.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+import inspect
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from enum import Enum
+from importlib import import_module
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any, NamedTuple
+from urllib.error import URLError
+from urllib.request import urlopen
+
+# Read when vLLM is imported, here and in the servers that are started.
+os.environ |= {
+    "SWATH_VLLM_CPU": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}  # fmt: skip
+
+import pytest
+import torch
+import transformers
+import vllm_stub
+from torch import Tensor
+
+import swath
+import swath.engines.vllm
+import swath.hf
+from swath import KVQuant
+from swath.demo.model import unpack
+
+VOCABULARY = 512
+COMMON: dict[str, Any] = dict(
+    vocab_size=VOCABULARY, hidden_size=128, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+ROPE = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 1024,
+    "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+}  # fmt: skip
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", dict(sliding_window=48)),
+    "gemma2": ("Gemma2Config", dict(sliding_window=40, query_pre_attn_scalar=64, attn_logit_softcapping=5.0)),
+    "gemma3": ("Gemma3TextConfig", dict(num_hidden_layers=6, sliding_window=40, query_pre_attn_scalar=64)),
+    "gpt_oss": (
+        "GptOssConfig",
+        dict(sliding_window=32, num_local_experts=4, num_experts_per_tok=2, rope_parameters=ROPE),
+    ),
+}
+NEW_TOKENS = 12
+# What float32 sums in another order do to a logprob here; one lost key in a window of 32 does a thousand times as much.
+LOGPROB_BUDGET = 2e-5
+# Of what quantising changes: keys and values that differ in their last bits are now and then rounded to another step.
+QUANTISED_BUDGET = 0.1
+
+
+class Answer(NamedTuple):
+    """Tokens that were generated after a prompt, and the logprobs of the likeliest ones at each."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
+    cached: int
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny random models, saved as checkpoints."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, (config, own) in CONFIGS.items():
+        torch.manual_seed(0)
+        # vLLM takes the output weights of Gemma from its input embeddings.
+        tied = name.startswith("gemma")
+        made = getattr(transformers, config)(**COMMON | own | {"tie_word_embeddings": tied})
+        model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter, x in model.named_parameters():
+                if parameter.endswith("sinks"):
+                    x.normal_(0.5, 1.0)
+                elif "norm" not in parameter:
+                    x.normal_(0, 0.08)
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def prompts() -> list[list[int]]:
+    """Short and long ones, and three with a common beginning of several pages."""
+    generator = torch.Generator().manual_seed(1)
+    texts: list[Tensor] = [torch.randint(3, VOCABULARY, (n,), generator=generator) for n in (5, 33, 150, 80)]
+    *alone, base = [x.tolist() for x in texts]
+    return [*alone, *([*base, *end] for end in ([7, 8, 9], [10, 11], [12]))]
+
+
+def generate(path: Path, **options: Any) -> list[Answer]:
+    """Greedy tokens of vLLM on swath: all prompts at once, but the last one after them, when its pages are cached."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.model_executor.layers.attention import Attention
+
+    given = dict(
+        model=str(path), skip_tokenizer_init=True, enforce_eager=True, max_model_len=256, max_num_seqs=8,
+        max_num_batched_tokens=64, dtype="float32", seed=0, block_size=32, kv_cache_memory_bytes=64 << 20,
+    )  # fmt: skip
+    llm = LLM(**given | options)
+    how = SamplingParams(
+        temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=5, detokenize=False
+    )  # fmt: skip
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts()]
+    results = [r for batch in (asked[:-1], asked[-1:]) for r in llm.generate(batch, how, use_tqdm=False)]
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    used = {type(layer.impl).__module__ for layer in layers if isinstance(layer, Attention)}
+    assert used == {"swath.engines.vllm.impl"}
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return [
+        Answer(
+            list(r.outputs[0].token_ids),
+            [{int(k): v.logprob for k, v in d.items()} for d in r.outputs[0].logprobs],
+            r.num_cached_tokens,
+        )
+        for r in results
+    ]
+
+
+def worst_of(path: Path, answers: list[Answer], quant: KVQuant | str | None = None) -> tuple[float, bool]:
+    """How far logprobs are from those of Transformers, and whether all tokens are its own likeliest ones.
+
+    It runs on eager attention, or on swath's reference over a quantised cache.
+    """
+    implementation = "eager"
+    if quant is not None:
+        implementation = "swath-reference"
+        swath.hf.register(implementation, impl="reference")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation=implementation
+    )
+    worst, same = 0.0, True
+    for prompt, answer in zip(prompts(), answers, strict=True):
+        ids = torch.tensor([prompt + answer.tokens[:-1]])
+        cache = None if quant is None else swath.hf.PagedCache(model.config, quant=quant)
+        with torch.no_grad():
+            scores = model(ids, past_key_values=cache).logits[0, len(prompt) - 1 :].float().log_softmax(-1)
+        same &= answer.tokens == scores.argmax(-1).tolist()
+        for row, likeliest in zip(scores, answer.logprobs, strict=True):
+            worst = max(worst, *(abs(row[token].item() - p) for token, p in likeliest.items()))
+    return worst, same
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokens_are_those_of_transformers(models: Path, name: str) -> None:
+    answers = generate(models / name)
+    worst, same = worst_of(models / name, answers)
+    print(f"\n{name}: logprobs within {worst:.1e}, {[a.cached for a in answers]} tokens of the prompts cached")
+    assert same
+    assert worst <= LOGPROB_BUDGET
+    assert answers[-1].cached >= 64  # the prefix was not computed again
+
+
+E4M3, E5M2 = KVQuant(torch.float8_e4m3fn), KVQuant(torch.float8_e5m2)  # scales of 1, as vLLM has without calibration
+CACHES = {"int8_per_token_head": "int8", "fp8_per_token_head": "fp8", "fp8": E4M3, "fp8_e5m2": E5M2}
+
+
+@pytest.mark.parametrize("kv_cache_dtype", CACHES)
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_quantised_caches(models: Path, name: str, kv_cache_dtype: str) -> None:
+    answers = generate(models / name, kv_cache_dtype=kv_cache_dtype)
+    worst, _ = worst_of(models / name, answers, CACHES[kv_cache_dtype])
+    effect, _ = worst_of(models / name, answers)
+    print(f"\n{name}, {kv_cache_dtype}: within {worst:.1e} of the same quantisation, {effect:.1e} of none")
+    assert worst <= QUANTISED_BUDGET * effect
+
+
+def test_speculation_changes_no_token(models: Path) -> None:
+    """Drafts of three tokens are verified at once; the likeliest tokens are those of plain decode."""
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    worst, same = worst_of(models / "mistral", generate(models / "mistral", speculative_config=speculation))
+    assert same
+    assert worst <= LOGPROB_BUDGET
+
+
+def test_the_stub_is_like_vllm() -> None:
+    """Names, the parameters of functions, the fields of dataclasses, the values of enums: what a stub has, vLLM has."""
+    for path, names in vllm_stub.MODULES.items():
+        for name in names:
+            if name in NEWER and not hasattr(import_module(path), name):
+                continue
+            ours, theirs = getattr(vllm_stub, name), getattr(import_module(path), name)
+            if not isinstance(ours, type):
+                assert type(ours) is type(theirs), name
+                same_parameters(ours, theirs)
+                continue
+            for member, value in vars(ours).items():
+                if isinstance(ours, type) and issubclass(ours, Enum) and isinstance(value, ours):
+                    assert theirs[member].value == value.value, f"{name}.{member}"
+                elif callable(value) or isinstance(value, classmethod):
+                    same_parameters(getattr(ours, member), getattr(theirs, member))
+                elif not member.startswith("__"):
+                    assert hasattr(theirs, member) or member in {f.name for f in fields(theirs)}, f"{name}.{member}"
+
+
+NEWER = ("KV_CACHE_DTYPES", "register_kv_cache_dtype")
+"""Names that 0.33 has and 0.32 has not."""
+
+
+def same_parameters(ours: Any, theirs: Any) -> None:
+    """Every parameter of a stub's function is one of the real function's, in the same order."""
+    if not callable(ours) or isinstance(ours, type):
+        return
+    mine, real = (list(inspect.signature(f).parameters) for f in (ours, theirs))
+    assert [p for p in real if p in mine] == mine, f"{ours}: {mine}, vLLM has {real}"
+
+
+def test_what_the_adapter_imports_is_in_the_stub() -> None:
+    imported = set()
+    for path in Path(swath.engines.vllm.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm."):
+                imported |= {(node.module, alias.name) for alias in node.names}
+    known = {(path, name) for path, names in vllm_stub.MODULES.items() for name in names}
+    known |= {tuple(path.rsplit(".", 1)) for path in vllm_stub.MODULES}
+    assert imported - known == set()
+
+
+WINDOW, SERVED_TOKENS, START_SECONDS = 128, 24, 600
+QUESTIONS = ("What is a class in Python? ", "How does the import statement work? ", "Explain what a slice is. ")
+
+
+@pytest.fixture(scope="module")
+def language_model() -> Path:
+    """SmolLM2-135M-Instruct as safetensors."""
+    return unpack()
+
+
+def long_prompts() -> list[str]:
+    """Several windows long, each with a question at its end."""
+    text = topics["types"][:2500]
+    return [f"{text}\n\n{question}" for question in QUESTIONS]
+
+
+@pytest.fixture(scope="module")
+def expected(language_model: Path) -> list[str]:
+    """What Transformers generates after each of them, all layers under the window."""
+    swath.hf.register("swath-window", window=swath.Window(WINDOW))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        language_model, dtype=torch.float32, attn_implementation="swath-window"
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(language_model)
+    texts = []
+    for prompt in long_prompts():
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        assert ids.shape[1] > 3 * WINDOW
+        made = model.generate(ids, max_new_tokens=SERVED_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+        texts.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+@pytest.fixture(scope="module")
+def client(language_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A client of ``vllm serve`` on this machine, which serves the model with a window."""
+    from openai import OpenAI
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    layers = transformers.AutoConfig.from_pretrained(language_model).num_hidden_layers
+    windowed = {"sliding_window": WINDOW, "layer_types": ["sliding_attention"] * layers}
+    log = tmp_path_factory.mktemp("server") / "log"
+    # What ``vllm serve`` runs: that command asks for the version of a package "vllm", and this one is "vllm-cpu".
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(language_model),
+        "--attention-backend", "CUSTOM", "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "smollm2",
+        "--dtype", "float32", "--max-model-len", "2048", "--block-size", "32", "--enforce-eager",
+        "--hf-overrides", json.dumps(windowed),
+    ]  # fmt: skip
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as server:
+        try:
+            for _ in range(START_SECONDS):
+                if server.poll() is not None:
+                    pytest.fail(log.read_text()[-4000:])
+                if answers(f"http://127.0.0.1:{port}/health"):
+                    break
+                time.sleep(1)
+            yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        finally:
+            server.terminate()
+
+
+def answers(url: str) -> bool:
+    """Whether a server says it is well."""
+    try:
+        with urlopen(url) as response:
+            return bool(response.status == 200)
+    except (URLError, ConnectionError):
+        return False
+
+
+def complete(client: Any, prompt: str, **options: Any) -> Any:
+    """A greedy completion."""
+    ignore = {"ignore_eos": True}
+    return client.completions.create(
+        model="smollm2", prompt=prompt, max_tokens=SERVED_TOKENS, temperature=0.0, extra_body=ignore, **options
+    )
+
+
+def test_a_served_model_writes_what_transformers_writes(client: Any, expected: list[str]) -> None:
+    assert complete(client, long_prompts()[0]).choices[0].text == expected[0]
+
+
+def test_it_streams(client: Any, expected: list[str]) -> None:
+    pieces = [chunk.choices[0].text for chunk in complete(client, long_prompts()[1], stream=True)]
+    assert len(pieces) > SERVED_TOKENS // 2
+    assert "".join(pieces) == expected[1]
+
+
+def test_several_clients_at_once(client: Any, expected: list[str]) -> None:
+    asked = long_prompts() * 2
+    with ThreadPoolExecutor(len(asked)) as pool:
+        texts = list(pool.map(lambda prompt: complete(client, prompt).choices[0].text, asked))
+    assert texts == expected * 2
