@@ -43,8 +43,8 @@ TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_6
 # One environment, one installer at a time, also under `make -j test demo`.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton test-newest test-hf-newest test-vllm hf-sweep memcheck fuzz compile-all \
-	lint bench docs clean
+.PHONY: help demo test test-gpu test-triton test-newest test-hf-newest test-vllm hf-sweep hub-kernel memcheck fuzz \
+	compile-all lint bench docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -90,6 +90,10 @@ test-vllm: $(VLLM_STAMP) ## run the real vLLM on swath, on a CPU (2 GB to instal
 # Its table in docs/transformers.md is renewed by ARGS="--docs".
 hf-sweep: $(DEV_STAMP) ## compare every causal model type of Transformers on swath and on eager attention (a minute)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/hf/hf_sweep.py $(ARGS)
+
+hub-kernel: $(DEV_STAMP) ## lay out a kernel for the Hugging Face Hub in dist/hub-kernel (ARGS="--name my-kernel")
+	rm -rf dist/hub-kernel
+	$(BIN)/python -m swath.hub dist/hub-kernel $(ARGS)
 
 # Without torch's caching allocator each tensor is an allocation of its own, which memcheck knows the bounds of. Failed
 # CUDA calls do not count: torch makes some on purpose, to ask whether there is a context.

@@ -9,11 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from swath.checks import check_alike, check_count, check_float, check_is_tensor, check_separate
+from swath.checks import check_alike, check_count, check_float, check_is_tensor, check_separate, same_strides
 from swath.errors import bad_type, bad_value
 from swath.pages import PageTable, check_page_size, pages_holding
 from swath.quant import GRANULARITIES, LARGEST, WIDE, KVQuant, check_scale, dequantise, granularity_of, spread
-from swath.vendors import aiter_pages, vllm_pages
+from swath.vendors import aiter_pages, dense_pages, vllm_pages
 
 CACHE_DTYPES = (*WIDE, *LARGEST)
 FLOAT32 = torch.finfo(torch.float32)
@@ -128,6 +128,16 @@ class PagedKV:
         """A copy of aiter's blocked caches: K [n, Hkv, D/x, p, x]; V [n, Hkv, D, p] or [n, Hkv, p/x, D, x]."""
         return cls(*aiter_pages(k, v), k_scale=k_scale, v_scale=v_scale)
 
+    @classmethod
+    def from_dense(cls, k: Tensor, v: Tensor, *, page_size: int | None = None) -> tuple[PagedKV, Tensor]:
+        """A view of caches kept as [B, S, Hkv, D], of any S and strides, and their block table [B, pages], int32.
+
+        ``page_size`` divides S, and the keys from one sequence to the next. None takes 128, or the largest of 64, 32,
+        16, 8 and 1 that does; kernels are slower over pages of 1.
+        """
+        *pools, table = dense_pages(k, v, page_size)
+        return cls(*pools), table
+
     @property
     def num_pages(self) -> int:
         """Pages in the pool."""
@@ -200,7 +210,7 @@ def _check_pools(k: object, v: object) -> None:
         raise bad_value("v", f"a tensor on {k.device}", v.device)
     if k.stride(3) != 1 and k.shape[3] > 1:
         raise bad_value("k", "a last stride of 1", k.stride())
-    if any(a != b for a, b, n in zip(k.stride(), v.stride(), k.shape, strict=True) if n > 1):
+    if not same_strides(k, v):
         raise bad_value("v", f"k's strides {k.stride()}", v.stride())
     check_page_size(k.shape[2])
 

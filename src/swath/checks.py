@@ -77,6 +77,11 @@ def check_alike(name: str, x: Tensor, of: str, like: Tensor) -> None:
         raise bad_type(name, f"{of}'s dtype {like.dtype}", x.dtype)
 
 
+def same_strides(x: Tensor, y: Tensor) -> bool:
+    """Whether tensors of one shape lie alike in memory: strides of dimensions of 1 do not count."""
+    return all(a == b for a, b, n in zip(x.stride(), y.stride(), x.shape, strict=True) if n > 1)
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """One of a few words."""
     if value not in choices:

@@ -33,8 +33,8 @@ class Backend(Protocol):
 @cache
 def backends(op: str) -> dict[str, Backend]:
     """The backends that exist for an op, fastest first."""
-    names = [n for n in BACKENDS if find_spec(f"swath.backends.{n}.{op}") is not None]
-    return {n: cast(Backend, importlib.import_module(f"swath.backends.{n}.{op}")) for n in names}
+    names = [n for n in BACKENDS if find_spec(f"{__package__}.backends.{n}.{op}") is not None]
+    return {n: cast(Backend, importlib.import_module(f"{__package__}.backends.{n}.{op}")) for n in names}
 
 
 def check_impl(op: str, impl: object) -> dict[str, Backend]:

@@ -28,6 +28,11 @@ def page_count(keys: int, page_size: int) -> int:
     return -(-keys // page_size)
 
 
+def page_size_dividing(*keys: int) -> int:
+    """The largest page of at most 128 keys of which each of these numbers of keys is a whole number."""
+    return next(size for size in (128, 64, 32, 16, 8, 1) if all(n % size == 0 for n in keys))
+
+
 def pages_holding(start: int, stop: int, page_size: int) -> slice[int, int, None]:
     """Which pages of a sequence hold its keys ``start .. stop - 1``; of no keys: the page that ``start`` is inside."""
     return slice(start // page_size, page_count(stop, page_size))

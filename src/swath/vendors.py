@@ -1,14 +1,17 @@
 """How other projects write windows and lay out caches, in terms of plain numbers and tensors.
 
-The nouns have a door for each of them: ``Window.from_mojo``, ``PagedKV.from_packed`` and ``PagedKV.from_aiter``.
+The nouns have a door for each of them: ``Window.from_mojo``, ``PagedKV.from_packed``, ``PagedKV.from_aiter`` and
+``PagedKV.from_dense``.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from swath.checks import check_count, check_is_tensor
+from swath.checks import check_alike, check_count, check_is_tensor, check_rows, same_strides
 from swath.errors import bad_value
+from swath.pages import page_size_dividing
 
 PACKED_LAYOUTS = ("nhd", "hnd")
 
@@ -49,6 +52,42 @@ def aiter_pages(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     keys = k.permute(0, 1, 3, 2, 4).flatten(3)
     values = v.transpose(2, 3) if v.dim() == 4 else v.permute(0, 1, 2, 4, 3).flatten(2, 3)
     return keys.contiguous(), values.contiguous()
+
+
+def dense_pages(k: Tensor, v: Tensor, page_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """K and V [num_pages, Hkv, page_size, D] of dense caches [B, S, Hkv, D], and their table [B, pages]. Views.
+
+    ``page_size``: None for the largest that is possible. Pages begin at multiples of it from the first key, so the
+    sequences must lie a whole number of keys apart. Where heads lie outside of keys, as in memory [B, Hkv, S, D], there
+    are pages that begin in one head and end in another; no table entry names them.
+    """
+    shape = "[B, S, num_kv_heads, head_dim]"
+    for name, x in (("k", k), ("v", v)):
+        _check_dims(name, x, (4,), shape)
+    check_alike("v", v, "k", k)
+    if not same_strides(k, v):
+        raise bad_value("v", f"k's strides {k.stride()}", v.stride())
+    check_rows("k", k)
+    (batch, keys, heads, head_dim), apart = k.shape, keys_apart(k)
+    if apart is None:
+        raise bad_value("k", "sequences that lie a whole number of keys apart", f"strides {k.stride()}")
+    size = page_size_dividing(keys, apart) if page_size is None else page_size
+    if keys % size or apart % size:
+        raise bad_value("page_size", f"a divisor of {keys} keys, {apart} apart", size)
+    count = ((batch - 1) * apart + keys) // size if batch and keys else 0
+    step = k.stride(1) if keys > 1 else k.stride(0)
+    strides = (size * step, k.stride(2), step, 1)
+    pools = [x.as_strided((count, heads, size, head_dim), strides) for x in (k, v)]
+    first = torch.arange(batch, dtype=torch.int32, device=k.device) * (apart // size)
+    return pools[0], pools[1], first[:, None] + torch.arange(keys // size, dtype=torch.int32, device=k.device)
+
+
+def keys_apart(k: Tensor) -> int | None:
+    """Keys from the first of a sequence of k [B, S, ...] to the first of the next; None for no whole number of them."""
+    (batch, keys), (between, step) = k.shape[:2], k.stride()[:2]
+    if batch <= 1 or keys <= 1:
+        return keys
+    return between // step if step > 0 and between % step == 0 else None
 
 
 def _check_dims(name: str, x: object, dims: tuple[int, ...], shape: str) -> None:

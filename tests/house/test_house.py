@@ -157,7 +157,7 @@ def test_nothing_is_left_to_do(path: Path) -> None:
 
 
 NOUNS = ("errors", "vendors", "window", "quant", "pages", "checks", "cache", "problem", "target")
-USERS = ("swath.hf", "swath.engines", "swath.cli", "swath.bench", "swath.demo")
+USERS = ("swath.hf", "swath.engines", "swath.compat", "swath.hub", "swath.cli", "swath.bench", "swath.demo")
 ABOVE = ("swath.ops", "swath.dispatch", "swath.backends", *USERS)
 BACKENDS_NEVER = ("swath.ops", "swath.dispatch", "swath.testing", *USERS)
 NEVER = {

@@ -216,3 +216,44 @@ def test_check_names_lengths_that_cannot_be() -> None:
         check(cache, table, int32(5000, 3))
     with pytest.raises(ValueError, match=r"^cu_seqlens_q: .* -2 rows for sequence 1"):
         check(cache, table, int32(70, 129), cu_seqlens_q=int32(0, 3, 1))
+
+
+DENSE = {
+    "one after another": lambda x: x,
+    "heads outside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "with room behind": lambda x: torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 48))[:, : x.shape[1]],
+    "shared": lambda x: x[:1].expand_as(x),
+    "one sequence": lambda x: x[:1],
+}
+
+
+@pytest.mark.parametrize("layout", DENSE)
+@pytest.mark.parametrize(("keys", "page_size"), [(256, 128), (192, 64), (96, 32), (48, 16), (40, 8), (50, 1), (1, 1)])
+def test_from_dense_is_a_view_of_any_length(keys: int, page_size: int, layout: str) -> None:
+    k = DENSE[layout](numbered(3, keys, HEADS, DIM))
+    v = k.clone() if layout == "one after another" else k
+    cache, table = PagedKV.from_dense(k, v)
+    assert cache.page_size == (page_size if layout != "with room behind" else min(page_size, 16))
+    assert (cache.k.data_ptr(), cache.v.data_ptr()) == (k.data_ptr(), v.data_ptr())
+    assert table.shape == (len(k), keys // cache.page_size)
+    for b in range(len(k)):
+        assert torch.equal(cache.k[table[b].long()].transpose(1, 2).flatten(0, 1), k[b])
+    ones, single = PagedKV.from_dense(k, v, page_size=1)
+    assert torch.equal(ones.k[single[-1].long(), :, 0], k[-1])
+
+
+def test_from_dense_refuses_what_is_no_view() -> None:
+    k = numbered(3, 48, HEADS, DIM)
+    wrong = {
+        "k: wanted shape": lambda: PagedKV.from_dense(k[0], k[0]),
+        "v: wanted k's shape": lambda: PagedKV.from_dense(k, k[:2]),
+        "v: wanted k's strides": lambda: PagedKV.from_dense(k, DENSE["heads outside"](k)),
+        "k: wanted a last stride of 1": lambda: PagedKV.from_dense(*[k.transpose(2, 3)] * 2),
+        "k: wanted sequences that lie a whole number of keys apart": lambda: PagedKV.from_dense(
+            *[torch.nn.functional.pad(k.flatten(1), (0, 8))[:, :-8].view(k.shape)] * 2
+        ),
+        "page_size: wanted a divisor of 48 keys": lambda: PagedKV.from_dense(k, k, page_size=32),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call()

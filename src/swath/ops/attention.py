@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
-from typing import Any, Literal, TypedDict, cast, get_type_hints, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_type_hints, overload
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from swath import checks
 from swath.cache import DenseKeys
@@ -18,6 +17,9 @@ from swath.ops.signature import Memory, coarse
 from swath.ops.torch_ops import TorchOp
 from swath.problem import Accepted, Problem
 from swath.window import Window
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class AttentionOptions(TypedDict, total=False):

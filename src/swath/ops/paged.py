@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from swath import checks
 from swath.cache import PagedKeys, PagedKV
@@ -18,6 +17,9 @@ from swath.ops.signature import Memory, coarse
 from swath.pages import BlockTable, PageTable
 from swath.problem import Accepted, Problem
 from swath.quant import LARGEST
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SPLIT_STEP, LARGEST_SPLIT = 64, 1 << 30
 

@@ -21,7 +21,10 @@ from swath.errors import bad_type
 from swath.pages import BlockTable, PageTable
 from swath.window import Window
 
-_lib = torch.library.Library("swath", "DEF")
+NAMESPACE = "swath"
+"""Of the operators: ``torch.ops.swath``. A Hub kernel has a namespace of its own, see hub.py."""
+
+_lib = torch.library.Library(NAMESPACE, "DEF")
 
 
 def must_dispatch(operands: tuple[object, ...]) -> bool:
@@ -144,13 +147,15 @@ class TorchOp:
         written = [self._parameter(*p, letters) for p in self._schema()]
         _lib.define(f"{self.name}({', '.join(written)}) -> {self.returns}")
         _lib.impl(self.name, lambda *parts: self.run(**self._together(parts)), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"swath::{self.name}", lambda *parts: self.fake(**self._together(parts)), lib=_lib)
+        torch.library.register_fake(
+            f"{NAMESPACE}::{self.name}", lambda *parts: self.fake(**self._together(parts)), lib=_lib
+        )
 
     def __call__(self, **arguments: Any) -> Any:
         """Through the dispatcher."""
         op, _, overload = self.name.partition(".")
         parts = [p for name, kind in self.arguments.items() for p in PARTS[kind].apart(name, arguments[name])]
-        return getattr(getattr(torch.ops.swath, op), overload or "default")(*parts)
+        return getattr(getattr(getattr(torch.ops, NAMESPACE), op), overload or "default")(*parts)
 
     def _schema(self) -> list[tuple[str, str, str]]:
         """The parts of all arguments: argument, name of the part, its type in the schema."""
