@@ -11,6 +11,7 @@ from torch import Tensor
 from swath import KVQuant, PagedKV, append_kv
 from swath.engines import common
 from swath.engines.common import Layer, Step
+from swath.ops import paged
 from swath.testing import Case, Inputs, make
 
 PAGES, HEADS, SIZE, DIM = 5, 2, 16, 24
@@ -161,12 +162,32 @@ def test_a_step_appends_as_far_as_slots_go() -> None:
     assert torch.equal(cache.v, own.v)
 
 
-def test_windows_and_sinks_of_engines() -> None:
+def test_windows_of_engines() -> None:
     assert [common.window_size(left) for left in (-1, 0, 127)] == [None, 1, 128]
-    sink = torch.nn.Parameter(torch.zeros(4))
-    layer = Layer(sink=sink)
+
+
+def test_layers_that_are_alike_are_checked_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a layer of another kind, or with tensors that look otherwise, on its own."""
+    inputs = make(CASES["mixed"])
+    checked: list[object] = []
+    accept = paged.accept
+    monkeypatch.setattr(paged, "accept", lambda *args, **kwargs: checked.append(args) or accept(*args, **kwargs))
+    step, q, k, v = step_of(inputs), inputs.q, inputs.cache.k, inputs.cache.v
+    assert inputs.sink is not None
+    caches = [inputs.cache, PagedKV(k.clone(), v.clone())]
     with torch.no_grad():
-        sink.fill_(2.0)  # weights that are loaded later
-    assert layer.sink is not None
-    assert not layer.sink.requires_grad
-    assert (layer.sink == 2.0).all()
+        for cache in caches:
+            inputs.check(step.attend(Layer(40, sink=inputs.sink), q, cache), None)
+        assert len(checked) == 1
+        for layer, new in ((Layer(40), q), (Layer(41), q), (Layer(40), q.repeat_interleave(2, dim=1)[:, ::2])):
+            step.attend(layer, new, caches[0])
+        assert len(checked) == 4
+
+
+def test_weights_of_a_sink_may_be_loaded_later() -> None:
+    inputs = make(CASES["mixed"])
+    assert inputs.sink is not None
+    sink = torch.nn.Parameter(torch.zeros_like(inputs.sink), requires_grad=False)
+    layer = Layer(40, sink=sink)
+    sink.data = inputs.sink
+    inputs.check(step_of(inputs).attend(layer, inputs.q, inputs.cache), None)

@@ -12,9 +12,13 @@ from torch import Tensor
 
 from swath.cache import PagedKV
 from swath.errors import bad_value
+from swath.ops import paged
 from swath.ops.append import append_kv
-from swath.ops.paged import paged_attention
+from swath.ops.paged import PAGED_ATTENTION, paged_attention
+from swath.ops.signature import cache_look, tensor_look
+from swath.ops.torch_ops import must_dispatch
 from swath.pages import BlockTable
+from swath.problem import Accepted, Problem
 from swath.vendors import vllm_pages
 from swath.window import Window
 
@@ -29,7 +33,7 @@ class Layer:
     Args:
         size: keys in its window, the query's own included; None is no limit. (See ``window_size``.)
         scale, softcap: as ``paged_attention`` takes them.
-        sink: [Hq] logits. A parameter is read in place, so its weights may be loaded later.
+        sink: [Hq] logits. It may be a parameter whose weights are loaded later.
         split_size: of ``paged_attention``, for the same bits in any batch.
         impl: the backend of attention.
     """
@@ -41,15 +45,15 @@ class Layer:
     split_size: int | None = None
     impl: str = "auto"
 
-    def __post_init__(self) -> None:
-        if self.sink is not None:
-            object.__setattr__(self, "sink", self.sink.detach())
+    @cached_property
+    def numbers(self) -> tuple[object, ...]:
+        """All of it but the sink."""
+        return self.size, self.scale, self.softcap, self.split_size
 
     @cached_property
     def options(self) -> dict[str, Any]:
         """Its options of ``paged_attention``."""
-        names = ("scale", "softcap", "sink", "split_size", "impl")
-        return {name: getattr(self, name) for name in names}
+        return dict(scale=self.scale, softcap=self.softcap, sink=self.sink, split_size=self.split_size)
 
     def append(self, cache: PagedKV, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Write k, v [T or more, Hkv, D] into ``slots``, int [T]; -1 is none, and rows past them are padding."""
@@ -88,6 +92,7 @@ class Step:
     causal: bool = True
     size: int | None = None
     _windows: dict[int | None, Window] = field(default_factory=dict, init=False, repr=False)
+    _accepted: dict[object, Accepted] = field(default_factory=dict, init=False, repr=False)
 
     def window(self, size: int | None) -> Window:
         """The window of layers that see ``size`` keys, the same object for all of them."""
@@ -104,10 +109,24 @@ class Step:
     ) -> Any:
         """Attention of q [T or more, Hq, D]: out [T, Hq, D], a new tensor or the rows given, and the LSE [T, Hq]."""
         arguments, options = self.call(layer, q, cache, out)
-        made = paged_attention(*arguments, return_lse=return_lse, **options)
+        options["return_lse"] = return_lse
+        if torch.is_grad_enabled() or must_dispatch(arguments):
+            made = paged_attention(*arguments, **options, impl=layer.impl)
+        else:
+            made = PAGED_ATTENTION.execute(self._problem(layer, arguments, options), layer.impl).result
         if arguments[0].dim() == 3:
             return made
         return made.flatten(0, 1) if isinstance(made, Tensor) else tuple(x.flatten(0, 1) for x in made)
+
+    def _problem(self, layer: Layer, arguments: tuple[Any, ...], options: dict[str, Any]) -> Problem:
+        """The checked call. What all layers share has one look, so layers that are alike are checked once a step."""
+        q, cache, out, sink = arguments[0], arguments[1], options["out"], layer.sink
+        looks = (tensor_look(q), cache_look(cache), out is None or tensor_look(out), sink is None or tensor_look(sink))
+        key = layer.numbers, options["return_lse"], looks
+        accepted = self._accepted.get(key)
+        if accepted is None:
+            accepted = self._accepted[key] = paged.accept(*arguments, **options)
+        return paged.prepare_like(accepted, *arguments, options=options)
 
     def call(self, layer: Layer, q: Tensor, cache: PagedKV, out: Tensor | None) -> tuple[Any, dict[str, Any]]:
         """The arguments of ``paged_attention``, by position and by name."""

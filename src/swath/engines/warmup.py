@@ -88,7 +88,7 @@ def warm(
             step = step_of(*sizes)
             q = torch.empty(step.num_tokens, num_q_heads, cache.head_dim, dtype=dtype, device=cache.k.device)
             arguments, options = step.call(layer, q, cache, torch.empty_like(q))
-            warmup(paged_attention, *arguments, **options)
+            warmup(paged_attention, *arguments, **options, impl=layer.impl)
             calls += 1
         warmup(append_kv, cache, *new_tokens(cache, dtype))
     logger.info("swath: %d calls compiled in %.1f s", calls, time.perf_counter() - begin)

@@ -106,7 +106,18 @@ _memory: Memory[Accepted] = Memory()
 
 def prepare(q: Tensor, cache: PagedKV, block_table: BlockTable, seq_lens: Tensor, **options: Any) -> Problem:
     """Check the arguments of ``paged_attention`` (see there) and make its outputs."""
-    accepted = _memory.recall(_accept, (q, cache, block_table, seq_lens), options)
+    return prepare_like(accept(q, cache, block_table, seq_lens, **options), q, cache, block_table, seq_lens, options)
+
+
+def accept(q: Tensor, cache: PagedKV, block_table: BlockTable, seq_lens: Tensor, **options: Any) -> Accepted:
+    """What the checks find about a call, or found about one with this signature."""
+    return _memory.recall(_accept, (q, cache, block_table, seq_lens), options)
+
+
+def prepare_like(
+    accepted: Accepted, q: Tensor, cache: PagedKV, block_table: BlockTable, seq_lens: Tensor, options: dict[str, Any]
+) -> Problem:
+    """``prepare`` for a call that is known to look like one that was accepted."""
     out = options.get("out")
     if type(out) is Tensor and type(cache.k) is Tensor and cache.holds(out):  # addresses are in no signature
         raise bad_value("out", "memory that is not the cache's", "a view of its pool")

@@ -41,7 +41,7 @@ def signature_of(operands: tuple[Any, ...], options: dict[str, Any]) -> Signatur
     looks: list[object] = [with_grad, *options]
     for x in (*operands, *options.values()):
         kind = type(x)
-        if kind is Tensor or kind is Parameter:  # no function of its own: calls cost too
+        if kind is Tensor or kind is Parameter:  # as ``tensor_look``, but calls cost too
             needs_grad = with_grad and x.requires_grad
             looks.append((x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % ALIGNMENT, needs_grad))
         elif kind in VALUES:
@@ -52,9 +52,22 @@ def signature_of(operands: tuple[Any, ...], options: dict[str, Any]) -> Signatur
     return tuple(looks)
 
 
+def tensor_look(x: Tensor) -> object:
+    """What a signature says of a tensor, where no gradients are recorded."""
+    return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % ALIGNMENT
+
+
+def cache_look(cache: PagedKV) -> Signature:
+    """What a signature says of a cache where no gradients are recorded: found out once, since its tensors stay."""
+    found: Signature | None = cache.__dict__.get("_look")
+    if found is None:
+        found = cache.__dict__["_look"] = signature_of(cache.tensors, {})
+    return found
+
+
 def _look(x: object) -> object:
     if type(x) is PagedKV:
-        return PagedKV, signature_of(x.tensors, {})
+        return PagedKV, signature_of(x.tensors, {}) if torch.is_grad_enabled() else cache_look(x)
     if type(x) is Window:
         if type(x.global_tokens) is int:
             return Window, x.key
