@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -146,3 +146,27 @@ def python_environment() -> dict[str, str]:
     """The environment of a fresh interpreter that finds the same swath, installed or not."""
     source = str(Path(swath.__file__).parents[1])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))}
+
+
+Capture = Callable[[Callable[[], Any]], AbstractContextManager[Any]]
+"""What the fixture ``captured`` gives: from a call to its CUDA graph."""
+
+
+@pytest.fixture
+def captured() -> Capture:
+    """Captures a call that has run twice before on a side stream."""
+
+    @contextmanager
+    def captured(call: Callable[[], Any]) -> Iterator[torch.cuda.CUDAGraph]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        yield graph
+
+    return captured

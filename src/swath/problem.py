@@ -107,7 +107,7 @@ class Problem:
             if q_scale is not None and q_scale.dim():
                 q_scale = q_scale[rows]
             lse = None if self.lse is None else self.lse[rows]
-            yield SequenceRows(b, q, q_scale, start, kv_len, self.window.for_sequence(b), self.out[rows], lse)
+            yield SequenceRows(b, q, q_scale, start, kv_len, self.window.for_sequence(b, rows), self.out[rows], lse)
 
     def by_kv_head(self, x: Tensor) -> Tensor:
         """Split the query heads of ``x`` [n, Hq, ...] by kv head: [Hkv, n, group, ...], in either GQA layout."""
@@ -145,7 +145,12 @@ class SequenceRows:
         """Keys that rows ``first .. end - 1`` can see together, as ``Window.key_ranges``; nothing for no rows."""
         if end <= first:
             return 0, 0, 0
-        return self.window.key_ranges(self.start + first, self.start + end - 1, min(self.kv_len, keys.capacity))
+        last = self.start + end - 1
+        return self.window.of_rows(first, end).key_ranges(self.start + first, last, min(self.kv_len, keys.capacity))
+
+    def mask(self, first: int, end: int, key_positions: Tensor) -> Tensor:
+        """Which keys [K] rows ``first .. end - 1`` see, bool [rows, K]."""
+        return self.window.of_rows(first, end).mask(self.positions(first, end), key_positions)
 
     def dequantised_q(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
         """Query rows ``first .. end - 1`` in ``dtype``, the fp8 scale applied."""

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
+from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ OPTIONS: dict[str, list[str]] = {
     "queries": ["decode", "steps", "ragged", "dense", "many steps", "long ragged"],
     "storage": ["bf16", "fp16", "fp32", "int8 channel", "int8 token", "e4m3 head", "e5m2 tensor", "int8 compute"],
     "head_dim": ["128", "64", "80", "256"],
-    "window": ["none", "size", "size+count", "size+tensor", "both sides"],
+    "window": ["none", "size", "size+count", "size+tensor", "both sides", "bounds"],
     "scoring": ["plain", "softcap", "sink+lse", "interleaved"],
     "paging": ["16", "544", "flat 16", "split 256"],
 }
@@ -41,6 +42,14 @@ ONE_PASS = [
     ("ragged", "fp16", "64", "both sides", "softcap", "16"),
 ]
 """What pairs need not meet and a kernel of its own is compiled for: prefill of the paired target in one pass."""
+BOUNDS = [
+    ("decode", "bf16", "128", "bounds+count", "sink+lse", "16"),
+    ("steps", "int8 token", "128", "bounds+count", "plain", "16"),
+    ("ragged", "bf16", "64", "bounds+count", "softcap", "wide 16"),
+    ("long ragged", "int8 token", "128", "bounds+count", "plain", "16"),
+    ("dense", "bf16", "128", "bounds+count", "plain", "16"),
+]
+"""Bounds of rows beside leading tokens."""
 TABLES = [
     ("decode", "bf16", "128", "size+tensor", "plain", "tokens 16"),
     ("ragged", "fp16", "64", "size", "plain", "tokens 16"),
@@ -72,7 +81,8 @@ def suite_variants(arch: str) -> list[Variant]:
     rows = pairwise(OPTIONS)
     if arch != PAIRED_TARGET:
         return covering(list(variants(arch, rows)))
-    return list(variants(arch, rows + [dict(zip(OPTIONS, values, strict=True)) for values in ONE_PASS + TABLES]))
+    others = ONE_PASS + BOUNDS + TABLES
+    return list(variants(arch, rows + [dict(zip(OPTIONS, values, strict=True)) for values in others]))
 
 
 def all_variants(arch: str) -> Iterator[Variant]:
@@ -117,7 +127,10 @@ WINDOWS = {
     "size+count": Window(1024, global_tokens=4),
     "size+tensor": Window(1024, torch.zeros(2, dtype=torch.int32), max_global_tokens=64),
     "both sides": Window(60, causal=False),
+    "bounds": Window(),
+    "bounds+count": Window(global_tokens=4),
 }
+"""Bounds are made for the queries."""
 
 
 def problem_of(row: dict[str, str]) -> Problem:
@@ -137,6 +150,7 @@ def problem_of(row: dict[str, str]) -> Problem:
     tokens, cu = 512, torch.zeros(num_seqs + 1, dtype=ints)
     if row["queries"] == "dense":
         q, k, v = (torch.empty(tokens, h, head_dim, dtype=dtype) for h in (group * kv_heads, kv_heads, kv_heads))
+        options["window"] = with_bounds(options["window"], row, q, ints)
         return attention_call.prepare(q, k, v, cu, cu, **options)
     page_size = int(row["paging"].split()[-1]) if row["paging"] != "split 256" else 16
     if row["queries"] == "long ragged":  # 8-bit keys of which the scratch holds one sequence, dequantised
@@ -156,7 +170,15 @@ def problem_of(row: dict[str, str]) -> Problem:
     q = torch.empty(*uniform.get(row["queries"], (tokens,)), group * kv_heads, head_dim, dtype=dtype)
     if row["queries"] not in uniform:
         options["cu_seqlens_q"] = cu
+    options["window"] = with_bounds(options["window"], row, q, ints)
     return paged_call.prepare(q, cache, table, torch.zeros(num_seqs, dtype=ints), **options)
+
+
+def with_bounds(window: Window, row: dict[str, str], q: torch.Tensor, ints: torch.dtype) -> Window:
+    """The window with bounds for the rows of q, if the row asks for them."""
+    if not row["window"].startswith("bounds"):
+        return window
+    return replace(window, bounds=torch.zeros(*q.shape[:-2], 2, dtype=ints))
 
 
 def _cache(storage: str, granularity: str, heads: int, page_size: int, head_dim: int, dtype: torch.dtype) -> PagedKV:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from swath import Window
 from swath.testing import visible
+from swath.testing.oracle import inside
 
 WINDOWS = st.builds(
     Window,
@@ -182,3 +183,46 @@ ONE = torch.tensor([1], dtype=torch.int32)
 def test_bad_fields(fields: dict[str, object], error: type[Exception], name: str) -> None:
     with pytest.raises(error, match=f"^{name}: wanted"):
         Window(**fields)
+
+
+BOUNDED = st.builds(
+    lambda rows, g: Window(global_tokens=g, bounds=torch.tensor(rows, dtype=torch.int32)),
+    st.lists(st.tuples(st.integers(-4, 30) | st.just(-(2**31)), st.integers(-4, 30) | st.just(2**31 - 1)), min_size=1),
+    st.integers(0, 9),
+)
+
+
+@given(BOUNDED, st.integers(0, 25))
+def test_bounds_show_what_their_ranges_hold(window: Window, kv_len: int) -> None:
+    rows, keys = torch.zeros(len(window.bounds), dtype=torch.int64), torch.arange(kv_len)
+    seen = inside(window.bounds, keys, window.global_tokens)
+    assert torch.equal(window.mask(rows, keys), seen)
+    assert torch.equal(window.seen_by_any(0, 0, kv_len), seen.any(0))
+    lead, left, right = window.key_ranges(0, 0, kv_len)
+    assert 0 <= lead <= left <= right <= kv_len
+    held = torch.zeros(kv_len, dtype=torch.bool)
+    held[:lead] = held[left:right] = True
+    assert not (seen.any(0) & ~held).any()
+    assert lead in (0, window.global_tokens) or lead == kv_len or seen[:, :lead].any(0).all()
+    by_window = inside(window.bounds, keys, 0)
+    assert not right > left or by_window.any(0)[left] or left == 0
+    start, stop = window.interior(0, 0, left, right)
+    assert by_window[:, start:stop].all()
+
+
+def test_rows_of_bounds() -> None:
+    bounds = torch.arange(12).view(2, 3, 2)
+    window = Window(bounds=bounds, max_visible=1)
+    assert torch.equal(window.for_sequence(1, 1).of_rows(1, 3).bounds, bounds[1, 1:])
+    assert Window(4).of_rows(1, 2) == Window(4)
+    assert not window.is_unbounded
+    assert window == Window(bounds=bounds, max_visible=1) != Window(bounds=bounds.clone(), max_visible=1)
+    assert hash(window) == hash(Window(bounds=bounds, max_visible=1))
+
+
+def test_guesses_go_by_the_promise() -> None:
+    bounds = torch.zeros(1, 2, dtype=torch.int32)
+    assert Window(bounds=bounds).visible_guess(16, 5000) == 5000
+    assert Window(bounds=bounds, max_visible=100).visible_guess(16, 5000) == 128 + 15
+    assert Window(bounds=bounds, max_visible=100).visible_bound(16, 5000) == 5000
+    assert Window(100, global_tokens=2).visible_guess(16, 5000) == 99 + 16 + 2

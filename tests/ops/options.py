@@ -67,6 +67,8 @@ WINDOWS: list[Fields] = [
     {"causal": False},
     {"size": 9, "causal": False},
     {"size": 9, "global_tokens": 4, "causal": False},
+    {"ranges": "random", "global_tokens": 4},
+    {"ranges": "blocks in window"},
 ]
 
 SHARED: dict[str, list[Fields]] = {

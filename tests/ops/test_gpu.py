@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from pools import in_a_large_pool
 
-from conftest import PORTABLE, Prepare, check, each_backend
+from conftest import PORTABLE, Capture, Prepare, check, each_backend
 from swath import KVQuant, attention, paged_attention
 from swath.testing import Case, Inputs
 
@@ -21,24 +18,9 @@ MIB = 2**20
 pytestmark = [pytest.mark.gpu, each_backend("attention", but=PORTABLE)]
 
 
-@contextmanager
-def captured(call: Callable[[], Any]) -> Iterator[torch.cuda.CUDAGraph]:
-    """The graph of a call that has run twice before on a side stream."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    yield graph
-
-
 @pytest.mark.parametrize("q_lens", [1, 3, (40, 3, 1)], ids=str)
 def test_graph_replay_with_other_lengths_leaves_the_tail_unchanged(
-    q_lens: int | tuple[int, ...], prepare: Prepare, impl: str
+    q_lens: int | tuple[int, ...], prepare: Prepare, impl: str, captured: Capture
 ) -> None:
     """Captured at the longest lengths, replayed as they change: right rows, and no byte elsewhere."""
     inputs = prepare(Case((300, 200, 250), q_lens, tail=0 if isinstance(q_lens, int) else 3, dtype=torch.bfloat16))

@@ -20,6 +20,7 @@ PAGED = {
     "n-step": Case(q_lens=3, quant=KVQuant(torch.int8, "token"), sink="fp32", index_dtype=torch.int64),
     "request table": Case(table="rows", unit="token", size=20),
     "ragged": Case(q_lens=(5, 0, 40), table="flat", size=20, global_tokens=(1, 2, 3), q_start=(3, 4, 80)),
+    "bounds": Case(q_lens=3, ranges="random", global_tokens=4, bounds="tight"),
     "fp8": Case(dtype=torch.float8_e4m3fn, q_scale="token", quant=KVQuant(torch.float8_e4m3fn, "channel", "head")),
 }
 DENSE = Case(q_lens=(5, 0, 40), dense=True, size=20, softcap=5.0, gqa="interleaved")
@@ -173,7 +174,7 @@ def test_fake_tensors_have_the_real_shapes(case: Case) -> None:
         if isinstance(x, PageTable):
             return PageTable(fake(x.entries), rows=fake(x.rows), unit=x.unit)
         if isinstance(x, Window):
-            return Window(x.size, fake(x.global_tokens), x.causal)
+            return Window(x.size, fake(x.global_tokens), x.causal, bounds=fake(x.bounds))
         return tuple(map(fake, x)) if isinstance(x, tuple) else x
 
     public = swath.attention if case.dense else swath.paged_attention

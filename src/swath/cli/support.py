@@ -206,6 +206,7 @@ def _scored(op: str) -> list[Row]:
         Row("`gqa`", {f'`"{x}"`': _with(op, gqa=x) for x in ("grouped", "interleaved")}),
         Row("`window`", {words: Call(op, case_of(**window)) for words, window in windows.items()}),
         Row("`global_tokens`, one count per sequence", {"[B]": Call(op, change=_leading_per_sequence)}),
+        Row("`bounds`, a range for each row", {"[..., 2]": Call(op, change=_bounds)}),
         Row("`q_start`", {"[B]": Call(op, change=_q_start)}),
         Row("`scale`", {"0.5": _with(op, scale=0.5), "-1": _with(op, scale=-1.0)}),
         Row("`softcap`", asked({"30": 30.0}, "softcap")),
@@ -313,6 +314,10 @@ def _five_heads(args: list[Any], _: dict[str, Any]) -> None:
 def _leading_per_sequence(args: list[Any], options: dict[str, Any]) -> None:
     counts = torch.empty(1, dtype=torch.int32, device=args[0].device)
     options["window"] = Window(128, global_tokens=counts, max_global_tokens=4)
+
+
+def _bounds(args: list[Any], options: dict[str, Any]) -> None:
+    options["window"] = Window(bounds=args[0].new_empty(*args[0].shape[:-2], 2, dtype=torch.int32))
 
 
 def _q_start(args: list[Any], options: dict[str, Any]) -> None:

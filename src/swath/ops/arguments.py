@@ -81,6 +81,8 @@ def check_options(q: Tensor, num_seqs: int, options: dict[str, Any]) -> dict[str
     window, scale, sink = Window.of(options["window"]), options["scale"], options["sink"]
     if isinstance(window.global_tokens, Tensor):
         check_ints("window.global_tokens", window.global_tokens, num_seqs, q.device)
+    if window.bounds is not None:
+        _check_bounds(window.bounds, q)
     scale = float(q.shape[-1]) ** -0.5 if scale is None else _check_factor("scale", scale, "None", signed=True)
     softcap = _check_factor("softcap", options["softcap"], "inf", signed=False)
     softcap = 0.0 if softcap == math.inf else softcap
@@ -104,6 +106,13 @@ def _check_factor(name: str, value: object, other: str, *, signed: bool) -> floa
     if number and not (SMALLEST_FACTOR <= size <= LARGEST_FACTOR or (size == math.inf and not signed)):
         raise bad_value(name, wanted, value)
     return number
+
+
+def _check_bounds(bounds: Tensor, q: Tensor) -> None:
+    shape = (*q.shape[:-2], 2)
+    check_tensor("window.bounds", bounds, len(shape), q.device)
+    if bounds.shape != shape:
+        raise bad_value("window.bounds", f"shape {shape}, a range [lo, hi) for each query row", tuple(bounds.shape))
 
 
 def _check_sink(sink: object, q: Tensor) -> None:

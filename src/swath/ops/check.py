@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from swath import checks
 from swath.cache import PagedKeys, PagedKV
 from swath.errors import bad_type, bad_value
-from swath.pages import BlockTable, PageTable, pages_holding
+from swath.pages import BlockTable, PageTable
 from swath.window import Window
 
 
@@ -40,6 +42,7 @@ def check(
     lengths = seq_lens.tolist()
     q_lens = [num_steps] * len(lengths) if cu_seqlens_q is None else cu_seqlens_q.diff().tolist()
     starts = None if q_start is None else q_start.tolist()
+    by_row = window if window.bounds is None else replace(window, bounds=window.bounds.reshape(-1, 2))
     for b, (kv_len, q_len) in enumerate(zip(lengths, q_lens, strict=True)):
         if kv_len < 0:
             raise bad_value("seq_lens", "lengths >= 0", f"{kv_len} for sequence {b}")
@@ -50,7 +53,9 @@ def check(
             raise bad_value("block_table", f"pages for {kv_len} keys of sequence {b}", pages)
         first = kv_len - q_len if starts is None else starts[b]
         if q_len:
-            _check_visible(keys, window.for_sequence(b), b, first, first + q_len - 1)
+            row = b * num_steps if cu_seqlens_q is None else int(cu_seqlens_q[b])
+            of_sequence = by_row.for_sequence(b, slice(row, row + q_len))
+            _check_visible(keys, of_sequence, b, first, first + q_len - 1)
 
 
 def _checked(
@@ -72,19 +77,16 @@ def _checked(
         checks.check_ints("q_start", q_start, num_seqs, device)
     if isinstance(window.global_tokens, Tensor):
         checks.check_ints("window.global_tokens", window.global_tokens, num_seqs, device)
+    if window.bounds is not None and window.bounds.device != device:
+        raise bad_value("window.bounds", f"a tensor on {device}, as the others", window.bounds.device)
     return PagedKeys(cache, PageTable.checked(block_table, num_seqs, device), seq_lens)
 
 
 def _check_visible(keys: PagedKeys, window: Window, b: int, first: int, last: int) -> None:
-    lead, left, right = window.key_ranges(first, last, keys.kv_len(b))
-    size, row = keys.cache.page_size, keys.table.row(b, keys.cache.page_size)
-    for start, stop in ((0, lead), (left, right)):
-        if start == stop:
-            continue
-        held = pages_holding(start, stop, size)
-        pages = row[held]
-        bad = torch.nonzero((pages < 0) | (pages >= keys.cache.num_pages)).flatten().tolist()
-        if bad:
-            entry = held.start + bad[0]
-            wanted = f"visible entries in [0, {keys.cache.num_pages})"
-            raise bad_value("block_table", wanted, f"{int(row[entry])} at sequence {b}, entry {entry}")
+    row = keys.table.row(b, keys.cache.page_size).cpu()
+    seen = window.seen_by_any(first, last, keys.kv_len(b)).nonzero().flatten()
+    held = torch.unique(seen // keys.cache.page_size)
+    bad = held[(row[held] < 0) | (row[held] >= keys.cache.num_pages)].tolist()
+    if bad:
+        wanted = f"visible entries in [0, {keys.cache.num_pages})"
+        raise bad_value("block_table", wanted, f"{int(row[bad[0]])} at sequence {b}, entry {bad[0]}")

@@ -69,9 +69,10 @@ def _look(x: object) -> object:
     if type(x) is PagedKV:
         return PagedKV, signature_of(x.tensors, {}) if torch.is_grad_enabled() else cache_look(x)
     if type(x) is Window:
-        if type(x.global_tokens) is int:
+        if type(x.global_tokens) is int and x.bounds is None:
             return Window, x.key
-        return Window, x.size, x.causal, x.max_global_tokens, signature_of((x.global_tokens,), {})
+        tensors = signature_of((x.global_tokens, x.bounds), {})
+        return Window, x.size, x.causal, x.max_global_tokens, coarse(x.max_visible), tensors
     if type(x) is PageTable:
         return PageTable, signature_of((x.entries, x.indptr, x.rows, x.unit), {})
     if isinstance(x, (tuple, list)):

@@ -77,11 +77,12 @@ def _window_apart(_name: str, window: Any) -> tuple[Any, ...]:
     window = Window.of(window)
     g = window.global_tokens
     per_seq = isinstance(g, Tensor)
-    return window.size, 0 if per_seq else g, g if per_seq else None, window.causal, window.max_global_tokens
+    leading = 0 if per_seq else g, g if per_seq else None
+    return window.size, *leading, window.causal, window.max_global_tokens, window.bounds, window.max_visible
 
 
-def _window(size: int | None, count: int, per_seq: Tensor | None, causal: bool, most: int | None) -> Window:
-    return Window(size, count if per_seq is None else per_seq, causal, most)
+def _window(size: int | None, count: int, per_seq: Tensor | None, *others: Any) -> Window:
+    return Window(size, count if per_seq is None else per_seq, *others)
 
 
 def _table_apart(name: str, table: Any) -> tuple[Any, ...]:
@@ -113,6 +114,8 @@ PARTS: dict[Any, Parts] = {
             "_global_tokens_per_seq": "Tensor?",
             "_causal": "bool",
             "_max_global_tokens": "int?",
+            "_bounds": "Tensor?",
+            "_max_visible": "int?",
         },
         _window_apart,
         _window,

@@ -9,6 +9,7 @@ import torch
 
 from swath.errors import bad_type
 from swath.quant import KVQuant
+from swath.testing.ranges import RULES
 from swath.window import Window
 
 DTYPES = {
@@ -44,6 +45,7 @@ class Case:
         index_dtype: of it, of lengths and of positions: int32 or int64.
     Who sees whom
         size, global_tokens (one per sequence where it is a tuple), max_global_tokens, causal: as ``Window``.
+        ranges: "" or which bounds the rows have (``ranges.RULES``); their ``max_visible`` goes by ``bounds``.
     Scores
         scale (None is D^-0.5), softcap, sink ("none", "fp32" or "q": its dtype), gqa.
     Launch
@@ -75,6 +77,7 @@ class Case:
     global_tokens: int | tuple[int, ...] = 0
     max_global_tokens: int | None = None
     causal: bool = True
+    ranges: str = ""
     scale: float | None = None
     softcap: float = 0.0
     sink: str = "none"
@@ -147,11 +150,16 @@ class Case:
         """Where the first query row of sequence ``b`` stands."""
         return max(self.kv_lens[b], 0) - self.row_counts[b] if self.q_start is None else self.q_start[b]
 
+    def ranges_of(self, b: int) -> list[tuple[int, int]]:
+        """The bounds [lo, hi) of each query row of sequence ``b``."""
+        rule, first, kv_len = RULES[self.ranges], self.first_position(b), max(self.kv_lens[b], 0)
+        return [rule(i, first + i, kv_len) for i in range(self.row_counts[b])]
+
     def edges(self, b: int) -> list[int]:
         """The keys of sequence ``b`` where a mistake of one key would be: both sides of every edge there is.
 
-        These are the window's edges and the causal edge of the rows (of three of them where there are more than eight),
-        the leading tokens' end, the page edges around each of these, and split boundaries.
+        These are the window's edges, the bounds and the causal edge of the rows (of three of them where there are more
+        than eight), the leading tokens' end, the page edges around each of these, and split boundaries.
         """
         first, count = self.first_position(b), self.row_counts[b]
         starts = {0, self.leading(b)}  # positions at which something begins
@@ -160,6 +168,8 @@ class Case:
             starts |= {p, p + 1}
             if self.size is not None:
                 starts |= {p - self.size + 1, p + self.size}
+            if self.ranges:
+                starts |= set(self.ranges_of(b)[row])
         starts |= {start // self.page_size * self.page_size for start in starts}
         if self.split_size:
             starts |= set(range(0, max(self.kv_lens[b], 0), self.split_size))

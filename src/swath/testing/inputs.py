@@ -38,6 +38,7 @@ class Inputs:
     global_tokens: int | Tensor
     q_scale: Tensor | None
     sink: Tensor | None
+    ranges: Tensor | None = None
 
     @property
     def cache(self) -> PagedKV:
@@ -75,7 +76,8 @@ class Inputs:
         """The keyword arguments of the public function, but for ``out``, ``return_lse`` and ``impl``."""
         case = self.case
         max_q_len, max_kv_len = self._bounds()
-        window = Window(case.size, self.global_tokens, case.causal, case.max_global_tokens)
+        leading = (self.global_tokens, case.causal, case.max_global_tokens)
+        window = Window(case.size, *leading, bounds=self.ranges, max_visible=self._max_visible())
         options: dict[str, Any] = dict(
             max_q_len=max_q_len, max_kv_len=max_kv_len, window=window, scale=case.scale, softcap=case.softcap,
             sink=self.sink, gqa=case.gqa, q_start=self.q_start,
@@ -89,6 +91,13 @@ class Inputs:
         q_len, kv_len = max(self.case.row_counts, default=0), max(0, *self.case.kv_lens, 0)
         loose = (2 * q_len + 5, 3 * kv_len + 70)
         return {"none": (None, None), "tight": (q_len, kv_len), "loose": loose}[self.case.bounds]
+
+    def _max_visible(self) -> int | None:
+        if self.ranges is None or self.case.bounds == "none":
+            return None
+        kv_len = max(0, *self.case.kv_lens, 0)
+        most = int(self.ranges.long().clamp(0, kv_len).diff(dim=-1).clamp(min=0).max()) if self.ranges.numel() else 0
+        return most if self.case.bounds == "tight" else 2 * most + 70
 
     def why_not(self, impl: str) -> str | None:
         """The reason that ``impl`` cannot run this call, or None."""
@@ -105,7 +114,7 @@ class Inputs:
         leading = [case.leading(b) for b in range(case.num_seqs)]
         options: dict[str, Any] = dict(
             q_start=self.q_start, size=case.size, global_tokens=leading, causal=case.causal, scale=case.score_scale,
-            softcap=case.softcap, sink=self.sink, interleaved=case.gqa == "interleaved", rows=rows,
+            softcap=case.softcap, sink=self.sink, interleaved=case.gqa == "interleaved", rows=rows, ranges=self.ranges,
         )  # fmt: skip
         if case.dense:
             return oracle.dense(*self.args, **options)

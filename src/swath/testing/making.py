@@ -18,7 +18,8 @@ from swath.pages import PageTable, page_count
 from swath.quant import LARGEST, quantise, spread, token_scale
 from swath.testing.cases import Case
 from swath.testing.inputs import Inputs
-from swath.testing.oracle import visible
+from swath.testing.oracle import inside, visible
+from swath.window import LARGEST_SIZE
 
 _HOSTILE = {torch.int32: (-1, 2**31 - 1, None, -(2**31)), torch.int64: (-1, 2**32, None, -(2**63), 2**63 - 1)}
 """Entries of freed pages, in turn; None stands for the first entry that names nothing. Of 2**32 half the bits are 0."""
@@ -83,6 +84,7 @@ class Maker(ABC):
             global_tokens=leading if isinstance(leading, int) else self.ints(leading),
             q_scale=self.q_scale(),
             sink=self.sink(),
+            ranges=self.ranges(),
         )
 
     @abstractmethod
@@ -133,6 +135,15 @@ class Maker(ABC):
     def ints(self, values: Sequence[int]) -> Tensor:
         """Host numbers as a tensor."""
         return torch.tensor(values, dtype=self.case.index_dtype, device=self.device)
+
+    def ranges(self) -> Tensor | None:
+        """The bounds of each query row, if the case has them. Rows that no sequence owns would see every key."""
+        case = self.case
+        if not case.ranges:
+            return None
+        rows = [row for b in range(case.num_seqs) for row in case.ranges_of(b)]
+        rows += [(0, LARGEST_SIZE)] * (case.tail if case.ragged else 0)
+        return self.ints([end for row in rows for end in row]).view(*case.q_shape[:-2], 2)
 
     def bounds(self, counts: Sequence[int]) -> Tensor:
         """Where sequences of these numbers of rows, laid end to end, begin and end: [B + 1]."""
@@ -254,7 +265,11 @@ class _Guarded(Random):
         case = self.case
         q_pos = torch.arange(case.row_counts[b], device=self.device) + case.first_position(b)
         k_pos = torch.arange(max(case.kv_lens[b], 0), device=self.device)
-        seen = visible(q_pos, k_pos, case.size, case.leading(b), case.causal).any(0)
+        if case.ranges:
+            ranges = torch.tensor(case.ranges_of(b), device=self.device).view(-1, 2)
+            seen = inside(ranges, k_pos, case.leading(b)).any(0)
+        else:
+            seen = visible(q_pos, k_pos, case.size, case.leading(b), case.causal).any(0)
         if case.spiked:
             seen[case.edges(b)] = True
         return torch.nonzero(seen).flatten()

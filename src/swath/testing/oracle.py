@@ -61,6 +61,12 @@ def visible(q_pos: Tensor, k_pos: Tensor, size: int | None, global_tokens: int, 
     return (near | leading) & (k <= p) if causal else near | leading
 
 
+def inside(bounds: Tensor, k_pos: Tensor, global_tokens: int) -> Tensor:
+    """Who sees whom by bounds [Q, 2], bool [Q, K]."""
+    low, end, k = bounds[:, :1].long(), bounds[:, 1:].long(), k_pos.view(1, -1)
+    return ((low <= k) | (k < global_tokens)) & (k < end)
+
+
 def dense(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any) -> Truth:
     """The truth of ``swath.attention``; options as ``_truth``."""
     first = cu_seqlens_k.tolist()
@@ -139,12 +145,16 @@ def _truth(
     size: int | None = None,
     global_tokens: int | Sequence[int] = 0,
     causal: bool = True,
+    ranges: Tensor | None = None,
     q_scale: Tensor | None = None,
     interleaved: bool = False,
     rows: Tensor | None = None,
     **scoring: Any,
 ) -> Truth:
-    """Every row that a sequence owns, or only those among ``rows`` (ascending indices into q's rows laid flat)."""
+    """Every row that a sequence owns, or only those among ``rows`` (ascending indices into q's rows laid flat).
+
+    ``ranges``: the bounds [lo, hi) of each row, shaped as q with 2 in place of heads and D.
+    """
     flat = q.reshape(-1, *q.shape[-2:])
     heads = flat.double()
     if q_scale is not None:
@@ -160,7 +170,10 @@ def _truth(
         start = kv_len - (bounds[b + 1] - bounds[b]) if q_start is None else int(q_start[b])
         leading = global_tokens if isinstance(global_tokens, int) else int(global_tokens[b])
         positions = torch.arange(alive.shape[0], device=q.device)
-        seen = visible(start + mine - bounds[b], positions, size, leading, causal) & alive
+        if ranges is None:
+            seen = visible(start + mine - bounds[b], positions, size, leading, causal) & alive
+        else:
+            seen = inside(ranges.reshape(-1, 2)[mine], positions, leading) & alive
         held = torch.nonzero(seen.any(0)).flatten()
         parts.append((mine, heads[mine], fetch(b, held), seen[:, held]))
     results = [_sequence(*part, num_kv_heads, interleaved, **scoring) for part in parts]

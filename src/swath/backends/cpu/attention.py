@@ -69,8 +69,9 @@ def span_keys(problem: Problem) -> int:
 
 def block_rows(problem: Problem, window: Window, kv_len: int) -> int:
     """Query tokens of a block: as many as one of them sees keys, if the scores fit. More would score hidden keys."""
-    rows = min(max(window.visible_bound(1, kv_len), MIN_ROWS), MAX_ROWS)
-    keys = min(window.visible_bound(rows, kv_len), span_keys(problem))
+    visible = window.visible_guess if problem.split_size is None else window.visible_bound  # without a promise
+    rows = min(max(visible(1, kv_len), MIN_ROWS), MAX_ROWS)
+    keys = min(visible(rows, kv_len), span_keys(problem))
     return max(min(rows, SCORE_BYTES // (4 * problem.num_q_heads * max(keys, 1))), 1)
 
 
@@ -92,10 +93,11 @@ def _stretches(problem: Problem, rows: SequenceRows) -> list[_Stretch]:
     for first in range(0, n, size):
         end = min(first + size, n)
         lead, left, right = rows.visible(keys, first, end)
-        if lead:  # the first row's window begins after these keys, so that all rows are past them
-            found.append(_Stretch(first, end, 0, lead, (0, lead)))
+        window = rows.window.of_rows(first, end)
+        if lead:  # a window begins after these keys, so that all rows are past them; bounds may end before
+            found.append(_Stretch(first, end, 0, lead, (0, lead if window.bounds is None else 0)))
         if left < right:
-            clear = rows.window.interior(rows.start + first, rows.start + end - 1, left, right)
+            clear = window.interior(rows.start + first, rows.start + end - 1, left, right)
             found.append(_Stretch(first, end, left, right, clear))
     return found
 
@@ -167,7 +169,7 @@ def _cuts(rows: SequenceRows, stretch: _Stretch, first_key: int, keys: KeySlice)
     for left, right in ((first_key, min(end_key, clear_from)), (max(first_key, clear_to), end_key)):
         if left < right:
             positions = torch.arange(left, right, device="cpu")
-            visible = rows.window.mask(rows.positions(stretch.first, stretch.end), positions)
+            visible = rows.mask(stretch.first, stretch.end, positions)
             cuts.append(_Cut(left - first_key, right - first_key, ~visible))
     return cuts
 

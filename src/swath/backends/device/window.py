@@ -10,6 +10,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from swath.backends.device.cache import load_int32
+
 
 class Band(NamedTuple):
     """The keys that some row of a program sees: leading tokens ``[0, lead)``, and windows in ``[left, right)``."""
@@ -28,35 +30,80 @@ class Reach(NamedTuple):
 
 
 class View(NamedTuple):
-    """From where a sequence's queries see: the position of the first, and how many keys their windows have."""
+    """From where a sequence's queries see: the position of the first, and how many keys their windows have.
+
+    With bounds positions count from 0, as rows do, and ``size`` is a pointer to the bounds of the first row.
+    """
 
     start: tl.tensor
     size: tl.tensor
 
 
-@triton.jit
-def view_of(start, q_len, kv_len, size):
-    """The view of ``q_len`` > 0 queries from ``start`` on over ``kv_len`` keys, which are all that may be seen.
+class Rows(NamedTuple):
+    """The query rows of a program, at positions ``first .. last``, with their ``View.size``.
 
-    Queries before all keys or behind them are moved near, and their windows are as much shorter: who sees whom stays,
-    and no sum of what is returned overflows, whatever int32 ``start`` and ``size`` are.
+    ``low``, ``end``: the bounds of each row (``bounds_of``), or nothing that is read.
     """
-    near = tl.maximum(start, -q_len)
-    beside = tl.minimum(near, kv_len)
-    size = tl.maximum(size - (near - start) - (near - beside), 0)
-    return View(beside, tl.minimum(size, kv_len + q_len + 1))
+
+    first: tl.tensor
+    last: tl.tensor
+    size: tl.tensor
+    low: tl.tensor
+    end: tl.tensor
 
 
 @triton.jit
-def reach_of(p, band, window_size, lead, F: tl.constexpr):
+def view_of(seq, kv_len, window, F: tl.constexpr):
+    """The view of a sequence's queries, of which there are some, over ``kv_len`` keys, which are all that may be seen.
+
+    ``window``: the size, or the bounds of all rows. Queries before all keys or behind them are moved near, and their
+    windows are as much shorter: who sees whom stays, and no sum of what is returned overflows, whatever int32
+    ``seq.q_start`` and ``window`` are.
+    """
+    if F.bounds:
+        return View(seq.q_row * 0, window + seq.q_row.to(tl.int64) * 2)
+    else:
+        start, q_len = seq.q_start, seq.q_len
+        near = tl.maximum(start, -q_len)
+        beside = tl.minimum(near, kv_len)
+        size = tl.maximum(window - (near - start) - (near - beside), 0)
+        return View(beside, tl.minimum(size, kv_len + q_len + 1))
+
+
+@triton.jit
+def rows_of(first, last, p, view, kv_len, F: tl.constexpr):
+    """The rows at positions ``first .. last``, whose numbers are in ``p``."""
+    if F.bounds:
+        low, end = bounds_of(p, last, kv_len, view)
+        return Rows(first, last, view.size, low, end)
+    else:
+        return Rows(first, last, view.size, first, first)
+
+
+@triton.jit
+def bounds_of(p, last, kv_len, view):
+    """The bounds of rows ``p``, within the keys there are. A row whose window is empty begins where all keys end.
+
+    Rows past the ``last`` have its bounds, so that they change nothing of what rows see together.
+    """
+    at = view.size + 2 * tl.minimum(p, last)
+    low, end = tl.maximum(load_int32(at), 0), tl.minimum(load_int32(at + 1), kv_len)
+    return tl.where(low < end, low, kv_len), tl.maximum(end, 0)
+
+
+@triton.jit
+def reach_of(p, rows, band, lead, F: tl.constexpr):
     """The reach of queries at positions ``p``; no key from ``band.right`` on is in it."""
-    low, end = p * 0, p * 0 + band.right
-    if F.window:
-        low = p - window_size + 1
-        if not F.causal:
-            end = tl.minimum(p + window_size, end)
-    if F.causal:
-        end = tl.minimum(p + 1, end)
+    if F.bounds:
+        low, end = rows.low, rows.end
+    else:
+        low, end = p * 0, p * 0 + band.right
+        if F.window:
+            low = p - rows.size + 1
+            if not F.causal:
+                end = tl.minimum(p + rows.size, end)
+        if F.causal:
+            end = tl.minimum(p + 1, end)
     return Reach(low, end, tl.minimum(lead, end if F.causal else band.right + p * 0))
 
 
@@ -72,32 +119,77 @@ def visible(k, low, end, lead, F: tl.constexpr):
 
 
 @triton.jit
-def band_of(first, last, kv_len, window_size, lead, F: tl.constexpr):
-    """The keys that any query at positions ``first .. last`` sees, as ``Window.key_ranges``.
+def band_of(rows, kv_len, lead, F: tl.constexpr):
+    """The keys that any of the rows sees, as ``Window.key_ranges``; with bounds, those between them too.
 
     Leading tokens that touch the window join it: ``Band.lead`` is 0 then.
     """
-    end = tl.minimum(tl.maximum(last + 1, 0), kv_len) if F.causal else kv_len
-    lead_end, left, right = end * 0, end * 0, end
-    if F.window:
-        right = tl.where(window_size > 0, tl.minimum(tl.maximum(last + window_size, 0), end), 0)
-        left = tl.minimum(tl.maximum(first - window_size + 1, 0), right)
-        if F.lead != "":
-            lead_end = tl.minimum(tl.maximum(lead, 0), end)
-            left = tl.where(left <= lead_end, 0, left)
-            right = tl.where(left == 0, tl.maximum(right, lead_end), right)
-            lead_end = tl.where(left == 0, 0, lead_end)
+    if F.bounds:
+        end = tl.max(rows.end, 0)
+        right = tl.max(tl.where(rows.low < rows.end, rows.end, 0), 0)
+        left = tl.minimum(tl.min(rows.low, 0), right)
+    else:
+        end = tl.minimum(tl.maximum(rows.last + 1, 0), kv_len) if F.causal else kv_len
+        left, right = end * 0, end
+        if F.window:
+            right = tl.where(rows.size > 0, tl.minimum(tl.maximum(rows.last + rows.size, 0), end), 0)
+            left = tl.minimum(tl.maximum(rows.first - rows.size + 1, 0), right)
+    lead_end = end * 0
+    if F.lead != "":
+        lead_end = tl.minimum(tl.maximum(lead, 0), end)
+        left = tl.where(left <= lead_end, 0, left)
+        right = tl.where(left == 0, tl.maximum(right, lead_end), right)
+        lead_end = tl.where(left == 0, 0, lead_end)
     return Band(lead_end, left, right)
 
 
 @triton.jit
-def interior_of(band, first, last, window_size, F: tl.constexpr):
-    """Keys ``start .. stop - 1`` that every query at positions ``first .. last`` sees by its window alone."""
+def interior_of(band, rows, F: tl.constexpr):
+    """Keys ``start .. stop - 1`` that every one of the rows sees by its window alone."""
     start, stop = band.left, band.right
-    if F.window:
-        start = tl.maximum(start, last - window_size + 1)
-    if F.causal:
-        stop = tl.minimum(stop, first + 1)
-    elif F.window:
-        stop = tl.minimum(stop, first + window_size)
+    if F.bounds:
+        start, stop = tl.maximum(start, tl.max(rows.low, 0)), tl.minimum(stop, tl.min(rows.end, 0))
+    else:
+        if F.window:
+            start = tl.maximum(start, rows.last - rows.size + 1)
+        if F.causal:
+            stop = tl.minimum(stop, rows.first + 1)
+        elif F.window:
+            stop = tl.minimum(stop, rows.first + rows.size)
     return start, stop
+
+
+class Apart(NamedTuple):
+    """Rows that leave keys out between theirs: whether there are ``some`` keys that none of them sees."""
+
+    some: tl.tensor
+    rows: tl.tensor  # the Rows
+    lead: tl.tensor
+
+
+@triton.jit
+def apart_of(rows, band, lead, F: tl.constexpr):
+    """Whether the rows leave keys out between theirs, as only rows with bounds can.
+
+    They do not if all of them have a key in common, or else if where one of them ends another one goes on.
+    """
+    some = False
+    if F.bounds:
+        start, stop = interior_of(band, rows, F)
+        some = start > stop
+        if some:
+            goes_on = (rows.low[None, :] <= rows.end[:, None]) & (rows.end[:, None] < rows.end[None, :])  # [M, M]
+            ends = (rows.low < rows.end) & (rows.end < band.right) & (tl.max(goes_on.to(tl.int32), 1) == 0)  # [M]
+            some = tl.max(ends.to(tl.int32), 0) > 0
+    return Apart(some, rows, lead)
+
+
+@triton.jit
+def seen_by_some(k, apart, F: tl.constexpr):
+    """Which keys ``k`` [N] some row sees, one row after the other: rows that are apart are few."""
+    seen = k < 0
+    for p in range(apart.rows.first, apart.rows.last + 1):
+        at = apart.rows.size + 2 * p
+        low, end = load_int32(at), load_int32(at + 1)
+        seen = seen | visible(k, low, end, tl.minimum(apart.lead, end), F)
+    return seen

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from swath.backends.device.window import band_of
+from swath.backends.device.window import View, band_of, rows_of
 from swath.backends.gluon.scheduler import positions_of
 from swath.backends.triton.kernels.walk import Walk, interior_tiles, plan_walk
 
@@ -33,12 +33,13 @@ def key_tiles_of(work, C: gl.constexpr):
     kv_head = work.head if C.pack > 1 else work.head // C.F.group
     first = work.q_start + work.q_begin
     last = work.q_start + gl.minimum(work.q_begin + POSITIONS, work.q_len) - 1
-    band = band_of(first, last, work.kv_len, work.window_size, work.lead, C.F)
+    rows = rows_of(first, last, first, View(work.q_start, work.window_size), work.kv_len, C.F)
+    band = band_of(rows, work.kv_len, work.lead, C.F)
     KEYS: gl.constexpr = C.block_n + C.narrow_n
     walk = plan_walk(band, C.box_rows, key_align(C), KEYS)
     # Rows that see no key get one tile of zeros, which saves a branch for them.
     walk = Walk(walk.lead, walk.gap, gl.maximum(walk.total, 1))
-    interior, interior_end = interior_tiles(band, walk, first, last, work.window_size, C.F, KEYS)
+    interior, interior_end = interior_tiles(band, walk, rows, C.F, KEYS)
     return KeyTiles(work, kv_head, band, walk, interior, interior_end)
 
 

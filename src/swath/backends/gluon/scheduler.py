@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     cu_q: gl.tensor
     q_start: gl.tensor
     lead: gl.tensor
-    window_size: gl.tensor
+    window: gl.tensor  # its size, or the bounds of rows
     steps: gl.tensor
     claimed: gl.tensor
     num_seqs: gl.tensor
@@ -107,7 +107,7 @@ def work_tile_of(t, batch, C: gl.constexpr):
         m_block, head = in_section(i, m_blocks, kv_len, HEADS, C.F.kv_heads, C.F.head_dim)
     q_begin = m_block * POSITIONS
     used = owned & (q_begin < seq.q_len) & takes(b, seq.q_len, batch.claimed)
-    view = view_of(seq.q_start, seq.q_len, kv_len, batch.window_size)
+    view = view_of(seq, kv_len, batch.window, C.F)
     return WorkTile(
         head, b, q_begin, gl.where(used, seq.q_len, 0), seq.q_row, view.start, gl.where(used, kv_len, 0), seq.kv_row,
         lead_of(b, batch.lead, C.F), view.size,

@@ -44,6 +44,8 @@ def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
     if problem.max_q_len <= MAX_STEPS and not decodes_in_tiles(problem, num_sms):
         reason = f"at most {MAX_STEPS} query tokens a sequence: decode is the triton backend's"
         return f"{reason}, but for many sequences that see about 1,024 keys or have many rows"
+    if problem.window.bounds is not None:
+        return "bounds of each row; it computes who sees whom from a window"
     if problem.head_dim not in HEAD_DIMS:
         return f"head_dim {problem.head_dim}; it has {', '.join(map(str, HEAD_DIMS))}"
     if problem.q.dtype not in (torch.bfloat16, torch.float16):

@@ -98,7 +98,7 @@ def hopper_launch(work: Work) -> HopperLaunch:
     """Prefill on sm_90: as many stages and registers as a multiprocessor has, in one program or several."""
     problem, F = work.problem, work.features
     # Few leading keys fit into the last tile of a window, if that is not full: packed rows see fewer keys.
-    packed = is_short(problem.window) or F.lead != "" or few_tokens(problem) or problem.max_q_len <= MAX_STEPS
+    packed = is_short(problem) or F.lead != "" or few_tokens(problem) or problem.max_q_len <= MAX_STEPS
     pack = heads_in_tile(problem, packed)
     launch = one_pass(F, problem, pack) or looped_launch(F, problem)
     return replace(launch, pack=pack, box_rows=box_rows(F, launch), uniform=problem.q.dim() == 4)

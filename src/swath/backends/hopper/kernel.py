@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from swath.backends.device.cache import load_entries, page_in_sight, pages_in_sight, pages_of, table_row
 from swath.backends.device.softmax import FLOOR, state_of_sink
-from swath.backends.device.window import interior_of, reach_of
+from swath.backends.device.window import View, interior_of, reach_of, rows_of
 from swath.backends.gluon.key_tiles import key_tiles_of
 from swath.backends.gluon.pipeline import (
     BOX_COLUMNS,
@@ -108,9 +108,11 @@ def next_rows(work_count, WG: gl.constexpr, sink, score_scales, pipes, batch, C:
         release_work(work_count, pipes.work)
     key_tiles = key_tiles_of(work, C)
     m, l = initial_state(i, work.head, sink, C)
-    first, size = work.q_start + work.q_begin + WG * POSITIONS, work.window_size
-    reach = reach_in_list(reach_of(first + i // C.pack, key_tiles.band, size, work.lead, C.F), key_tiles.walk)
-    full_from, full_to = interior_of(key_tiles.band, first, first + POSITIONS - 1, size, C.F)
+    first = work.q_start + work.q_begin + WG * POSITIONS
+    p = first + i // C.pack
+    own = rows_of(first, first + POSITIONS - 1, p, View(work.q_start, work.window_size), work.kv_len, C.F)
+    reach = reach_in_list(reach_of(p, own, key_tiles.band, work.lead, C.F), key_tiles.walk)
+    full_from, full_to = interior_of(key_tiles.band, own, C.F)
     scale_log2, cap_log2 = score_scales
     return QueryRows(
         key_tiles, m, l, reach, full_from - key_tiles.walk.gap, full_to - key_tiles.walk.gap, scale_log2, cap_log2,
@@ -147,14 +149,14 @@ def all_pages_live(key_tiles, batch, C: gl.constexpr):
 
 
 RUN_TIME = (
-    "lead", "window_size", "steps", "claimed", "num_seqs", "table_width", "num_pages", "table_stride", "num_tiles",
+    "lead", "window", "steps", "claimed", "num_seqs", "table_width", "num_pages", "table_stride", "num_tiles",
 )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def hopper_tile_kernel(
     q_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc, out_desc, counter, out, lse, sink,
-    table, table_index, lens, cu_q, q_start, lead, scale_log2, cap_log2, window_size,
+    table, table_index, lens, cu_q, q_start, lead, scale_log2, cap_log2, window,
     steps, claimed, num_seqs, table_width, num_pages, table_stride, num_tiles,
     out_seq, out_token, out_head, F: gl.constexpr, LAUNCH: gl.constexpr,
 ):  # fmt: skip
@@ -175,7 +177,7 @@ def hopper_tile_kernel(
     cut_loaded = new_barriers(1, 1).index(0)
     fence_async_shared()
     batch = Batch(
-        table, table_index, lens, cu_q, q_start, lead, window_size, steps, claimed, num_seqs, table_width, num_pages,
+        table, table_index, lens, cu_q, q_start, lead, window, steps, claimed, num_seqs, table_width, num_pages,
         table_stride, num_tiles,
     )  # fmt: skip
     output = Output(out_desc, q_pipe, out, lse, sink, out_seq, out_token, out_head)

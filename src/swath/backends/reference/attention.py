@@ -28,8 +28,8 @@ def run(problem: Problem) -> None:
         k, v, live = _all_keys(problem, rows.index, rows.kv_len)
         key_pos = torch.arange(k.shape[1], device=k.device)
         q = rows.dequantised_q(0, rows.q.shape[0], torch.float64)
-        for i, position in enumerate(rows.positions()):
-            visible = rows.window.mask(position[None], key_pos)[0] & live
+        for i in range(rows.q.shape[0]):
+            visible = rows.mask(i, i + 1, key_pos)[0] & live
             out, lse = _one_row(problem, q[i], k[:, visible], v[:, visible])
             rows.out[i] = out
             if rows.lse is not None:

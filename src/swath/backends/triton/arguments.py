@@ -39,6 +39,7 @@ def operands_of(problem: Problem) -> Operands:
         "q_scale": _contiguous(problem.q_scale),
         "cu_q": _contiguous(problem.cu_seqlens_q),
         "q_start": _contiguous(problem.q_start),
+        "window": _contiguous(problem.window.bounds),
         "lead": lead.contiguous() if isinstance(lead, Tensor) else None,
     }
     if isinstance(keys, DenseKeys):
@@ -62,13 +63,14 @@ def shared_args(work: Work, F: Features) -> dict[str, Any]:
     args: dict[str, Any] = {
         "scale_log2": problem.score_unit,
         "cap_log2": problem.softcap * LOG2_E,
-        "window_size": window.size or 0,
         "num_seqs": problem.num_seqs,
         "num_tokens": problem.q.shape[0],
         "F": F,
     }
     if "claimed" not in work.sources:
         args["claimed"] = work.claimed
+    if not F.bounds:
+        args["window"] = window.size or 0
     if F.lead != "tensor":
         args["lead"] = window.global_tokens if F.lead else 0
     for name, x in (("q", problem.q), ("out", problem.out)):

@@ -28,6 +28,7 @@ class Features:
     group: int
     causal: bool = True
     window: bool = False
+    bounds: bool = False  # each row's window is loaded, not computed
     lead: str = ""  # leading tokens (global_tokens): "", "count" or "tensor"
     softcap: bool = False
     interleaved: bool = False
@@ -75,7 +76,7 @@ def features_of(problem: Problem, target: Target) -> Features:
     """The features of a call on a target."""
     window, keys = problem.window, problem.keys
     lead = ""
-    if window.size is not None and not (isinstance(window.global_tokens, int) and window.global_tokens == 0):
+    if not window.is_unbounded and not (isinstance(window.global_tokens, int) and window.global_tokens == 0):
         lead = "count" if isinstance(window.global_tokens, int) else "tensor"
     paged = keys.cache if isinstance(keys, PagedKeys) else None
     stored = "unquantised" if paged is None else STORED.get(paged.k.dtype, "unquantised")
@@ -86,7 +87,8 @@ def features_of(problem: Problem, target: Target) -> Features:
         kv_heads=keys.num_kv_heads,
         group=problem.group,
         causal=window.causal,
-        window=window.size is not None,
+        window=not window.is_unbounded,
+        bounds=window.bounds is not None,
         lead=lead,
         softcap=problem.softcap > 0,
         interleaved=problem.interleaved,

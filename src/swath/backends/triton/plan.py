@@ -93,9 +93,10 @@ def slices_of(work: Work, steps: int, block_m: int, owners: int, heuristics: Heu
     """How splits of ``block_m`` rows cut the keys of ``owners`` (sequences x row tiles x kv heads)."""
     problem, target, F = work.problem, work.target, work.features
     launch = heuristics.split_launch(work, block_m)
-    visible = problem.window.visible_bound(steps, problem.max_kv_len)
     if problem.split_size is not None:
+        visible = problem.window.visible_bound(steps, problem.max_kv_len)
         return fixed_slices(launch, problem.split_size, visible)
+    visible = problem.window.visible_guess(steps, problem.max_kv_len)
     busy = problem.num_seqs * F.kv_heads if is_mixed(problem) else owners  # programs for later rows mostly return
     tiles = ceil_div(visible, launch.block_n)
     count = heuristics.num_splits(busy, tiles, launch, target.num_sms)
@@ -107,7 +108,7 @@ def triton_tiles(work: Work, _scratch: Scratch, heuristics: Heuristics) -> Kerne
     F, problem = work.features, work.problem
     launch = heuristics.tile_launch(work)
     block_m = launch.block_m
-    pack = pack_heads(F.group, is_short(problem.window), block_m)
+    pack = pack_heads(F.group, is_short(problem), block_m)
     steps, slots = tile_slots(problem, block_m // pack)
     args = shared_args(work, F) | {"steps": steps, "BLOCK_M": block_m, "PACK": pack}
     args |= {"BLOCK_N": launch.block_n, "STAGES": launch.stages}

@@ -37,7 +37,7 @@ def split_launch(work: Work, block_m: int) -> SplitLaunch:
 
 def tile_launch(work: Work) -> TileLaunch:
     """Prefill: the table's row, as it fits the target."""
-    row: TileLaunch = table_of(work.target).tile_row(work.features, is_short(work.problem.window))
+    row: TileLaunch = table_of(work.target).tile_row(work.features, is_short(work.problem))
     return fitting(row, work.features, row.block_m, work.target)
 
 

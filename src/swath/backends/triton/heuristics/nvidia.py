@@ -17,6 +17,8 @@ def split_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
 
 def _pairs_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
     """Over 8-bit keys that are read in pairs."""
+    if F.bounds and F.softcap and F.padded and block_m > 16:
+        return SplitLaunch(64, 8, 3)  # four warps spill
     if block_m > 16:
         return SplitLaunch(64, 4 if F.padded else 2, 3, H200, resident=4)
     if short_run and F.head_dim <= 128:
@@ -38,7 +40,7 @@ def _wide_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
 def tile_row(F: Features, short_window: bool) -> TileLaunch:
     """Prefill; ``short_window``: it is a few tiles wide."""
     if F.fp32:
-        return TileLaunch(16, 16, 4, 1)
+        return TileLaunch(16, 16, 8 if F.bounds else 4, 1)  # four warps spill where bounds of rows take registers
     if F.quantised:
         return TileLaunch(64, 32, 8, 2)
     if F.head_dim <= 64:

@@ -82,11 +82,11 @@ def keys_in_sight(problem: Problem, queries: int) -> int:
     """Keys that neighbouring queries may see together.
 
     With split_size, when no bit may depend on a bound, as the window alone says; counts of leading keys in a tensor,
-    whose bound is a promise too, are taken for few.
+    whose bound is a promise too, are taken for few, and bounds of rows for ones that show everything.
     """
     window = problem.window
     if problem.split_size is None:
-        return window.visible_bound(queries, problem.max_kv_len)
+        return window.visible_guess(queries, problem.max_kv_len)
     if isinstance(window.global_tokens, Tensor):
         window = replace(window, global_tokens=0, max_global_tokens=None)
     return window.visible_bound(queries, LARGEST_SIZE)

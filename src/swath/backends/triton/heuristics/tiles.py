@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from swath.backends.triton.heuristics.splits import ceil_div
 from swath.problem import Problem
-from swath.window import Window
 
 SHORT_WINDOW = 512
 """Windows up to this size see so few tiles that small tiles and packed heads pay."""
 
 
-def is_short(window: Window) -> bool:
-    """Whether a window is a few tiles wide."""
-    return window.size is not None and window.size <= SHORT_WINDOW
+def is_short(problem: Problem) -> bool:
+    """Whether a window is a few tiles wide, or what bounds are said to show; not with split_size, when no bit may
+    depend on a promise."""
+    window = problem.window
+    size = window.max_visible if problem.split_size is None and window.bounds is not None else window.size
+    return size is not None and size <= SHORT_WINDOW
 
 
 def pack_heads(group: int, short: bool, block_m: int) -> int:

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from swath.backends.device.cache import load_entries, page_in_sight, pages_of, table_row
 from swath.backends.device.quant import channel_scale, decode, head_scale
-from swath.backends.device.window import band_of, view_of
+from swath.backends.device.window import Rows, band_of, bounds_of, rows_of, view_of
 from swath.backends.triton.kernels.query import keys_within, lead_of, ranked_sequence, sequence_of, store_claim
 
 
@@ -41,9 +41,28 @@ def copy_page(source, target, scale, scale_at, scale_token, kv_head, token_strid
         tl.store(to, x.to(target.dtype.element_ty), mask=mask)
 
 
+BOUNDS_AT_ONCE = tl.constexpr(1024)
+"""Query rows whose bounds are looked at together."""
+
+
+@triton.jit
+def rows_of_sequence(view, q_len, kv_len, F: tl.constexpr):
+    """All rows of a sequence; of bounds, the ones of many rows in one: they see no fewer keys together."""
+    last = view.start + q_len - 1
+    if F.bounds:
+        i = tl.arange(0, BOUNDS_AT_ONCE)
+        low, end = bounds_of(i, last, kv_len, view)
+        for first in range(BOUNDS_AT_ONCE, q_len, BOUNDS_AT_ONCE):
+            more_low, more_end = bounds_of(first + i, last, kv_len, view)
+            low, end = tl.minimum(low, more_low), tl.maximum(end, more_end)
+        return Rows(view.start, last, last, low, end)
+    else:
+        return rows_of(view.start, last, last, view, kv_len, F)
+
+
 RUN_TIME = (
     "lead",
-    "window_size",
+    "window",
     "steps",
     "claimed",
     "num_seqs",
@@ -58,7 +77,7 @@ RUN_TIME = (
 @triton.jit(do_not_specialize=RUN_TIME)
 def dequantise_kernel(
     k, v, k_scale, v_scale, table, table_index, lens, cu_q, q_start, lead, new_k, new_v, new_table, copied, others,
-    window_size, steps, claimed, num_seqs, pages, width, table_width, num_pages,
+    window, steps, claimed, num_seqs, pages, width, table_width, num_pages,
     kv_page, kv_head_stride, kv_token, table_stride, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -83,8 +102,8 @@ def dequantise_kernel(
     entries, own_pages = table_row(table, table_index, b, table_stride, table_width, F)
     # The new table has as many entries for each sequence: those that its own table lacks are dead ones.
     kv_len = keys_within(seq, width, F)
-    view = view_of(seq.q_start, seq.q_len, kv_len, window_size)
-    band = band_of(view.start, view.start + seq.q_len - 1, kv_len, view.size, lead_of(b, lead, F), F)
+    rows = rows_of_sequence(view_of(seq, kv_len, window, F), seq.q_len, kv_len, F)
+    band = band_of(rows, kv_len, lead_of(b, lead, F), F)
     page, seen = page_in_sight(j, band, F.page_size)
     entry = pages_of(load_entries(entries, page, seen & (page < own_pages), -1, F), F)
     live = (entry >= 0) & (entry < num_pages)

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from swath.backends.device.cache import Keys, table_row
-from swath.backends.device.window import band_of, reach_of, view_of
+from swath.backends.device.window import apart_of, band_of, reach_of, rows_of, view_of
 from swath.backends.triton.kernels.query import (
     join_columns,
     keys_within,
@@ -29,7 +29,7 @@ from swath.backends.triton.kernels.query import (
     token_scales,
 )
 from swath.backends.triton.kernels.walk import (
-    attend,
+    attend_masked,
     attend_unmasked_first,
     new_column_sums,
     new_state,
@@ -77,7 +77,7 @@ def slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N: tl.constexp
 
 RUN_TIME = (
     "lead",
-    "window_size",
+    "window",
     "steps",
     "num_tokens",
     "num_splits",
@@ -93,7 +93,7 @@ RUN_TIME = (
 def split_kernel(
     q, k, v, out, lse, partial, counts, sink, q_scale, k_scale, v_scale,
     table, table_index, lens, cu_q, q_start, lead,
-    scale_log2, cap_log2, window_size, steps, num_tokens, num_splits, least_tiles, slice_tiles, table_width, num_pages,
+    scale_log2, cap_log2, window, steps, num_tokens, num_splits, least_tiles, slice_tiles, table_width, num_pages,
     q_seq, q_token, q_head, out_seq, out_token, out_head, kv_page, kv_head_stride, kv_token, table_stride,
     ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -101,7 +101,7 @@ def split_kernel(
     """One program per (sequence, row tile, kv head, slice), slices fastest.
 
     ``steps``: query tokens of each sequence, or (with cu_q) the most that this schedule claims; others return.
-    ``partial``: acc of all rows of all slices, then m and l of each.
+    ``window``: its size, or the bounds of rows. ``partial``: acc of all rows of all slices, then m and l of each.
     """
     # Programs over 8-bit keys are limited by instructions, of which masks and maxima are a part: 8 steps over int8 take
     # 13 % less time so. Others wait for memory, and a second run of tiles begins with a wait.
@@ -123,11 +123,13 @@ def split_kernel(
         return
     entries, pages = table_row(table, table_index, b, table_stride, table_width, F)
     kv_len = keys_within(seq, pages, F)
-    view = view_of(seq.q_start, seq.q_len, kv_len, window_size)
+    view = view_of(seq, kv_len, window, F)
     first = view.start + row_tile * BLOCK_M // F.group
     last = view.start + (tl.minimum((row_tile + 1) * BLOCK_M, num_rows) - 1) // F.group
     lead = lead_of(b, lead, F)
-    band = band_of(first, last, kv_len, view.size, lead, F)
+    rows = rows_of(first, last, view.start + r // F.group, view, kv_len, F)
+    band = band_of(rows, kv_len, lead, F)
+    apart = apart_of(rows, band, lead, F)
     align = tl.where(slice_tiles > 0, BLOCK_N, 1)
     walk = plan_walk(band, align, align, BLOCK_N)
     key_slice = slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N)
@@ -141,7 +143,7 @@ def split_kernel(
     unmasked, unmasked_end = key_slice.first, key_slice.end
     if UNMASKED_FIRST:
         unmasked, unmasked_end = unmasked_tiles(
-            keys, band, walk, first, last, view.size, key_slice.first, key_slice.end, F, BLOCK_N
+            keys, band, walk, rows, key_slice.first, key_slice.end, F, BLOCK_N
         )  # fmt: skip
     page = tile_pages(keys, band, walk, unmasked, F, BLOCK_N)
     tl.debug_barrier()  # or ptxas asks for the pages only when the query is there: one more trip to memory before K
@@ -150,7 +152,7 @@ def split_kernel(
     valid = r < num_rows
     at = row_offsets(b, r // F.group, q_row, q_heads, q_seq, q_token, q_head, cu_q)
     row_scale = query_scale(q_scale, q_row * F.kv_heads * F.group + q_heads, valid, F)
-    reach = reach_in_list(reach_of(view.start + r // F.group, band, view.size, lead, F), walk)
+    reach = reach_in_list(reach_of(view.start + r // F.group, rows, band, lead, F), walk)
     query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
     m, l, acc, acc_odd = new_state(BLOCK_M, F)  # [BLOCK_M], [BLOCK_M], [BLOCK_M, columns] twice
@@ -158,12 +160,12 @@ def split_kernel(
     if UNMASKED_FIRST:
         m, l, acc, acc_odd = attend_unmasked_first(
             state, page, query, keys, scales, band, cap_log2,
-            walk, key_slice.first, key_slice.end, unmasked, unmasked_end, F, BLOCK_N, STAGES,
+            walk, key_slice.first, key_slice.end, unmasked, unmasked_end, apart, F, BLOCK_N, STAGES,
         )  # fmt: skip
     else:
-        m, l, acc, acc_odd = attend(
+        m, l, acc, acc_odd = attend_masked(
             state, page, query, keys, scales, band, cap_log2,
-            walk, key_slice.first, key_slice.end, key_slice.end, 0, F, BLOCK_N, STAGES, MASKED=True,
+            walk, key_slice.first, key_slice.end, key_slice.end, 0, apart, F, BLOCK_N, STAGES,
         )  # fmt: skip
     l = tl.sum(l, 1)  # [BLOCK_M]
     acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)  # [BLOCK_M, D padded], [D padded]

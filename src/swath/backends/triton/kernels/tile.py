@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from swath.backends.device.cache import Keys, table_row
-from swath.backends.device.window import band_of, reach_of, view_of
+from swath.backends.device.window import apart_of, band_of, reach_of, rows_of, view_of
 from swath.backends.triton.kernels.query import (
     first_token,
     join_columns,
@@ -78,20 +78,20 @@ def num_m_blocks(b, first, cu_q, steps, POSITIONS: tl.constexpr):
         return first_m_block(b + 1, cu_q, steps, POSITIONS) - first
 
 
-RUN_TIME = ("lead", "window_size", "steps", "claimed", "num_seqs", "table_width", "num_pages", "table_stride")
+RUN_TIME = ("lead", "window", "steps", "claimed", "num_seqs", "table_width", "num_pages", "table_stride")
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def tile_kernel(
     q, k, v, out, lse, sink, q_scale, k_scale, v_scale, table, table_index, lens, cu_q, q_start, lead,
-    scale_log2, cap_log2, window_size, steps, claimed, num_seqs, table_width, num_pages,
+    scale_log2, cap_log2, window, steps, claimed, num_seqs, table_width, num_pages,
     q_seq, q_token, q_head, out_seq, out_token, out_head, k_page, k_head, k_token, v_page, v_head, v_token,
     table_stride, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_M: tl.constexpr, PACK: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program per (m-block, head of the tile), heads fastest, the last m-blocks (most keys) first.
 
-    Programs of sequences that the launch does not take (``claimed``) return.
+    Programs of sequences that the launch does not take (``claimed``) return. ``window``: its size, or bounds of rows.
     """
     POSITIONS: tl.constexpr = BLOCK_M // PACK
     HEADS: tl.constexpr = F.kv_heads * F.group // PACK
@@ -116,27 +116,29 @@ def tile_kernel(
     if F.page_size > 0:
         entries, pages = table_row(table, table_index, b, table_stride, table_width, F)
     kv_len = keys_within(seq, pages, F)
-    view = view_of(seq.q_start, seq.q_len, kv_len, window_size)
+    view = view_of(seq, kv_len, window, F)
     first = view.start + q_begin
     last = view.start + tl.minimum(q_begin + POSITIONS, seq.q_len) - 1
     lead = lead_of(b, lead, F)
-    band = band_of(first, last, kv_len, view.size, lead, F)
+    rows = rows_of(first, last, view.start + q_index, view, kv_len, F)
+    band = band_of(rows, kv_len, lead, F)
+    apart = apart_of(rows, band, lead, F)
     walk = plan_walk(band, 1, 1, BLOCK_N)
     q_row = seq.q_row + q_index
     at = row_offsets(b, q_index, q_row, q_heads, q_seq, q_token, q_head, cu_q)
     row_scale = query_scale(q_scale, q_row * F.kv_heads * F.group + q_heads, valid, F)
-    reach = reach_in_list(reach_of(view.start + q_index, band, view.size, lead, F), walk)  # each [BLOCK_M]
+    reach = reach_in_list(reach_of(view.start + q_index, rows, band, lead, F), walk)  # each [BLOCK_M]
     query = load_query(q, at, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
     kv_row = seq.kv_row.to(tl.int64)
     k += kv_head.to(tl.int64) * k_head + kv_row * k_token
     v += kv_head.to(tl.int64) * v_head + kv_row * v_token
     keys = Keys(k, v, entries, num_pages, k_page, k_token, v_page, v_token)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
-    unmasked, unmasked_end = unmasked_tiles(keys, band, walk, first, last, view.size, 0, walk.total, F, BLOCK_N)
+    unmasked, unmasked_end = unmasked_tiles(keys, band, walk, rows, 0, walk.total, F, BLOCK_N)
     page = tile_pages(keys, band, walk, unmasked, F, BLOCK_N)
     m, l, acc, acc_odd = attend_unmasked_first(  # [BLOCK_M], [BLOCK_M], [BLOCK_M, columns] twice
         new_state(BLOCK_M, F), page, query, keys, scales, band, cap_log2,
-        walk, 0, walk.total, unmasked, unmasked_end, F, BLOCK_N, STAGES,
+        walk, 0, walk.total, unmasked, unmasked_end, apart, F, BLOCK_N, STAGES,
     )  # fmt: skip
     acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)  # [BLOCK_M, D padded], [D padded]
     at = row_offsets(b, q_index, q_row, q_heads, out_seq, out_token, out_head, cu_q)

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import num_warps
 from swath.backends.device.cache import is_live, load_entries, load_rows, locate, page_ids, slot_offset
 from swath.backends.device.quant import decode, relative, round_half_even, unpack_pair
 from swath.backends.device.softmax import FLOOR, lazy_softmax, online_softmax, soft_cap
-from swath.backends.device.window import Reach, interior_of, visible
+from swath.backends.device.window import Reach, interior_of, seen_by_some, visible
 
 BEYOND = tl.constexpr(0x7FFFFFFF)
 """A place after all that any row may see. The mask takes it for keys of dead pages."""
@@ -84,9 +84,9 @@ def seen_by_any(pos, band):
 
 
 @triton.jit
-def interior_tiles(band, walk, first, last, window_size, F: tl.constexpr, BLOCK_N: tl.constexpr):
+def interior_tiles(band, walk, rows, F: tl.constexpr, BLOCK_N: tl.constexpr):
     """Tiles ``begin .. end - 1`` of the list in which every row sees every key: they need no mask."""
-    start, stop = interior_of(band, first, last, window_size, F)
+    start, stop = interior_of(band, rows, F)
     begin = tl.minimum(tl.cdiv(tl.maximum(start - walk.gap, walk.lead), BLOCK_N), walk.total)
     end = tl.maximum(stop - walk.gap, 0) // BLOCK_N
     return begin, tl.maximum(tl.minimum(end, walk.total), begin)
@@ -97,14 +97,12 @@ ENTRIES_AT_ONCE = tl.constexpr(256)
 
 
 @triton.jit
-def unmasked_tiles(
-    keys, band, walk, first, last, window_size, first_tile, end_tile, F: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
+def unmasked_tiles(keys, band, walk, rows, first_tile, end_tile, F: tl.constexpr, BLOCK_N: tl.constexpr):
     """Tiles ``begin .. end - 1`` of the run ``first_tile .. end_tile - 1`` that need no mask.
 
     They are the interior ones, if all of their pages are live; otherwise there are none.
     """
-    begin, end = interior_tiles(band, walk, first, last, window_size, F, BLOCK_N)
+    begin, end = interior_tiles(band, walk, rows, F, BLOCK_N)
     begin = tl.minimum(tl.maximum(begin, first_tile), end_tile)
     end = tl.maximum(tl.minimum(end, end_tile), begin)
     if F.page_size > 0:
@@ -215,13 +213,14 @@ def tile_pages(keys, band, walk, i, F: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def attend(
-    state, page, query, keys, scales, band, cap_log2, walk, first_tile, end_tile, skip, skipped,
-    F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    state, page, query, keys, scales, band, cap_log2, walk, first_tile, end_tile, skip, skipped, apart,
+    F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, APART: tl.constexpr = False,
 ):  # fmt: skip
     """Take key tiles ``first_tile .. end_tile - 1`` into the state of query rows; see ``tile_at`` for ``skip``.
 
     ``page``: the ``tile_pages`` of the first one, which callers ask for before they wait for anything else.
-    Without ``MASKED`` every row sees every key of these tiles, and their pages are live.
+    Without ``MASKED`` every row sees every key of these tiles, and their pages are live. ``APART``: some keys are
+    seen by no row (see ``apart``); they are not loaded.
 
     For each tile: s = scale * q @ k^T, p = exp2(s - m), l += sum of p, acc += p @ v. Where the maximum m of a row
     grows, its l and acc are multiplied by exp2(m_old - m_new) first.
@@ -239,9 +238,13 @@ def attend(
         k_row, v_row = locate(keys, pos, page, F)  # [BLOCK_N]
         live = is_live(keys, page, F)
         x = tl.where(live, x, BEYOND)
+        if APART:
+            live = live & seen_by_some(pos, apart, F)
         k_scale, v_scale = load_token_scales(scales, page, pos, live, F)  # [BLOCK_N]
         # Asked again as [BLOCK_N, 1]: page numbers are then brought into the layout of rows once, and no predicates.
         live_rows = is_live(keys, page[:, None], F)
+        if APART:
+            live_rows = live_rows & live[:, None]
         # The next tile's entries are loaded before this tile's rows: the pipeliner would spend a stage on them.
         ahead = key_at(tile_at(i + 1, skip, skipped) * BLOCK_N + n, walk, F)
         # Not one scalar for all: the interpreter would broadcast it as int32, which is no mask in Triton 3.9.
@@ -271,8 +274,29 @@ def attend(
 
 
 @triton.jit
+def attend_masked(
+    state, page, query, keys, scales, band, cap_log2, walk, first_tile, end_tile, skip, skipped, apart,
+    F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """``attend`` with a mask; ``apart``: the keys that rows leave out between theirs, an ``Apart``."""
+    together = end_tile
+    if F.bounds:
+        together = tl.where(apart.some, first_tile, end_tile)
+    state = attend(
+        state, page, query, keys, scales, band, cap_log2,
+        walk, first_tile, together, skip, skipped, apart, F, BLOCK_N, STAGES, MASKED=True,
+    )  # fmt: skip
+    if F.bounds:  # rows that are apart have a loop of their own: no loop with another one in it is pipelined
+        state = attend(
+            state, page, query, keys, scales, band, cap_log2,
+            walk, together, end_tile, skip, skipped, apart, F, BLOCK_N, 1, MASKED=True, APART=True,
+        )  # fmt: skip
+    return state
+
+
+@triton.jit
 def attend_unmasked_first(
-    state, page, query, keys, scales, band, cap_log2, walk, first_tile, end_tile, unmasked, unmasked_end,
+    state, page, query, keys, scales, band, cap_log2, walk, first_tile, end_tile, unmasked, unmasked_end, apart,
     F: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``attend`` over the tiles ``unmasked .. unmasked_end - 1`` without a mask, then over the others with one.
@@ -281,13 +305,13 @@ def attend_unmasked_first(
     """
     state = attend(
         state, page, query, keys, scales, band, cap_log2,
-        walk, unmasked, unmasked_end, unmasked_end, 0, F, BLOCK_N, STAGES, MASKED=False,
+        walk, unmasked, unmasked_end, unmasked_end, 0, apart, F, BLOCK_N, STAGES, MASKED=False,
     )  # fmt: skip
     page = tile_pages(keys, band, walk, tl.where(unmasked > first_tile, first_tile, unmasked_end), F, BLOCK_N)
     num_unmasked = unmasked_end - unmasked
-    return attend(
+    return attend_masked(
         state, page, query, keys, scales, band, cap_log2,
-        walk, first_tile, end_tile - num_unmasked, unmasked, num_unmasked, F, BLOCK_N, STAGES, MASKED=True,
+        walk, first_tile, end_tile - num_unmasked, unmasked, num_unmasked, apart, F, BLOCK_N, STAGES,
     )  # fmt: skip
 
 
