@@ -24,6 +24,8 @@ from swath.window import Window
 
 SCALE_DTYPE = torch.float32
 """Of token scales that lie in an engine's pages."""
+Operands = tuple[Tensor, PagedKV, BlockTable, Tensor]
+"""q, cache, block_table and seq_lens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +120,7 @@ class Step:
             return made
         return made.flatten(0, 1) if isinstance(made, Tensor) else tuple(x.flatten(0, 1) for x in made)
 
-    def _problem(self, layer: Layer, arguments: tuple[Any, ...], options: dict[str, Any]) -> Problem:
+    def _problem(self, layer: Layer, arguments: Operands, options: dict[str, Any]) -> Problem:
         """The checked call. What all layers share has one look, so layers that are alike are checked once a step."""
         q, cache, out, sink = arguments[0], arguments[1], options["out"], layer.sink
         looks = (tensor_look(q), cache_look(cache), out is None or tensor_look(out), sink is None or tensor_look(sink))
@@ -126,9 +128,9 @@ class Step:
         accepted = self._accepted.get(key)
         if accepted is None:
             accepted = self._accepted[key] = paged.accept(*arguments, **options)
-        return paged.prepare_like(accepted, *arguments, options=options)
+        return paged.prepare_like(accepted, *arguments, options)
 
-    def call(self, layer: Layer, q: Tensor, cache: PagedKV, out: Tensor | None) -> tuple[Any, dict[str, Any]]:
+    def call(self, layer: Layer, q: Tensor, cache: PagedKV, out: Tensor | None) -> tuple[Operands, dict[str, Any]]:
         """The arguments of ``paged_attention``, by position and by name."""
         n, steps = self.num_tokens, self.max_q_len
         if q.shape[0] != n:
