@@ -196,6 +196,34 @@ def test_speculation_changes_no_token(models: Path) -> None:
     assert worst <= LOGPROB_BUDGET
 
 
+SELECTION = dict(
+    head_size=64, dtype=torch.bfloat16, kv_cache_dtype="int8_per_token_head", block_size=16, use_mla=False,
+    has_sink=True, use_sparse=False, use_mm_prefix=False, use_per_head_quant_scales=True, device_capability=None,
+    attn_type="decoder", has_sliding_window=True, use_non_causal=True, use_batch_invariant=True, use_rswa=True,
+)  # fmt: skip
+REFUSED = {
+    "head_size": dict(head_size=60),
+    "kv_cache_dtype": dict(kv_cache_dtype="int4_per_token_head"),
+    "block_size": dict(block_size=8),
+    "MLA": dict(use_mla=True),
+    "sparse": dict(use_sparse=True),
+    "multimodal": dict(use_mm_prefix=True),
+    "attention type": dict(attn_type="encoder_only"),
+    "DCP": dict(use_dcp=True),
+    "PCP": dict(use_pcp=True),
+    "float16 queries": dict(kv_cache_dtype="float16"),
+}
+
+
+def test_what_vllm_is_told_when_it_chooses() -> None:
+    """Its own question, as the platform for CUDA asks it."""
+    validate = import_module("swath.engines.vllm.backend").SwathBackend.validate_configuration
+    assert validate(**SELECTION) == []
+    for reason, change in REFUSED.items():
+        (said,) = validate(**SELECTION | change)
+        assert reason in said
+
+
 def test_the_stub_is_like_vllm() -> None:
     """Names, the parameters of functions, the fields of dataclasses, the values of enums: what a stub has, vLLM has."""
     for path, names in vllm_stub.MODULES.items():

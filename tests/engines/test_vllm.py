@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -153,6 +153,25 @@ def test_layers_share_a_step_and_groups_its_lengths(vllm: SimpleNamespace) -> No
     step = builder.build(0, metadata_of(BATCHES["decode"], vllm, None, "cpu", graph=False))
     table, slots = torch.zeros(3, 4).int(), torch.zeros(3).long()
     other = builder.update_block_table(step, table, slots)
+    assert other.block_table is table
+    assert other.slots is slots
+    assert other.seq_lens is step.seq_lens
+
+
+def test_metadata_may_be_copied_field_by_field(vllm: SimpleNamespace) -> None:
+    """As vLLM does for layers that share a cache and skip part of a prefill: into a class with a constructor of its
+    own."""
+    builder = vllm.backend.SwathBuilder(None, [], config_of(), torch.device("cpu"))
+    step = builder.build(0, metadata_of(BATCHES["decode"], vllm, None, "cpu", graph=False))
+
+    class Wrapped(type(step)):  # type: ignore[misc]
+        def __init__(self, metadata: object) -> None:
+            for field in fields(metadata.__class__):  # type: ignore[arg-type]
+                setattr(self, field.name, getattr(metadata, field.name))
+
+    table, slots = torch.zeros(3, 4).int(), torch.zeros(3).long()
+    other = builder.update_block_table(Wrapped(step), table, slots)
+    assert type(other) is Wrapped
     assert other.block_table is table
     assert other.slots is slots
     assert other.seq_lens is step.seq_lens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -65,11 +66,12 @@ class Layer:
         append_kv(cache, k, v, slots)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Step:
     """One forward pass as all layers see it: made once, from tensors that stay on the device.
 
-    An engine with two pools of pages makes two steps, ``dataclasses.replace(step, block_table=..., slots=...)``.
+    An engine with two pools of pages has two steps, see ``over``. No field is changed once a step is made; it is not
+    frozen because vLLM copies metadata field by field.
 
     Args:
         block_table, seq_lens: as ``paged_attention`` takes them, for B sequences; new tokens count in seq_lens.
@@ -95,6 +97,12 @@ class Step:
     size: int | None = None
     _windows: dict[int | None, Window] = field(default_factory=dict, init=False, repr=False)
     _accepted: dict[object, Accepted] = field(default_factory=dict, init=False, repr=False)
+
+    def over(self, block_table: BlockTable, slots: Tensor) -> Step:
+        """The same step over the pages of another pool."""
+        other = copy(self)
+        other.block_table, other.slots, other._windows, other._accepted = block_table, slots, {}, {}
+        return other
 
     def window(self, size: int | None) -> Window:
         """The window of layers that see ``size`` keys, the same object for all of them."""

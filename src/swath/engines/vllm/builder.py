@@ -93,4 +93,4 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
 
     def update_block_table(self, metadata: Step, blk_table: Tensor, slot_mapping: Tensor) -> Step:
         """The same step over the pages of another group."""
-        return replace(metadata, block_table=blk_table, slots=slot_mapping)
+        return metadata.over(blk_table, slot_mapping)
