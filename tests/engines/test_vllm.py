@@ -19,6 +19,7 @@ from vllm_batch import Batch, cache_tensor, config_of, metadata_of, run, spec_of
 
 import swath.engines.vllm
 from conftest import each_backend, python_environment
+from swath.engines import warmup
 from swath.engines.warmup import Traffic
 
 
@@ -220,8 +221,11 @@ def test_static_int8_needs_calibrated_scales(vllm: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8_per_token_head", "fp8"])
-def test_a_builder_warms_the_layers_that_differ(kv_cache_dtype: str, vllm: SimpleNamespace) -> None:
+def test_a_builder_warms_the_layers_that_differ(
+    kv_cache_dtype: str, vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each shape of the traffic once for each kind of layer; nothing is compiled on a CPU."""
+    monkeypatch.setattr(warmup, "_warmed", set())
     spec = vllm.backend.SwathBackend.customize_spec(spec_of(vllm, kv_cache_dtype))
     layers = {}
     for i, window in enumerate((40, None, 40)):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -15,8 +13,7 @@ from swath.engines.common import Layer, Step
 from swath.ops.append import append_kv
 from swath.ops.explain import warmup
 from swath.ops.paged import paged_attention
-
-logger = logging.getLogger(__name__)
+from swath.ops.signature import cache_look
 
 LONGEST_CHUNK = 4096
 """Query tokens from which a longer prompt needs no other kernel."""
@@ -71,7 +68,7 @@ def warm(
     layers: Iterable[tuple[Layer, PagedKV, int]], dtype: torch.dtype, traffic: Traffic,
     step_of: Callable[[int, int, int, int], Step],
 ) -> int:  # fmt: skip
-    """Compile the kernels of layers that differ, and say in the log how long it took. Nothing runs.
+    """Compile the kernels of layers. Nothing runs, and nothing is compiled twice for layers that are alike.
 
     Args:
         layers: each with a cache laid out as the engine's, of any number of pages, and its number of query heads.
@@ -82,8 +79,14 @@ def warm(
     Returns:
         The calls that were compiled.
     """
-    begin, calls = time.perf_counter(), 0
+    calls = 0
     for layer, cache, num_q_heads in layers:
+        sink = None if layer.sink is None else layer.sink.dtype
+        with torch.no_grad():
+            kind = layer.numbers, sink, cache_look(cache), num_q_heads, dtype, traffic
+        if kind in _warmed:
+            continue
+        _warmed.add(kind)
         for sizes in traffic.shapes():
             step = step_of(*sizes)
             q = torch.empty(step.num_tokens, num_q_heads, cache.head_dim, dtype=dtype, device=cache.k.device)
@@ -91,8 +94,11 @@ def warm(
             warmup(paged_attention, *arguments, **options, impl=layer.impl)
             calls += 1
         warmup(append_kv, cache, *new_tokens(cache, dtype))
-    logger.info("swath: %d calls compiled in %.1f s", calls, time.perf_counter() - begin)
     return calls
+
+
+_warmed: set[object] = set()
+"""Kinds of layers that this process has compiled for: engines make their metadata builders more than once."""
 
 
 def new_tokens(cache: PagedKV, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +15,9 @@ from swath.engines.common import Step
 from swath.engines.warmup import Traffic, warm
 from swath.errors import bad_value
 from swath.pages import page_count
+
+logger = logging.getLogger("vllm.swath")
+"""Below vLLM's own, whose handlers and level it takes."""
 
 
 class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
@@ -36,7 +41,9 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         for layer in self.layers:
             layer.impl.check_scales(layer)
         if device.type == "cuda":
-            self.warm()
+            begin = time.perf_counter()
+            calls = self.warm()
+            logger.info("swath compiled %d calls for %s in %.1f s", calls, layer_names[0], time.perf_counter() - begin)
 
     def warm(self) -> int:
         """Compile the kernels of the layers, over a small cache laid out as theirs will be."""
