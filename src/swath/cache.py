@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from swath.checks import check_alike, check_count, check_float, check_is_tensor, check_separate, same_strides
+from swath.checks import check_count, check_float, check_is_tensor, check_rows, check_separate, check_values
 from swath.errors import bad_type, bad_value
 from swath.pages import PageTable, check_page_size, pages_holding
 from swath.quant import GRANULARITIES, LARGEST, WIDE, KVQuant, check_scale, dequantise, granularity_of, spread
@@ -23,11 +23,14 @@ FLOAT32 = torch.finfo(torch.float32)
 class PagedKV:
     """A paged key/value cache of one layer, logically [num_pages, num_kv_heads, page_size, head_dim].
 
+    Rows of V may be shorter than those of K: they have ``v_head_dim`` <= ``head_dim`` elements.
+
     A worked example: with ``page_size`` 16 and the block-table row ``[7, 2]``, the key at position 18 of that
     sequence is ``k[2, :, 2, :]``: entry 18 // 16 of the row names page 2, and 18 % 16 is the slot in it.
 
     Args:
-        k, v: stored keys and values, any strides with the last one 1, the same strides for both.
+        k, v: stored keys [..., D] and values [..., Dv], any strides with the last one 1. Kernels read V by K's offsets
+            where both have the same strides.
         k_scale, v_scale: fp32 or bf16, any strides; the rank is the granularity (see quant.py), and a number is one of
             granularity "tensor". None for 16-bit caches, and for fp8 caches whose values are stored as they are.
 
@@ -60,20 +63,23 @@ class PagedKV:
         page_size: int,
         head_dim: int,
         *,
+        v_head_dim: int | None = None,
         k_scale: Tensor | float | None = None,
         v_scale: Tensor | float | None = None,
         device: torch.device | str = "cpu",
     ) -> PagedKV:
         """A new cache as ``quant`` says, where a dtype stands for ``KVQuant(dtype)``.
 
-        It takes ``num_pages * page_size * quant.bytes_per_token(num_kv_heads, head_dim)`` bytes. Keys and values are
-        whatever the memory held: no slot is read before it is written. Token scales are allocated, as ones; static
-        scales must be given.
+        It takes ``num_pages * page_size * quant.bytes_per_token(num_kv_heads, head_dim, v_head_dim)`` bytes. Keys and
+        values are whatever the memory held: no slot is read before it is written. Token scales are allocated, as ones;
+        static scales must be given. ``v_head_dim``: elements of a value row; None is ``head_dim``.
         """
         quant = KVQuant.of(quant)
         shape = (num_pages, num_kv_heads, page_size, head_dim)
         for name, n in zip(("num_pages", "num_kv_heads", "page_size", "head_dim"), shape, strict=True):
             check_count(name, n, "an int >= 0")
+        if v_head_dim is not None:
+            check_count("v_head_dim", v_head_dim, "an int >= 0 or None", most=head_dim)
         scales: list[Tensor | None] = []
         for name, granularity, given in (("k_scale", quant.k, k_scale), ("v_scale", quant.v_granularity, v_scale)):
             if granularity == "token" and given is None:
@@ -83,12 +89,15 @@ class PagedKV:
                 came = None if scale is None else f"one of shape {tuple(scale.shape)}"
                 raise bad_value(name, f"a scale of granularity {granularity!r}", came)
             scales.append(scale)
-        k, v = (torch.empty(shape, dtype=quant.dtype, device=device) for _ in range(2))
+        widths = head_dim, head_dim if v_head_dim is None else v_head_dim
+        k, v = (torch.empty(*shape[:3], width, dtype=quant.dtype, device=device) for width in widths)
         return cls(k, v, k_scale=scales[0], v_scale=scales[1])
 
     def __repr__(self) -> str:
         sizes = f"num_pages={self.num_pages}, num_kv_heads={self.num_kv_heads}"
         sizes += f", page_size={self.page_size}, head_dim={self.head_dim}"
+        if self.v_head_dim != self.head_dim:
+            sizes += f", v_head_dim={self.v_head_dim}"
         quant = f"dtype={self.quant.dtype}, k={self.quant.k!r}, v={self.quant.v!r}"
         return f"PagedKV({sizes}, {quant}, nbytes={self.nbytes}, device='{self.k.device}')"
 
@@ -108,6 +117,7 @@ class PagedKV:
         kv: Tensor,
         *,
         layout: str = "nhd",
+        v_head_dim: int | None = None,
         k_scale: Tensor | float | None = None,
         v_scale: Tensor | float | None = None,
     ) -> PagedKV:
@@ -115,11 +125,11 @@ class PagedKV:
 
         ``layout``: "nhd" is [num_pages, page_size, Hkv, 2 * D] (vLLM 0.25 to 0.31), where token scales come as
         [num_pages, page_size, Hkv]; "hnd" is [num_pages, Hkv, page_size, 2 * D] (from vLLM 0.32 on), where they come as
-        [num_pages, Hkv, page_size].
+        [num_pages, Hkv, page_size]. ``v_head_dim``: elements of a row that are V's, at its end; None is half of them.
         """
         if layout == "nhd":
             k_scale, v_scale = _by_head(k_scale), _by_head(v_scale)
-        return cls(*vllm_pages(kv, layout), k_scale=k_scale, v_scale=v_scale)
+        return cls(*vllm_pages(kv, layout, v_head_dim), k_scale=k_scale, v_scale=v_scale)
 
     @classmethod
     def from_aiter(
@@ -155,8 +165,13 @@ class PagedKV:
 
     @property
     def head_dim(self) -> int:
-        """Elements of a key or value row."""
+        """Elements of a key row, D."""
         return self.k.shape[3]
+
+    @property
+    def v_head_dim(self) -> int:
+        """Elements of a value row, Dv."""
+        return self.v.shape[3]
 
     @cached_property
     def quant(self) -> KVQuant:
@@ -205,13 +220,11 @@ def _check_pools(k: object, v: object) -> None:
         raise bad_type("k", "one of " + ", ".join(str(d).removeprefix("torch.") for d in CACHE_DTYPES), k.dtype)
     if k.dim() != 4:
         raise bad_value("k", "shape [num_pages, num_kv_heads, page_size, head_dim]", tuple(k.shape))
-    check_alike("v", v, "k", k)
+    check_values(v, k)
     if v.device != k.device:
         raise bad_value("v", f"a tensor on {k.device}", v.device)
-    if k.stride(3) != 1 and k.shape[3] > 1:
-        raise bad_value("k", "a last stride of 1", k.stride())
-    if not same_strides(k, v):
-        raise bad_value("v", f"k's strides {k.stride()}", v.stride())
+    for name, x in (("k", k), ("v", v)):
+        check_rows(name, x)
     check_page_size(k.shape[2])
 
 
@@ -234,7 +247,7 @@ def _as_tensor(name: str, scale: object, device: torch.device | str) -> Tensor |
 class KeySlice:
     """Stored keys and values of N neighbouring positions of one sequence; what has no page reads as zero.
 
-    k, v [Hkv, N, D] in the stored dtype; live bool [N]: the position has a slot in a page that exists.
+    k [Hkv, N, D], v [Hkv, N, Dv] in the stored dtype; live bool [N]: the position has a slot in a page that exists.
     k_scale, v_scale: as in the cache, a "token" scale gathered to [Hkv, N]. quant: dtype and granularities.
     """
 
@@ -246,7 +259,7 @@ class KeySlice:
     v_scale: Tensor | None = None
 
     def dequantised(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """K and V [Hkv, N, D] in ``dtype``, scales applied."""
+        """K [Hkv, N, D] and V [Hkv, N, Dv] in ``dtype``, scales applied."""
         return (
             dequantise(self.k, spread(self.quant.k, self.k_scale), dtype),
             dequantise(self.v, spread(self.quant.v_granularity, self.v_scale), dtype),
@@ -285,6 +298,11 @@ class PagedKeys:
     def num_kv_heads(self) -> int:
         """Heads of K and V."""
         return self.cache.num_kv_heads
+
+    @property
+    def v_head_dim(self) -> int:
+        """Elements of a value row, Dv."""
+        return self.cache.v_head_dim
 
     @property
     def capacity(self) -> int:
@@ -335,7 +353,7 @@ class PagedKeys:
 
 @dataclass(frozen=True, eq=False)
 class DenseKeys:
-    """Keys of a batch laid end to end, [Tk, Hkv, D]: the dense value of a K/V source."""
+    """Keys of a batch laid end to end, [Tk, Hkv, D], values [Tk, Hkv, Dv]: the dense value of a K/V source."""
 
     k: Tensor
     v: Tensor
@@ -350,6 +368,11 @@ class DenseKeys:
     def num_kv_heads(self) -> int:
         """Heads of K and V."""
         return self.k.shape[1]
+
+    @property
+    def v_head_dim(self) -> int:
+        """Elements of a value row, Dv."""
+        return self.v.shape[2]
 
     @property
     def capacity(self) -> int:

@@ -20,7 +20,7 @@ class Problem:
     """Queries, where their keys are, who sees whom, how scores are made, and where results go.
 
     q: [B, Hq, D] (decode), [B, S, Hq, D] (every sequence has S query tokens), or [T, Hq, D] with cu_seqlens_q [B + 1].
-    out: as q (bf16 for fp8 queries); lse: None or fp32 as q without D. Both are written in place.
+    out: as q with rows of Dv (bf16 for fp8 queries); lse: None or fp32 as q without D. Both are written in place.
     max_q_len, max_kv_len: host bounds for launch and scratch; no result depends on them.
     The other fields are the options of ``paged_attention`` (see there), checked.
     memo: what backends remember of calls with this signature; None where the signature is not known, as after
@@ -68,8 +68,13 @@ class Problem:
 
     @property
     def head_dim(self) -> int:
-        """Elements of a head, D."""
+        """Elements of a query or key row, D."""
         return self.q.shape[-1]
+
+    @property
+    def v_head_dim(self) -> int:
+        """Elements of a value or output row, Dv."""
+        return self.out.shape[-1]
 
     @property
     def interleaved(self) -> bool:
@@ -163,7 +168,7 @@ class SequenceRows:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class AppendCase:
-    """New tokens k, v [T, Hkv, D] and their slots int64 [T] in ``cache``."""
+    """New tokens k [T, Hkv, D], v [T, Hkv, Dv] and their slots int64 [T] in ``cache``."""
 
     cache: PagedKV
     k: Tensor
@@ -208,13 +213,15 @@ class Accepted:
 
     values: dict[str, Any]
     """Checked numbers and words, by the names of Problem's fields."""
+    v_head_dim: int
+    """Elements of a row of the output."""
     memo: dict[str, Any] = field(default_factory=dict)
     """What backends remember of such calls, by backend."""
 
     def problem(self, q: Tensor, keys: DenseKeys | PagedKeys, options: dict[str, Any]) -> Problem:
         """The call with the tensors of ``options``, and its outputs made."""
         fields = {**options, **self.values}
-        out, lse = make_outputs(q, fields.pop("out", None), fields.pop("return_lse", False))
+        out, lse = make_outputs(q, self.v_head_dim, fields.pop("out", None), fields.pop("return_lse", False))
         fields["window"] = Window.of(fields.get("window"))
         problem = Problem(q, keys, out, lse, **fields)
         problem.memo = self.memo
@@ -226,8 +233,8 @@ def output_dtype(q: Tensor) -> torch.dtype:
     return torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
 
 
-def make_outputs(q: Tensor, out: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """The given ``out`` or a new one, and a new LSE if asked for."""
+def make_outputs(q: Tensor, v_head_dim: int, out: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """The given ``out`` or a new one with rows of ``v_head_dim``, and a new LSE if asked for."""
     if out is None:
-        out = torch.empty_like(q, dtype=output_dtype(q), memory_format=torch.contiguous_format)
+        out = q.new_empty((*q.shape[:-1], v_head_dim), dtype=output_dtype(q))
     return out, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None

@@ -7,7 +7,7 @@ rank granularity shape                          K folds into                 V f
 ==== =========== ============================== ============================ =============================
 0    "tensor"    []                             the score scale              the output
 1    "head"      [Hkv]                          the score scale              the output
-2    "channel"   [Hkv, D]                       q, before the dot            the output
+2    "channel"   [Hkv, D], V's [Hkv, Dv]        q, before the dot            the output
 3    "token"     [num_pages, Hkv, page_size]    the score columns            p, before the dot
 ==== =========== ============================== ============================ =============================
 
@@ -120,10 +120,14 @@ class KVQuant:
         """True for int8 and fp8 storage."""
         return self.dtype in LARGEST
 
-    def bytes_per_token(self, num_kv_heads: int, head_dim: int) -> int:
-        """Cache bytes that one token of one layer takes, token scales (fp32) included."""
+    def bytes_per_token(self, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None) -> int:
+        """Cache bytes that one token of one layer takes, token scales (fp32) included.
+
+        ``v_head_dim``: elements of a value row; None is ``head_dim``.
+        """
         token_scales = (self.k == "token") + (self.v_granularity == "token")
-        return num_kv_heads * (2 * head_dim * self.dtype.itemsize + 4 * token_scales)
+        elements = head_dim + (head_dim if v_head_dim is None else v_head_dim)
+        return num_kv_heads * (elements * self.dtype.itemsize + 4 * token_scales)
 
 
 def spread(granularity: str, scale: Tensor | None) -> Tensor | None:
@@ -195,7 +199,7 @@ def fold_p(p: Tensor, granularity: str, scale: Tensor | None) -> Tensor:
 
 
 def fold_out(out: Tensor, granularity: str, scale: Tensor | None) -> Tensor:
-    """Fold V's tensor [], head [Hkv] or channel [Hkv, D] scale into the output ``out`` [Hkv, rows, D]."""
+    """Fold V's tensor [], head [Hkv] or channel [Hkv, Dv] scale into the output ``out`` [Hkv, rows, Dv]."""
     if scale is None or granularity == "token":
         return out
     return out * (scale[:, None] if granularity == "channel" else _over_rows(granularity, scale)).to(out.dtype)

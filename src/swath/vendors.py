@@ -25,24 +25,30 @@ def mojo_window(local: int | None, global_: int | None) -> tuple[int | None, int
     return check_count("local", local, "an int >= 0 or None") + 1, global_ or 0
 
 
-def vllm_pages(kv: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+def vllm_pages(kv: Tensor, layout: str, v_head_dim: int | None = None) -> tuple[Tensor, Tensor]:
     """K and V [num_pages, Hkv, page_size, D] of vLLM's one tensor a layer, whose rows hold K then V. Views.
 
     ``layout``: "nhd" is [num_pages, page_size, Hkv, 2 * D], the shape in vLLM 0.25 to 0.31; "hnd" is
-    [num_pages, Hkv, page_size, 2 * D], the shape from vLLM 0.32 on, whatever its strides.
+    [num_pages, Hkv, page_size, 2 * D], the shape from vLLM 0.32 on, whatever its strides. ``v_head_dim``: elements of V
+    where they are not half of a row, as in vLLM's backends for K and V of two sizes.
     """
     if layout not in PACKED_LAYOUTS:
         raise bad_value("layout", f"one of {', '.join(map(repr, PACKED_LAYOUTS))}", repr(layout))
     shape = "num_pages, page_size, num_kv_heads" if layout == "nhd" else "num_pages, num_kv_heads, page_size"
-    _check_dims("kv", kv, (4,), f"[{shape}, 2 * head_dim]")
-    if kv.shape[3] % 2:
-        raise bad_value("kv", f"shape [{shape}, 2 * head_dim]", tuple(kv.shape))
-    k, v = (kv.transpose(1, 2) if layout == "nhd" else kv).chunk(2, dim=3)
+    row = "2 * head_dim" if v_head_dim is None else "head_dim + v_head_dim"
+    _check_dims("kv", kv, (4,), f"[{shape}, {row}]")
+    if v_head_dim is None and kv.shape[3] % 2:
+        raise bad_value("kv", f"shape [{shape}, {row}]", tuple(kv.shape))
+    width = kv.shape[3] // 2
+    if v_head_dim is not None:
+        width = check_count("v_head_dim", v_head_dim, "an int >= 0 or None", most=width)
+    rows = kv.transpose(1, 2) if layout == "nhd" else kv
+    k, v = rows.split([kv.shape[3] - width, width], dim=3)
     return k, v
 
 
 def aiter_pages(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V [num_pages, Hkv, page_size, D] of aiter's blocked caches. Copies.
+    """K and V [num_pages, Hkv, page_size, D] of aiter's blocked caches. Copies. V may have shorter rows.
 
     K is [num_pages, Hkv, D/x, page_size, x]; V is [num_pages, Hkv, D, page_size], or in its shuffled layout
     [num_pages, Hkv, page_size/x, D, x].

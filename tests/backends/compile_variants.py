@@ -59,6 +59,17 @@ TABLES = [
     ("many steps", "int8 channel", "256", "size", "plain", "wide 16"),
 ]
 """Page tables and integers that few callers have, with every kernel that reads them: rows of token slots, 64 bits."""
+HEADS = [
+    ("decode", "bf16", "512", "size", "sink+lse", "16"),
+    ("dense", "bf16", "512", "size+count", "plain", "16"),
+    ("steps", "int8 token", "512", "none", "softcap", "flat 16"),
+    ("ragged", "int8 compute", "512", "both sides", "interleaved", "16"),
+    ("ragged", "fp32", "512", "size", "plain", "16"),
+    ("decode", "bf16", "192/128", "size", "sink+lse", "16"),
+    ("dense", "bf16", "192/128", "none", "plain", "16"),
+    ("long ragged", "int8 channel", "192/128", "size", "plain", "apart 16"),
+]
+"""The largest heads, and values that are narrower than keys, or lie otherwise in memory, with every kernel."""
 
 
 class Variant(NamedTuple):
@@ -78,11 +89,15 @@ class Variant(NamedTuple):
 
 def suite_variants(arch: str) -> list[Variant]:
     """The variants that the suite compiles for a target."""
-    rows = pairwise(OPTIONS)
+    rows = pairwise(OPTIONS) + named(HEADS)
     if arch != PAIRED_TARGET:
         return covering(list(variants(arch, rows)))
-    others = ONE_PASS + BOUNDS + TABLES
-    return list(variants(arch, rows + [dict(zip(OPTIONS, values, strict=True)) for values in others]))
+    return list(variants(arch, rows + named(ONE_PASS + BOUNDS + TABLES)))
+
+
+def named(rows: Iterable[tuple[str, ...]]) -> list[dict[str, str]]:
+    """Rows of values by the names of their options."""
+    return [dict(zip(OPTIONS, values, strict=True)) for values in rows]
 
 
 def all_variants(arch: str) -> Iterator[Variant]:
@@ -135,7 +150,8 @@ WINDOWS = {
 
 def problem_of(row: dict[str, str]) -> Problem:
     """A call that needs the variant; its tensors are never read."""
-    head_dim, num_seqs, group, kv_heads, capacity = int(row["head_dim"]), 2, 8, 2, 8192
+    dims = tuple(map(int, row["head_dim"].split("/")))
+    head_dim, v_head_dim, num_seqs, group, kv_heads, capacity = dims[0], dims[-1], 2, 8, 2, 8192
     storage, _, granularity = row["storage"].partition(" ")
     dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(storage, torch.bfloat16)
     lse = row["scoring"] == "sink+lse"
@@ -149,12 +165,13 @@ def problem_of(row: dict[str, str]) -> Problem:
     ints = torch.int64 if row["paging"].startswith("wide") else torch.int32
     tokens, cu = 512, torch.zeros(num_seqs + 1, dtype=ints)
     if row["queries"] == "dense":
-        q, k, v = (torch.empty(tokens, h, head_dim, dtype=dtype) for h in (group * kv_heads, kv_heads, kv_heads))
+        q, k = (torch.empty(tokens, h, head_dim, dtype=dtype) for h in (group * kv_heads, kv_heads))
+        v = torch.empty(tokens, kv_heads, v_head_dim, dtype=dtype)
         options["window"] = with_bounds(options["window"], row, q, ints)
         return attention_call.prepare(q, k, v, cu, cu, **options)
     page_size = int(row["paging"].split()[-1]) if row["paging"] != "split 256" else 16
     if row["queries"] == "long ragged":  # 8-bit keys of which the scratch holds one sequence, dequantised
-        capacity = options["max_kv_len"] = (3 * SCRATCH_BYTES // 4) // (kv_heads * head_dim * 4)
+        capacity = options["max_kv_len"] = (3 * SCRATCH_BYTES // 4) // (kv_heads * (head_dim + v_head_dim) * 2)
     table: Any = torch.zeros(num_seqs, -(-capacity // page_size), dtype=ints)
     if row["paging"].startswith("flat"):
         table = (table.reshape(-1), cu)
@@ -165,7 +182,9 @@ def problem_of(row: dict[str, str]) -> Problem:
         options["split_size"] = 256
     if granularity == "compute":
         granularity, options["compute"] = "channel", "int8"
-    cache = _cache(storage, granularity, kv_heads, page_size, head_dim, dtype)
+    cache = _cache(storage, granularity, (kv_heads, page_size, head_dim, v_head_dim), dtype)
+    if row["paging"].startswith("apart"):
+        cache = PagedKV(cache.k, cache.v.transpose(1, 2).contiguous().transpose(1, 2), cache.k_scale, cache.v_scale)
     uniform = {"decode": (num_seqs,), "steps": (num_seqs, 4), "many steps": (num_seqs, 20)}
     q = torch.empty(*uniform.get(row["queries"], (tokens,)), group * kv_heads, head_dim, dtype=dtype)
     if row["queries"] not in uniform:
@@ -181,12 +200,17 @@ def with_bounds(window: Window, row: dict[str, str], q: torch.Tensor, ints: torc
     return replace(window, bounds=torch.zeros(*q.shape[:-2], 2, dtype=ints))
 
 
-def _cache(storage: str, granularity: str, heads: int, page_size: int, head_dim: int, dtype: torch.dtype) -> PagedKV:
+def _cache(storage: str, granularity: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> PagedKV:
+    """A cache of this many heads, slots of a page, and elements of K's and V's rows."""
+    heads, page_size, head_dim, v_head_dim = shape
     stored = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}.get(storage, dtype)
-    scales = {"channel": torch.ones(heads, head_dim), "head": torch.ones(heads), "tensor": torch.ones(())}
-    scale = scales.get(granularity)
+    shapes: dict[str, tuple[int, ...]] = {"head": (heads,), "tensor": ()}
+    k_scale, v_scale = (
+        torch.ones(shape) if shape is not None else None
+        for shape in ((shapes | {"channel": (heads, dim)}).get(granularity) for dim in (head_dim, v_head_dim))
+    )
     quant = KVQuant(stored, granularity or "none")
-    return PagedKV.empty(quant, 2, heads, page_size, head_dim, k_scale=scale, v_scale=scale)
+    return PagedKV.empty(quant, 2, heads, page_size, head_dim, v_head_dim=v_head_dim, k_scale=k_scale, v_scale=v_scale)
 
 
 def tiles_of(problem: Problem, arch: str) -> tuple[str, ...]:

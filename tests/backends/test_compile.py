@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compile_variants import OPTIONS, PAIRED_TARGET, TARGETS, suite_variants
+from compile_variants import HEADS, OPTIONS, PAIRED_TARGET, TARGETS, named, suite_variants
 
 from conftest import python_environment
 from swath.backends.hopper import attention as hopper
@@ -34,6 +34,7 @@ SHARES = [(arch, part) for arch in TARGETS for part in range(4 if arch == PAIRED
 def test_every_target_has_every_value_of_the_options(arch: str) -> None:
     met = set().union(*(variant.values for variant in suite_variants(arch)))
     assert {value[1:] for value in met} >= {(name, value) for name, values in OPTIONS.items() for value in values}
+    assert {value[1:] for value in met} >= {item for row in named(HEADS) for item in row.items()}
     for kernel in ("split_kernel", "tile_kernel"):
         assert {value for name, option, value in met if (name, option) == (kernel, "storage")} == {*OPTIONS["storage"]}
 

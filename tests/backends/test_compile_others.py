@@ -26,15 +26,15 @@ NARROW = [
 
 
 def appends() -> list[AppendCase]:
-    """A call for every way of storing rows: what divides them, and how they are encoded."""
-    shapes = {"none": None, "tensor": (), "head": (2,), "channel": (2, 64), "token": (4, 2, 16)}
+    """A call for every way of storing rows: what divides them, and how they are encoded. Some V have rows of 40."""
     cases = []
-    for quant in WIDE + NARROW:
-        wanted = (shapes[granularity] for granularity in (quant.k, quant.v_granularity))
+    for quant, v_dim in [(quant, 64) for quant in WIDE + NARROW] + [(WIDE[0], 40), (NARROW[0], 40)]:
+        shapes = {"none": None, "tensor": (), "head": (2,), "token": (4, 2, 16)}
+        wanted = shapes.get(quant.k, (2, 64)), shapes.get(quant.v_granularity, (2, v_dim))
         k_scale, v_scale = (None if shape is None else torch.ones(shape, dtype=torch.bfloat16) for shape in wanted)
-        cache = PagedKV.empty(quant, 4, 2, 16, 64, k_scale=k_scale, v_scale=v_scale)
-        rows = torch.zeros(3, 2, 64, dtype=torch.bfloat16)
-        cases.append(AppendCase(cache, rows, rows, torch.arange(3)))
+        cache = PagedKV.empty(quant, 4, 2, 16, 64, v_head_dim=v_dim, k_scale=k_scale, v_scale=v_scale)
+        k, v = (torch.zeros(3, 2, dim, dtype=torch.bfloat16) for dim in (64, v_dim))
+        cases.append(AppendCase(cache, k, v, torch.arange(3)))
     return cases
 
 

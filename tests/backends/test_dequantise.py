@@ -35,6 +35,9 @@ CASES = {
     "positions, padding rows": replace(
         MIXED, q_start=(0, 5, 0, -9, 200, 7, 30, 63), tail=5, strided=True, sink="fp32", size=50
     ),
+    "values narrower than keys, and elsewhere": replace(
+        MIXED, quant=KVQuant(torch.int8, "token", "channel"), head_dim=96, v_head_dim=40, layout="apart", size=30
+    ),
     "as many tokens each": replace(MIXED, kv_lens=(90, -2, 100), q_lens=64, group=8),
 }
 
@@ -45,7 +48,8 @@ def leave_room(inputs: Inputs, rows: int, monkeypatch: pytest.MonkeyPatch) -> Pr
     keys = problem.keys
     assert isinstance(keys, PagedKeys)
     pages = launch.scratch_pages(problem, keys)
-    row = 2 * pages * keys.cache.page_size * keys.num_kv_heads * problem.head_dim * problem.q.element_size()
+    elements = keys.num_kv_heads * (problem.head_dim + problem.v_head_dim)
+    row = pages * keys.cache.page_size * elements * problem.q.element_size()
     table = 4 * problem.num_seqs * launch.table_pages(problem, keys)
     monkeypatch.setattr(launch, "SCRATCH_BYTES", rows * row + table)
     monkeypatch.setattr(paged_call, "_memory", Memory())

@@ -119,7 +119,7 @@ def test_explain_takes_every_granularity(stored: str, granularity: str) -> None:
     [
         (["--op", "softmax"], "op: wanted one of 'attention', 'paged_attention', 'append_kv', 'merge_states', got"),
         (["--q-heads", 12], "q_heads: wanted a multiple of the 8 kv heads, got 12"),
-        (["--head-dim", 100], "q: wanted a head_dim that is a multiple of 8, at most 256, got 100"),
+        (["--head-dim", 100], "q: wanted a head_dim that is a multiple of 8, at most 512, got 100"),
         (["--page-size", 24], "page_size: wanted 1, 8 or a multiple of 16, got 24"),
         (["--dtype", "fp64"], "dtype: wanted one of 'bf16', "),
         (["--cache-dtype", "fp16"], "q: wanted the unquantised cache's dtype torch.float16, got torch.bfloat16"),

@@ -147,7 +147,7 @@ def test_the_support_matrix_asks_the_backends(monkeypatch: pytest.MonkeyPatch) -
     number = re.search(r"^(\d+)\. no head_dim of 96 here$", text, re.MULTILINE)
     assert number is not None
     refused = f"not 96 [{number[1]}]"
-    assert f"| head_dim | 64, 80, 96, 128, 192, 256 | yes | yes | {refused} | {refused} |" in text
+    assert f"| head_dim | 64, 80, 96, 128, 192, 256, 512 | yes | yes | {refused} | {refused} |" in text
 
 
 def test_the_readme_has_the_demos_table() -> None:

@@ -175,7 +175,7 @@ def test_no_page_serves_twice() -> None:
 
 
 def test_canary_counts_writes_outside() -> None:
-    canary = Canary.around(torch.zeros(6, 2, 8), torch.bfloat16, owned_rows=4)
+    canary = Canary.around(torch.zeros(6, 2, 8), 8, torch.bfloat16, owned_rows=4)
     canary.out[:4] = 0
     assert canary.broken() == 0
     canary.out[4] = 0

@@ -52,6 +52,28 @@ def test_from_packed_is_a_view_of_both() -> None:
     assert cache.v.untyped_storage().data_ptr() == kv.untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize("layout", ["nhd", "hnd"])
+def test_rows_of_v_may_be_shorter(layout: str) -> None:
+    kv = numbered(PAGES, SIZE, HEADS, DIM + 8)
+    cache = PagedKV.from_packed(kv if layout == "nhd" else kv.transpose(1, 2), layout=layout, v_head_dim=8)
+    assert (cache.head_dim, cache.v_head_dim) == (DIM, 8)
+    assert torch.equal(cache.k[2, 1, 5], kv[2, 5, 1, :DIM])
+    assert torch.equal(cache.v[2, 1, 5], kv[2, 5, 1, DIM:])
+    by_token = PagedKV.from_nhd(kv[..., :DIM], kv[..., DIM:])
+    assert torch.equal(by_token.v, cache.v)
+    assert f"head_dim={DIM}, v_head_dim=8, " in repr(cache)
+    empty = PagedKV.empty(INT8_TOKEN, PAGES, HEADS, SIZE, DIM, v_head_dim=8)
+    assert (empty.k.shape[3], empty.v.shape) == (DIM, (PAGES, HEADS, SIZE, 8))
+    assert empty.nbytes == PAGES * SIZE * INT8_TOKEN.bytes_per_token(HEADS, DIM, 8)
+
+
+def test_from_aiter_takes_shorter_rows_of_v() -> None:
+    k, v = numbered(PAGES, HEADS, DIM // 4, SIZE, 4), numbered(PAGES, HEADS, 8, SIZE)
+    cache = PagedKV.from_aiter(k, v)
+    assert (cache.head_dim, cache.v_head_dim) == (DIM, 8)
+    assert torch.equal(cache.v[2, 1, 5], v[2, 1, :, 5])
+
+
 @pytest.mark.parametrize("by_token", [False, True])
 def test_from_packed_by_head_is_a_view_of_any_strides(by_token: bool) -> None:
     """vLLM gives its tensor the same shape in every layout, and says the layout by strides."""

@@ -138,6 +138,8 @@ def test_bytes_per_token_is_what_a_cache_takes() -> None:
     for quant in (KVQuant(torch.bfloat16), KVQuant(torch.int8, "token"), KVQuant(torch.float8_e4m3fn, "token", "none")):
         cache = PagedKV.empty(quant, 4, 2, 16, 64)
         assert cache.nbytes == 4 * 16 * quant.bytes_per_token(2, 64)
+        narrow = PagedKV(cache.k, cache.v[..., :40].contiguous(), cache.k_scale, cache.v_scale)
+        assert narrow.nbytes == 4 * 16 * quant.bytes_per_token(2, 64, 40)
 
 
 def test_the_worked_example() -> None:

@@ -76,7 +76,7 @@ SHARED: dict[str, list[Fields]] = {
     "window": WINDOWS,
     "heads": [{"group": 2}, {"group": 1}, {"group": 3}, {"group": 5}, {"group": 7}, {"group": 8},
               {"group": 64, "num_kv_heads": 1}],
-    "head_dim": [{"head_dim": d} for d in (64, 80, 96, 128, 192, 256)],
+    "head_dim": [*({"head_dim": d} for d in (64, 80, 96, 128, 192, 256, 512)), {"head_dim": 192, "v_head_dim": 128}],
     "gqa": [{}, {"gqa": "interleaved"}],
     "softcap": [{}, {"softcap": 5.0}],
     "sink": [{}, {"sink": "fp32"}, {"sink": "q"}],
@@ -95,7 +95,7 @@ PAGED: dict[str, list[Fields]] = {
     "page_size": [{}, *({"page_size": p} for p in (1, 8, 48, 64))],
     "table": [{}, {"table": "flat"}, {"table": "rows"}],
     "unit": [{}, {"unit": "token"}],
-    "layout": [{}, *({"layout": x} for x in ("nhd", "packed", "packed hnd", "padded"))],
+    "layout": [{}, *({"layout": x} for x in ("nhd", "packed", "packed hnd", "padded", "apart"))],
     "split_size": [{}, {"split_size": 64}, {"split_size": 128}],
     "holes": [{}, {"holes": True}],
 }

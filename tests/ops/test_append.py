@@ -135,6 +135,21 @@ def test_bf16_scales_quantise_by_what_is_stored(granularity: str, impl: str, dev
     assert_same_bytes(cache.k, wanted)
 
 
+@pytest.mark.parametrize("v_dim", [40, 64])
+@pytest.mark.parametrize("quant", [QUANTS[0], *QUANTS[6:10:2], QUANTS[10]], ids=str)
+def test_values_narrower_than_keys_or_elsewhere(quant: KVQuant, v_dim: int, impl: str, device: str) -> None:
+    whole = empty_cache(quant, "hnd", device)
+    pool = torch.zeros(SIZE, PAGES, HEADS, v_dim, device=device).to(quant.dtype).permute(1, 2, 0, 3)
+    v_scale = whole.v_scale[:, :v_dim].contiguous() if quant.v == "channel" else whole.v_scale
+    cache = PagedKV(whole.k, pool, whole.k_scale, v_scale)
+    k, v = tokens(torch.bfloat16, device)
+    v = v[..., :v_dim]
+    wanted = [expected(k, cache.k, cache.k_scale), expected(v, cache.v, cache.v_scale)]
+    append(cache, k, v, torch.tensor(SLOTS, device=device), impl)
+    for got, want in zip((cache.k, cache.k_scale, cache.v, cache.v_scale), (x for y in wanted for x in y), strict=True):
+        assert_same_bytes(got, want)
+
+
 def test_ties_round_to_even(impl: str, device: str) -> None:
     scale = torch.tensor(0.25, device=device)
     k = torch.full((1, HEADS, DIM), 0.0, device=device)

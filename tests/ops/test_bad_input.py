@@ -58,12 +58,20 @@ def test_page_sizes_that_cannot_be(page_size: int) -> None:
         PagedKV(pool, pool.clone())
 
 
-@pytest.mark.parametrize("head_dim", [1, 4, 60, 264, 512])
+@pytest.mark.parametrize("head_dim", [1, 4, 60, 260, 520])
 def test_head_dims_that_cannot_be(head_dim: int) -> None:
     pool = torch.zeros(2, 1, 16, head_dim)
     lens = torch.ones(1, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"^q: wanted a head_dim that is a multiple of 8, at most 256, got"):
+    with pytest.raises(ValueError, match=r"^q: wanted a head_dim that is a multiple of 8, at most 512, got"):
         paged_attention(torch.zeros(1, 1, head_dim), PagedKV(pool, pool.clone()), lens[:, None], lens)
+
+
+@pytest.mark.parametrize("v_head_dim", [0, 4, 60])
+def test_v_head_dims_that_cannot_be(v_head_dim: int) -> None:
+    cache = PagedKV.empty(torch.float32, 2, 1, 16, 64, v_head_dim=v_head_dim)
+    lens = torch.ones(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"^v: wanted a v_head_dim that is a multiple of 8, at most head_dim 64, got"):
+        paged_attention(torch.zeros(1, 1, 64), cache, lens[:, None], lens)
 
 
 def test_inputs_that_require_grad_are_right_without_grad() -> None:

@@ -229,6 +229,10 @@ def dense() -> Iterator[Wrong]:
         yield from tensor(DENSE, name, torch.float16)
         yield Wrong(DENSE, name, ValueError, "last stride", columns_first)
     yield Wrong(DENSE, "v", ValueError, "shape", lambda v: v[:-1])
+    yield Wrong(DENSE, "v", ValueError, "wider than k", lambda v: torch.cat([v, v], -1))
+    yield Wrong(DENSE, "v", ValueError, "a v_head_dim of 60", lambda v: v[..., :60])
+    yield Wrong(DENSE, "v", ValueError, "an empty v_head_dim", lambda v: v[..., :0])
+    yield Wrong(DENSE, "out", ValueError, "narrower than v", lambda out: out[..., :32])
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
         yield from tensor(DENSE, name, torch.int16)
     yield Wrong(DENSE, "cu_seqlens_k", ValueError, "length", lambda cu: cu[:-1])
@@ -283,7 +287,8 @@ def caches() -> Iterator[Wrong]:
     yield Wrong(what, "k", ValueError, "last stride", columns_first)
     yield Wrong(what, "v", TypeError, "other dtype than k", lambda v: v.to(torch.float8_e5m2))
     yield Wrong(what, "v", ValueError, "shape", lambda v: v[:2])
-    yield Wrong(what, "v", ValueError, "strides", lambda v: v.transpose(1, 2).contiguous().transpose(1, 2))
+    yield Wrong(what, "v", ValueError, "wider than k", lambda v: torch.cat([v, v], -1))
+    yield Wrong(what, "v", ValueError, "last stride", columns_first)
     yield Wrong(what, "v", ValueError, "on meta", lambda v: v.to("meta"))
     for name in ("k_scale", "v_scale"):
         yield from values(what, name, TypeError, torch.ones((), dtype=torch.float16), torch.ones(2).double())
@@ -301,6 +306,8 @@ def makers() -> Iterator[Wrong]:
     for name in ("num_pages", "num_kv_heads", "head_dim"):
         yield from values(what, name, ValueError, -1)
         yield from values(what, name, TypeError, 4.0, None)
+    yield from values(what, "v_head_dim", ValueError, -1, 65)
+    yield from values(what, "v_head_dim", TypeError, 32.0, True)
     yield from values(what, "page_size", ValueError, 17)
     yield from values(what, "k_scale", ValueError, None, 0.0, torch.ones(2), torch.ones(1, 1, 1, 1, 1))
     yield from values(what, "k_scale", TypeError, "0.5", True)
@@ -312,6 +319,8 @@ def makers() -> Iterator[Wrong]:
     yield from values("PagedKV.from_packed", "kv", TypeError, None, [1])
     yield from values("PagedKV.from_packed", "kv", ValueError, torch.zeros(4, 16, 2, 127), torch.zeros(4, 16, 2))
     yield from values("PagedKV.from_packed", "layout", ValueError, "NHD", None)
+    yield from values("PagedKV.from_packed", "v_head_dim", ValueError, -1, 65)
+    yield from values("PagedKV.from_packed", "v_head_dim", TypeError, 32.0)
     yield Wrong("PageTable", "entries", ValueError, "three dimensions", lambda x: x[None])
     for what, name in (("PageTable", "entries"), ("PageTable", "rows"), ("PageTable flat", "indptr")):
         yield Wrong(what, name, TypeError, "floats", Tensor.float)

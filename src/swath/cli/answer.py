@@ -53,7 +53,7 @@ def made_up(batch: int, q_len: int, kv_len: int, q_heads: int, kv_heads: int, **
         ValueError: naming what is too large, or heads that do not divide.
     """
     counts = {"batch": batch, "q_len": q_len, "kv_len": kv_len, "q_heads": q_heads, "kv_heads": kv_heads}
-    counts |= {name: others[name] for name in ("head_dim", "page_size") if name in others}
+    counts |= {name: others.get(name) or 0 for name in ("head_dim", "v_head_dim", "page_size")}
     for name, count in counts.items():
         most = MAX_BATCH if name == "batch" else MAX_LENGTH
         if count > most:
@@ -122,9 +122,12 @@ def _describe(op: str, case: Case) -> dict[str, str]:
     """The case in words, as far as ``op`` looks at it."""
     q_len, kv_len, stored = case.row_counts[0], case.kv_lens[0], case.storage
     tokens = f"{case.num_seqs} x {q_len} token{'s' if q_len > 1 else ''}"
-    new = f"{tokens}, {case.num_kv_heads} heads of {case.head_dim}, {_name(case.dtype)}"
+    kv_heads = f"{case.num_kv_heads} heads of {case.head_dim}"
+    if case.v_dim != case.head_dim:
+        kv_heads += f" (values of {case.v_dim})"
+    new = f"{tokens}, {kv_heads}, {_name(case.dtype)}"
     q = f"{tokens}, {case.num_q_heads} heads of {case.head_dim}, {_name(case.dtype)}"
-    keys = f"{case.num_seqs} x {kv_len} keys, {case.num_kv_heads} heads of {case.head_dim}"
+    keys = f"{case.num_seqs} x {kv_len} keys, {kv_heads}"
     scales = f" with {stored.k} scales" if stored.k != "none" else ""
     cache = f"{_name(stored.dtype)}{scales}, pages of {case.page_size}"
     scores = {"window": spelled(case.window)}

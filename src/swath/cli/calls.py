@@ -33,7 +33,7 @@ def arguments(op: str, case: Case, device: torch.device) -> tuple[list[Any], dic
         return list(inputs.args), inputs.options
     rows = inputs.q.flatten(0, -3)
     if op == "append_kv":
-        k, v = (rows.new_empty(rows.shape[0], case.num_kv_heads, case.head_dim) for _ in range(2))
+        k, v = (rows.new_empty(rows.shape[0], case.num_kv_heads, dim) for dim in (case.head_dim, case.v_dim))
         return [inputs.cache, k, v, rows.new_zeros(rows.shape[0], dtype=torch.int64)], {}
     lse = rows.new_empty(rows.shape[:2], dtype=torch.float32)
     return [rows, lse, rows, lse], {}

@@ -16,6 +16,7 @@ APPLIES = {
     "kv_len": (*ATTENTION, "append_kv"),
     "q_heads": (*ATTENTION, "merge_states"),
     "kv_heads": (*ATTENTION, "append_kv"),
+    "v_head_dim": (*ATTENTION, "append_kv"),
     **dict.fromkeys(("window", "global_tokens", "causal", "softcap", "sink"), ATTENTION),
     **dict.fromkeys(("page_size", "cache_dtype", "granularity"), CACHED),
     "compute": ("paged_attention",),
@@ -23,6 +24,9 @@ APPLIES = {
 """Options that not every operator has, and which have them."""
 
 Op = Annotated[str, typer.Option(metavar="NAME", help="attention, paged_attention, append_kv or merge_states.")]
+VHeadDim = Annotated[
+    int | None, typer.Option(min=1, metavar="D", help="Elements of a value row.", show_default="as of a head")
+]
 CacheDtype = Annotated[
     str | None, typer.Option(metavar="TYPE", help="Also int8 or fp8_e5m2.", show_default="that of the queries")
 ]
@@ -48,6 +52,7 @@ def explain(
     q_heads: Annotated[int, typer.Option(min=1, metavar="N", help="Query heads.")] = 32,
     kv_heads: Annotated[int, typer.Option(min=1, metavar="N", help="Key/value heads.")] = 8,
     head_dim: Annotated[int, typer.Option(min=1, metavar="D", help="Elements of a head.")] = 128,
+    v_head_dim: VHeadDim = None,
     page_size: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of a page.")] = 64,
     dtype: Annotated[str, typer.Option(metavar="TYPE", help="Of the queries: bf16, fp16, fp32 or fp8.")] = "bf16",
     cache_dtype: CacheDtype = None,
@@ -71,10 +76,10 @@ def explain(
     with one_line_errors():
         _check_applies(ctx, op)
         case = answer.made_up(
-            batch, q_len, kv_len, q_heads, kv_heads, head_dim=head_dim, page_size=page_size, size=window,
-            dtype=answer.dtype_of("dtype", dtype), quant=answer.storage(dtype, cache_dtype, granularity),
-            global_tokens=global_tokens, causal=causal, softcap=softcap, sink="fp32" if sink else "none",
-            compute=compute,
+            batch, q_len, kv_len, q_heads, kv_heads, head_dim=head_dim, v_head_dim=v_head_dim,
+            page_size=page_size, size=window, dtype=answer.dtype_of("dtype", dtype),
+            quant=answer.storage(dtype, cache_dtype, granularity), global_tokens=global_tokens, causal=causal,
+            softcap=softcap, sink="fp32" if sink else "none", compute=compute,
         )  # fmt: skip
         found = answer.ask(op, case, device, target)
     if as_json:

@@ -201,7 +201,8 @@ def _scored(op: str) -> list[Row]:
         "`Window(128, causal=False)`": {"size": 128, "causal": False},
     }
     return [
-        Row("head_dim", asked({str(n): n for n in (64, 80, 96, 128, 192, 256)}, "head_dim")),
+        Row("head_dim", asked({str(n): n for n in (64, 80, 96, 128, 192, 256, 512)}, "head_dim")),
+        Row("head_dim of K / of V", {f"{k} / {v}": _narrow(op, k, v) for k, v in ((192, 128), (256, 128))}),
         Row("query heads per kv head", asked(group, "group", num_kv_heads=1)),
         Row("`gqa`", {f'`"{x}"`': _with(op, gqa=x) for x in ("grouped", "interleaved")}),
         Row("`window`", {words: Call(op, case_of(**window)) for words, window in windows.items()}),
@@ -248,7 +249,8 @@ def _paged_rows() -> list[Row]:
                               '`PageTable(rows=..., unit="token")`': Call(op, change=_request_table)}),
         Row("tables, lengths, positions", {"int32": Call(op), "int64": Call(op, change=_in_64_bits)}),
         Row("cache made by", {"`PagedKV`": Call(op), "`from_nhd`": Call(op, change=_nhd),
-                              "`from_packed`": Call(op, change=_packed)}),
+                              "`from_packed`": Call(op, change=_packed),
+                              "V with other strides": Call(op, change=_apart)}),
         *_scored(op),
         Row("`split_size`", {str(n): _with(op, split_size=n) for n in (64, 256)}),
     ]  # fmt: skip
@@ -265,6 +267,7 @@ def _append_rows() -> list[Row]:
             {f"{NAMES[q.dtype]} {_stored(q)}".removesuffix(" none"): Call(op, case_of(quant=q)) for q in stored},
         ),
         Row("page_size", {str(n): Call(op, case_of(page_size=n)) for n in (1, 8, 16, 48, 64, 544, 1024)}),
+        Row("head_dim of K / of V", {f"{k} / {v}": _narrow(op, k, v) for k, v in ((192, 128), (512, 512))}),
     ]
 
 
@@ -286,7 +289,8 @@ def _limits() -> dict[str, Call]:
     return {
         "fp8 queries": Call("attention", case_of(q_len=64, dtype=E4M3)),
         "head_dim 100": Call(paged, case_of(head_dim=100)),
-        "head_dim 264": Call(paged, case_of(head_dim=264)),
+        "head_dim 520": Call(paged, case_of(head_dim=520)),
+        "keys of 128, values of 60": _narrow(paged, 128, 60),
         "page_size 24": Call(paged, case_of(page_size=24)),
         "5 query heads, 2 kv heads": Call(paged, change=_five_heads),
         "fp16 queries, bf16 cache": Call(paged, case_of(dtype=FP16)),
@@ -301,6 +305,10 @@ def _limits() -> dict[str, Call]:
 
 def _stored(quant: KVQuant) -> str:
     return quant.k if quant.k == quant.v_granularity else f"{quant.k} (K) and {quant.v_granularity} (V)"
+
+
+def _narrow(op: str, head_dim: int, v_head_dim: int) -> Call:
+    return Call(op, case_of(head_dim=head_dim, v_head_dim=v_head_dim))
 
 
 def _with(op: str, **keywords: Any) -> Call:
@@ -353,6 +361,11 @@ def _nhd(args: list[Any], _: dict[str, Any]) -> None:
 def _packed(args: list[Any], _: dict[str, Any]) -> None:
     num_pages, num_kv_heads, page_size, head_dim = args[1].k.shape
     args[1] = PagedKV.from_packed(args[1].k.new_empty(num_pages, page_size, num_kv_heads, 2 * head_dim))
+
+
+def _apart(args: list[Any], _: dict[str, Any]) -> None:
+    k, v = args[1].k, args[1].v
+    args[1] = PagedKV(k, v.new_empty(v.transpose(1, 2).shape).transpose(1, 2))
 
 
 def _request_table(args: list[Any], _: dict[str, Any]) -> None:

@@ -104,4 +104,5 @@ _warmed: set[object] = set()
 def new_tokens(cache: PagedKV, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """k, v and slots of one token."""
     k = torch.empty(1, cache.num_kv_heads, cache.head_dim, dtype=dtype, device=cache.k.device)
-    return k, torch.empty_like(k), torch.empty(1, dtype=torch.int64, device=cache.k.device)
+    v = k.new_empty(1, cache.num_kv_heads, cache.v_head_dim)
+    return k, v, torch.empty(1, dtype=torch.int64, device=cache.k.device)

@@ -23,7 +23,7 @@ def append_kv(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor, *, imp
 
     Args:
         cache: the cache to write to.
-        k, v: [T, Hkv, D], bf16, fp16 or fp32; any strides with the last one 1.
+        k: [T, Hkv, D], v: [T, Hkv, Dv], bf16, fp16 or fp32; any strides with the last one 1.
         slot_mapping: int64 or int32 [T], ``page * page_size + offset`` (see ``slots``). A slot outside the cache, -1
             among them, is skipped. No slot may occur twice.
         impl: "auto" or the backend to use.
@@ -48,14 +48,14 @@ def _accept(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> dict[
     if not isinstance(cache, PagedKV):
         raise bad_type("cache", "a PagedKV", type(cache).__name__)
     device = cache.k.device
-    for name, x in (("k", k), ("v", v)):
+    for name, x, width in (("k", k, cache.head_dim), ("v", v, cache.v_head_dim)):
         checks.check_tensor(name, x, 3, device)
         if x.dtype not in arguments.Q_DTYPES:
             raise bad_type(name, "bfloat16, float16 or float32", x.dtype)
-        if tuple(x.shape[1:]) != (cache.num_kv_heads, cache.head_dim):
-            raise bad_value(name, f"shape [tokens, {cache.num_kv_heads}, {cache.head_dim}]", tuple(x.shape))
+        if tuple(x.shape[1:]) != (cache.num_kv_heads, width):
+            raise bad_value(name, f"shape [tokens, {cache.num_kv_heads}, {width}]", tuple(x.shape))
         checks.check_rows(name, x)
-    checks.check_alike("v", v, "k", k)
+    checks.check_values(v, k)
     checks.check_ints("slot_mapping", slot_mapping, k.shape[0], device)
     checks.check_no_grad(k=k, v=v)
     cache.check_writable()

@@ -15,7 +15,7 @@ from swath.quant import WIDE
 from swath.window import Window
 
 Q_DTYPES = WIDE
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 GQA_LAYOUTS = ("grouped", "interleaved")
 COMPUTES = ("float", "int8")
 SMALLEST_FACTOR, LARGEST_FACTOR = 1e-37, 1e38
@@ -65,7 +65,7 @@ def check_names(options: dict[str, Any], known: Container[str], function: str) -
             raise bad_type(name, wanted, f"{name}=")
 
 
-def check_heads(q: Tensor, num_kv_heads: int, head_dim: int) -> None:
+def check_heads(q: Tensor, num_kv_heads: int, head_dim: int, v_head_dim: int) -> None:
     """Head counts divide, head sizes agree and are within the limit."""
     num_q_heads = q.shape[-2]
     if num_kv_heads < 1 or num_q_heads % num_kv_heads or num_q_heads < 1:
@@ -74,9 +74,11 @@ def check_heads(q: Tensor, num_kv_heads: int, head_dim: int) -> None:
         raise bad_value("q", f"head_dim {head_dim}, as the keys", q.shape[-1])
     if not 1 <= head_dim <= MAX_HEAD_DIM or head_dim % 8:
         raise bad_value("q", f"a head_dim that is a multiple of 8, at most {MAX_HEAD_DIM}", head_dim)
+    if not 1 <= v_head_dim <= head_dim or v_head_dim % 8:
+        raise bad_value("v", f"a v_head_dim that is a multiple of 8, at most head_dim {head_dim}", v_head_dim)
 
 
-def check_options(q: Tensor, num_seqs: int, options: dict[str, Any]) -> dict[str, Any]:
+def check_options(q: Tensor, v_head_dim: int, num_seqs: int, options: dict[str, Any]) -> dict[str, Any]:
     """The options that both attention operators have: the checked numbers and words among them, by name."""
     window, scale, sink = Window.of(options["window"]), options["scale"], options["sink"]
     if isinstance(window.global_tokens, Tensor):
@@ -94,7 +96,7 @@ def check_options(q: Tensor, num_seqs: int, options: dict[str, Any]) -> dict[str
     check_choice("gqa", options["gqa"], GQA_LAYOUTS)
     if options["q_start"] is not None:
         check_ints("q_start", options["q_start"], num_seqs, q.device)
-    check_outputs(q, options["out"], options["return_lse"])
+    check_outputs(q, v_head_dim, options["out"], options["return_lse"])
     return {"scale": scale, "softcap": softcap, "gqa": options["gqa"]}
 
 
@@ -123,12 +125,13 @@ def _check_sink(sink: object, q: Tensor) -> None:
         raise bad_value("sink", f"shape [{q.shape[-2]}], one logit per query head", tuple(sink.shape))
 
 
-def check_outputs(q: Tensor, out: object, return_lse: object) -> None:
-    """``out`` as q, in the output's dtype, if it is given."""
+def check_outputs(q: Tensor, v_head_dim: int, out: object, return_lse: object) -> None:
+    """``out`` as q with rows of ``v_head_dim``, in the output's dtype, if it is given."""
     if out is not None:
         out = check_tensor("out", out, q.dim(), q.device)
-        if out.shape != q.shape:
-            raise bad_value("out", f"q's shape {tuple(q.shape)}", tuple(out.shape))
+        shape = (*q.shape[:-1], v_head_dim)
+        if tuple(out.shape) != shape:
+            raise bad_value("out", f"shape {shape}", tuple(out.shape))
         if out.dtype != output_dtype(q):
             raise bad_type("out", str(output_dtype(q)), out.dtype)
         check_rows("out", out)

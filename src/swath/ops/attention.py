@@ -76,7 +76,7 @@ def attention(
 
     Args:
         q: [Tq, Hq, D], bf16, fp16 or fp32; any strides with the last one 1.
-        k, v: [Tk, Hkv, D] in q's dtype; any strides with the last one 1.
+        k: [Tk, Hkv, D], v: [Tk, Hkv, Dv] with Dv <= D, in q's dtype; any strides with the last one 1.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 [B + 1]; sequence b owns rows ``cu[b] .. cu[b + 1] - 1``.
         max_q_len, max_kv_len: host bounds of the lengths, for the launch only; None: Tq and Tk.
         window: who sees whom (see ``Window``); an int n is ``Window(n)``, None is full causal attention.
@@ -85,13 +85,13 @@ def attention(
         sink: [Hq] logits, bf16, fp16 or fp32, that join the softmax's denominator and nothing else (gpt-oss).
         gqa: "grouped" (kv head = q head // group) or "interleaved" (kv head = q head % Hkv).
         q_start: int32 or int64 [B], position of each sequence's first query; None: the queries are the last keys.
-        out: [Tq, Hq, D] to write into; rows past ``cu_seqlens_q[-1]`` stay untouched. It may be q itself, and shares
+        out: [Tq, Hq, Dv] to write into; rows past ``cu_seqlens_q[-1]`` stay untouched. It may be q itself, and shares
             no memory with other arguments.
         return_lse: also return the log of the softmax denominator: natural log, fp32 [Tq, Hq].
         impl: "auto" or the backend to use.
 
     Returns:
-        out [Tq, Hq, D], or (out, lse). A row that sees no key is 0 and its LSE -inf (the sink logit with sinks).
+        out [Tq, Hq, Dv], or (out, lse). A row that sees no key is 0 and its LSE -inf (the sink logit with sinks).
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
@@ -128,18 +128,18 @@ def _accept(
         if x.dtype != q.dtype:
             raise bad_type(name, f"q's dtype {q.dtype}", x.dtype)
         checks.check_rows(name, x)
-    checks.check_alike("v", v, "k", k)
-    arguments.check_heads(q, k.shape[1], k.shape[2])
+    checks.check_values(v, k)
+    arguments.check_heads(q, k.shape[1], k.shape[2], v.shape[2])
     checks.check_ints("cu_seqlens_q", cu_seqlens_q, None, q.device)
     if cu_seqlens_q.shape[0] < 1:
         raise bad_value("cu_seqlens_q", "shape [B + 1]", tuple(cu_seqlens_q.shape))
     num_seqs = cu_seqlens_q.shape[0] - 1
     checks.check_ints("cu_seqlens_k", cu_seqlens_k, num_seqs + 1, q.device)
-    values = arguments.check_options(q, num_seqs, options)
+    values = arguments.check_options(q, v.shape[2], num_seqs, options)
     checks.check_no_grad(q=q, k=k, v=v, sink=options["sink"], out=options["out"])
     values["max_q_len"] = checks.check_bound("max_q_len", options["max_q_len"], q.shape[0])
     values["max_kv_len"] = checks.check_bound("max_kv_len", coarse(options["max_kv_len"]), k.shape[0])
-    return Accepted(values)
+    return Accepted(values, v.shape[2])
 
 
 class AttentionOperator(Operator[Problem]):

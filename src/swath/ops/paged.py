@@ -68,7 +68,7 @@ def paged_attention(
         q: [B, Hq, D] (decode), [B, S, Hq, D] (n-step decode), or [T, Hq, D] with ``cu_seqlens_q`` (chunked
             prefill, decode and mixed batches). bf16, fp16, fp32, or float8_e4m3fn over an int8 or fp8 cache. Any
             strides with the last one 1. An unquantised cache has q's dtype.
-        cache: keys and values, new tokens already appended (see ``append_kv``).
+        cache: keys [.., D] and values [.., Dv], new tokens already appended (see ``append_kv``).
         block_table: [B, max_pages], flat ``(page_ids [N], page_indptr [B + 1])``, or a PageTable, which may also hold
             rows of a larger table or slots of tokens. Entries outside the pool (freed pages, -1) are never followed;
             their keys are not visible. All tables, lengths and positions are int32 or int64.
@@ -82,15 +82,16 @@ def paged_attention(
         sink: [Hq] logits, bf16, fp16 or fp32, that join the softmax's denominator and nothing else (gpt-oss).
         gqa: "grouped" (kv head = q head // group) or "interleaved" (kv head = q head % Hkv).
         q_start: [B], position of each sequence's first query; None: the queries are the last keys.
-        out: as q (bf16 for fp8 queries), to write into; rows past ``cu_seqlens_q[-1]`` stay untouched. It may be q
-            itself, and shares no memory with other arguments.
+        out: as q with rows of Dv (bf16 for fp8 queries), to write into; rows past ``cu_seqlens_q[-1]`` stay untouched.
+            It may be q itself, and shares no memory with other arguments.
         return_lse: also return the log of the softmax denominator: natural log, fp32, as q without D.
         compute: "float", or "int8" to multiply in int8 (int8 cache with tensor, head or channel scales).
         split_size: a multiple of 64: cut the keys at its multiples, so that no bit of a row depends on the batch.
         impl: "auto" or the backend to use.
 
     Returns:
-        out, or (out, lse). A row that sees no key is 0 and its LSE -inf (the sink logit with sinks).
+        out, as q with rows of Dv, or (out, lse). A row that sees no key is 0 and its LSE -inf (the sink logit with
+        sinks).
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
@@ -136,7 +137,7 @@ def _accept(q: Tensor, cache: PagedKV, block_table: Any, seq_lens: Tensor, **opt
     num_seqs = seq_lens.shape[0]
     _check_queries(q, options["q_scale"], cache, num_seqs, cu_seqlens_q)
     table = PageTable.checked(block_table, num_seqs, q.device)
-    values = arguments.check_options(q, num_seqs, options)
+    values = arguments.check_options(q, cache.v_head_dim, num_seqs, options)
     values |= {"compute": options["compute"], "split_size": options["split_size"]}
     _check_compute(options["compute"], cache)
     _check_split_size(options["split_size"])
@@ -146,7 +147,7 @@ def _accept(q: Tensor, cache: PagedKV, block_table: Any, seq_lens: Tensor, **opt
     values["max_q_len"] = checks.check_bound("max_q_len", options["max_q_len"], most)
     capacity = table.max_pages(cache.page_size) * cache.page_size
     values["max_kv_len"] = checks.check_bound("max_kv_len", coarse(options["max_kv_len"]), capacity)
-    return Accepted(values)
+    return Accepted(values, cache.v_head_dim)
 
 
 def _check_queries(
@@ -161,7 +162,7 @@ def _check_queries(
         raise bad_type("q", "bfloat16, float16, float32 or float8_e4m3fn", q.dtype)
     elif not quantised and q.dtype != cache.k.dtype:
         raise bad_type("q", f"the unquantised cache's dtype {cache.k.dtype}", q.dtype)
-    arguments.check_heads(q, cache.num_kv_heads, cache.head_dim)
+    arguments.check_heads(q, cache.num_kv_heads, cache.head_dim, cache.v_head_dim)
     if cu_seqlens_q is not None:
         checks.check_ints("cu_seqlens_q", cu_seqlens_q, num_seqs + 1, q.device)
     elif q.shape[0] != num_seqs:

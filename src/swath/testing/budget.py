@@ -6,7 +6,7 @@ For an element t of the output, in the names of ``Truth`` (oracle.py), the budge
     score = noise (u Q + D e) + 8 score_size e,   sum = (sqrt(keys) + 8) e
 
 - ``u`` is half a unit in the last place of the 16-bit type (2^-8 bf16, 2^-11 fp16, 2^-24 for fp32), ``e`` that of
-  fp32, D the head_dim, Q 1 for a quantised cache and 0 otherwise.
+  fp32, D the products in a score, Q 1 for a quantised cache and 0 otherwise.
 - ``u |t|``: the result is rounded once.
 - ``u (1 + Q)``: p is rounded to 16 bits before the product with V; so is a dequantised V. Where all p are equal, so
   are their errors: that part goes with |t|.
@@ -69,9 +69,8 @@ def lse_budget(truth: Truth, dtype: torch.dtype, *, quantised: bool = False, com
 
 def _score_error(truth: Truth, dtype: torch.dtype, quantised: bool, compute: str) -> Tensor:
     """Of one score, [R, Hq]."""
-    head_dim = truth.out.shape[-1]
     e = UNIT[torch.float32]
-    error = truth.noise * (UNIT[dtype] * quantised + head_dim * e) + 8 * truth.score_size * e
+    error = truth.noise * (UNIT[dtype] * quantised + truth.products * e) + 8 * truth.score_size * e
     return error + truth.coarse_noise * _INT8_STEP if compute == "int8" else error
 
 

@@ -36,9 +36,11 @@ class Case:
         tail: rows of q past the last sequence's; ragged only.
     Shapes
         dense: ``attention`` in place of ``paged_attention``. num_kv_heads, group, head_dim, page_size.
+        v_head_dim: elements of a value row, where these are fewer.
     Storage
         dtype: of q. quant: of the cache; None is q's dtype. scale_dtype: of the cache's scales. q_scale: "none",
-        "tensor" or "token", of fp8 queries. layout: "hnd", "nhd", "packed", "packed hnd" or "padded".
+        "tensor" or "token", of fp8 queries. layout: "hnd", "nhd", "packed", "packed hnd", "padded", or "apart", where V
+        lies otherwise than K.
         strided: q, out and a table that is not flat lie in wider buffers.
     Page table
         table: "rectangular", "flat", or "rows" of a larger one. unit: its entries are a "page" or a "token" each.
@@ -63,6 +65,7 @@ class Case:
     num_kv_heads: int = 2
     group: int = 2
     head_dim: int = 64
+    v_head_dim: int | None = None
     page_size: int = 16
     dtype: torch.dtype = torch.bfloat16
     quant: KVQuant | None = None
@@ -119,6 +122,11 @@ class Case:
         lead = (sum(self.row_counts) + self.tail,) if self.ragged else (self.num_seqs,)
         steps = (self.q_lens,) if isinstance(self.q_lens, int) and not self.ragged and self.q_lens != 1 else ()
         return (*lead, *steps, self.num_q_heads, self.head_dim)
+
+    @property
+    def v_dim(self) -> int:
+        """Elements of a row of V and of the result, Dv."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
     @property
     def out_dtype(self) -> torch.dtype:

@@ -75,7 +75,7 @@ class _Unset(Maker):
     def paged(self) -> tuple[PagedKV, Tensor | tuple[Tensor, Tensor] | PageTable]:
         case = self.case
         counts = [page_count(max(n, 0), case.page_size) for n in case.kv_lens]
-        page_bytes = case.page_size * case.storage.bytes_per_token(case.num_kv_heads, case.head_dim)
+        page_bytes = case.page_size * case.storage.bytes_per_token(case.num_kv_heads, case.head_dim, case.v_dim)
         num_pages = max(min(sum(counts), MAX_UNSET_BYTES // max(page_bytes, 1)), 1)
         table = torch.zeros(len(counts), max(counts, default=0), dtype=torch.int32, device=self.device)
         return self.pool(num_pages), table

@@ -137,7 +137,7 @@ class Inputs:
 
     def canary(self) -> Canary:
         """A buffer for ``out=`` that shows every write outside the rows that sequences own."""
-        return Canary.around(self.q, self.case.out_dtype, sum(self.case.row_counts))
+        return Canary.around(self.q, self.case.v_dim, self.case.out_dtype, sum(self.case.row_counts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,9 +149,9 @@ class Canary:
     writable: Tensor
 
     @classmethod
-    def around(cls, q: Tensor, dtype: torch.dtype, owned_rows: int) -> Canary:
-        """An out shaped as ``q`` of whose rows (laid flat) the first ``owned_rows`` may be written."""
-        outer = (*(n + 2 for n in q.shape[:-2]), q.shape[-2] + 1, q.shape[-1] + 16)
+    def around(cls, q: Tensor, v_dim: int, dtype: torch.dtype, owned_rows: int) -> Canary:
+        """An out for ``q``, of whose rows of ``v_dim`` (laid flat) the first ``owned_rows`` may be written."""
+        outer = (*(n + 2 for n in q.shape[:-2]), q.shape[-2] + 1, v_dim + 16)
         inner = (*(slice(1, -1) for _ in q.shape[:-2]), slice(0, -1), slice(0, -16))
         buffer = torch.full(outer, SENTINEL, dtype=dtype, device=q.device)
         writable = torch.zeros(outer, dtype=torch.bool, device=q.device)

@@ -43,7 +43,7 @@ def make(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Input
 
 
 def spike(k: Tensor, v: Tensor, rows: Sequence[int], direction: Tensor, scale: float) -> None:
-    """Make the keys k[rows] of k, v [N, Hkv, D] stand out for queries along ``direction`` [Hkv, D].
+    """Make the keys k[rows] of k [N, Hkv, D], v [N, Hkv, Dv] stand out for queries along ``direction`` [Hkv, D].
 
     Their score is about 8, some thousand times the weight of a random key, and their values are 4 in one element
     each, another one for each key: a query that loses or gains one of them shows it, and which.
@@ -126,10 +126,10 @@ class Maker(ABC):
         return self.logits(torch.float32 if case.sink == "fp32" else case.out_dtype)
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """k and v [Tk, Hkv, D], with spare rows at the end."""
+        """k [Tk, Hkv, D] and v [Tk, Hkv, Dv], with spare rows at the end."""
         case = self.case
-        rows = sum(max(n, 0) for n in case.kv_lens) + self.spare
-        k, v = (self.storage((rows, case.num_kv_heads, case.head_dim), case.dtype, case.strided) for _ in range(2))
+        rows, widths = sum(max(n, 0) for n in case.kv_lens) + self.spare, (case.head_dim, case.v_dim)
+        k, v = (self.storage((rows, case.num_kv_heads, width), case.dtype, case.strided) for width in widths)
         return k, v
 
     def ints(self, values: Sequence[int]) -> Tensor:
@@ -184,22 +184,25 @@ class Maker(ABC):
     def pool(self, num_pages: int) -> PagedKV:
         """A cache as the case lays it out."""
         case, stored = self.case, self.case.storage
-        heads, size, dim = case.num_kv_heads, case.page_size, case.head_dim
-        k_scale, v_scale = (self.scale_of(g, num_pages) for g in (stored.k, stored.v_granularity))
+        heads, size, dims = case.num_kv_heads, case.page_size, (case.head_dim, case.v_dim)
+        k_scale, v_scale = map(self.scale_of, (stored.k, stored.v_granularity), (num_pages,) * 2, dims)
         by_token = case.layout in ("nhd", "packed")
-        shape = (num_pages, size, heads, dim) if by_token else (num_pages, heads, size, dim)
+        shape = (num_pages, size, heads) if by_token else (num_pages, heads, size)
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
         if case.layout.startswith("packed"):
-            kv = self.storage((*shape[:3], 2 * dim), stored.dtype)
-            return PagedKV.from_packed(kv, layout="nhd" if by_token else "hnd", k_scale=k_scale, v_scale=v_scale)
-        k, v = (self.storage(shape, stored.dtype, case.layout == "padded") for _ in range(2))
-        return (PagedKV.from_nhd if by_token else PagedKV)(k, v, k_scale=k_scale, v_scale=v_scale)
+            kv = self.storage((*shape, sum(dims)), stored.dtype)
+            return PagedKV.from_packed(kv, layout="nhd" if by_token else "hnd", v_head_dim=case.v_head_dim, **scales)
+        k, v = (self.storage((*shape, dim), stored.dtype, case.layout == "padded") for dim in dims)
+        if case.layout == "apart":
+            v = self.storage((size, num_pages, heads, dims[1]), stored.dtype).permute(1, 2, 0, 3)
+        return (PagedKV.from_nhd if by_token else PagedKV)(k, v, **scales)
 
-    def scale_of(self, granularity: str, num_pages: int) -> Tensor | None:
-        """A scale of the cache; those of tokens are laid out as the keys are."""
+    def scale_of(self, granularity: str, num_pages: int, head_dim: int) -> Tensor | None:
+        """A scale of K or V; those of tokens are laid out as the keys are."""
         case = self.case
         heads, size = case.num_kv_heads, case.page_size
         by_slot = (num_pages, size, heads) if case.layout in ("nhd", "packed") else (num_pages, heads, size)
-        shapes = {"tensor": (), "head": (heads,), "channel": (heads, case.head_dim), "token": by_slot}
+        shapes = {"tensor": (), "head": (heads,), "channel": (heads, head_dim), "token": by_slot}
         return None if granularity == "none" else self.scales(granularity, shapes[granularity])
 
 
@@ -291,10 +294,10 @@ class _Guarded(Random):
         return q
 
     def keys(self, b: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Values of k and v [N, Hkv, D] at these positions, fp32."""
+        """Values of k [N, Hkv, D] and v [N, Hkv, Dv] at these positions, fp32."""
         case = self.case
-        shape = (positions.shape[0], case.num_kv_heads, case.head_dim)
-        k, v = self.normal(*shape), self.normal(*shape)
+        shape = (positions.shape[0], case.num_kv_heads)
+        k, v = self.normal(*shape, case.head_dim), self.normal(*shape, case.v_dim)
         if case.spiked:
             spikes = torch.isin(positions, torch.tensor(case.edges(b), device=self.device))
             spike(k, v, torch.nonzero(spikes).flatten().tolist(), self.direction, case.score_scale)
@@ -327,7 +330,7 @@ class _Guarded(Random):
         return cache, self.table(rows, num_pages)
 
     def write(self, cache: PagedKV, page: Tensor, slot: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k, v [N, Hkv, D] in their slots, quantised as the cache is."""
+        """Store k [N, Hkv, D] and v [N, Hkv, Dv] in their slots, quantised as the cache is."""
         stored = self.case.storage
         for x, pool, scale, granularity in (
             (k, cache.k, cache.k_scale, stored.k),

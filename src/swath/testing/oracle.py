@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _Keys = tuple[Tensor, Tensor, Tensor]
-"""k as stored and v [N, Hkv, D], and K's scale [N or 1, Hkv or 1, D or 1], all float64."""
+"""k as stored [N, Hkv, D], v [N, Hkv, Dv], and K's scale [N or 1, Hkv or 1, D or 1], all float64."""
 
 _Fetch = Callable[[int, Tensor], _Keys]
 """Sequence and positions [N] to its keys there."""
@@ -26,20 +26,22 @@ class Truth(NamedTuple):
     With p the softmax and j running over the visible keys of a row:
 
     - rows [R]: indices into q's rows laid flat
-    - out [R, Hq, D], lse [R, Hq]
+    - out [R, Hq, Dv], lse [R, Hq]
     - keys [R, 1]: how many keys the row sees
-    - quadrature [R, Hq, D]: ``sqrt(sum_j (p_j v_j)^2)``
+    - products [R, 1]: how many products a score is the sum of, D
+    - quadrature [R, Hq, Dv]: ``sqrt(sum_j (p_j v_j)^2)``
     - noise [R, Hq]: ``scale * max_j |q o k_j|``, the Euclidean norm of the element-wise product
     - coarse_noise [R, Hq]: the same were every element of ``q x k_scale`` as large as the largest
     - score_size [R, Hq]: the largest ``|s_j|``, capped where there is a soft cap
     - peak [R, Hq]: p of the largest score
-    - v_norm [R, Hq, D]: ``sqrt(sum_j v_j^2)``
+    - v_norm [R, Hq, Dv]: ``sqrt(sum_j v_j^2)``
     """
 
     rows: Tensor
     out: Tensor
     lse: Tensor
     keys: Tensor
+    products: Tensor
     quadrature: Tensor
     noise: Tensor
     coarse_noise: Tensor
@@ -93,7 +95,7 @@ def paged(
     unit: str = "page",
     **options: Any,
 ) -> Truth:
-    """The truth of ``swath.paged_attention`` over k, v [num_pages, Hkv, page_size, D]; options as ``_truth``.
+    """The truth of ``swath.paged_attention`` over k [num_pages, Hkv, page_size, D], v [..., Dv]; options as ``_truth``.
 
     ``table_rows``, ``unit``: which rows of a larger table count, and whether entries are pages or the slots of tokens.
     """
@@ -186,9 +188,10 @@ def _sequence(
 ) -> Truth:  # fmt: skip
     """Rows q [R, Hq, D] of one sequence, of whose keys row i sees those where seen[i]."""
     stored, v, unit = keys
+    products = torch.full_like(q[:, :1, 0], q.shape[2])
     if not len(rows):  # of many sequences most, where few rows are asked for
-        nothing, number = q.new_empty(q.shape), q.new_empty(q.shape[:2])
-        return Truth(rows, nothing, number, number[:, :1], nothing, number, number, number, number, nothing)
+        nothing, number = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2])
+        return Truth(rows, nothing, number, products, products, nothing, number, number, number, number, nothing)
     k, num_q_heads = stored * unit, q.shape[1]
     largest_unit = unit.abs().amax(0).expand(num_kv_heads, -1) if unit.numel() else unit.new_ones(num_kv_heads, 1)
     columns: list[tuple[Tensor, ...]] = []
@@ -200,13 +203,14 @@ def _sequence(
         coarse = abs(scale) * q_largest * _masked_max(stored[:, kv].norm(dim=-1).expand_as(seen), seen)
         columns.append((*one, coarse))
     out, lse, quadrature, noise, size, peak, v_norm, coarse = (torch.stack(c, 1) for c in zip(*columns, strict=True))
-    return Truth(rows, out, lse, seen.sum(1, keepdim=True).double(), quadrature, noise, coarse, size, peak, v_norm)
+    keys_seen = seen.sum(1, keepdim=True).double()
+    return Truth(rows, out, lse, keys_seen, products, quadrature, noise, coarse, size, peak, v_norm)
 
 
 def _head(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float, sink: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """One head, q [R, D] and k, v [N, D]: out, lse, quadrature, noise, score_size, peak, v_norm."""
+    """One head, q [R, D], k [N, D] and v [N, Dv]: out, lse, quadrature, noise, score_size, peak, v_norm."""
     s = scale * (q @ k.T)
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)

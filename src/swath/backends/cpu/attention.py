@@ -62,7 +62,7 @@ def run(problem: Problem) -> None:
 
 def span_keys(problem: Problem) -> int:
     """Keys that are gathered and cast at once."""
-    bytes_per_key = 2 * 4 * problem.keys.num_kv_heads * problem.head_dim
+    bytes_per_key = 4 * problem.keys.num_kv_heads * (problem.head_dim + problem.v_head_dim)
     keys = max(SPAN_BYTES // bytes_per_key, MIN_SPAN)
     return min(keys, EXACT_INT8_KEYS) if problem.compute == "int8" else keys
 
@@ -255,7 +255,7 @@ class _Queries:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Softmax:
-    """The running softmax of a sequence's rows: base-2 maximum m and sum l [Hkv, n * group, 1], acc [..., D]."""
+    """The running softmax of a sequence's rows: base-2 maximum m and sum l [Hkv, n * group, 1], acc [..., Dv]."""
 
     m: Tensor
     l: Tensor
@@ -266,7 +266,7 @@ class _Softmax:
     def start(cls, problem: Problem, rows: SequenceRows) -> _Softmax:
         """The state before any key."""
         shape = (problem.keys.num_kv_heads, rows.q.shape[0] * problem.group)
-        acc = torch.zeros(*shape, problem.head_dim, dtype=torch.float32, device="cpu")
+        acc = torch.zeros(*shape, problem.v_head_dim, dtype=torch.float32, device="cpu")
         l = acc.new_zeros(*shape, 1)
         return cls(torch.full_like(l, FLOOR), l, acc, LARGEST_INT8 if problem.compute == "int8" else 0)
 

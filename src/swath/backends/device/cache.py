@@ -122,13 +122,30 @@ def slot_of(pos, F: tl.constexpr):
 
 
 @triton.jit
+def page_of(entry, F: tl.constexpr):
+    """The page that a live table entry names, int64."""
+    return widen(entry) // F.page_size if F.token_table else widen(entry)
+
+
+@triton.jit
 def slot_offset(pos, entry, page_stride, token_stride, F: tl.constexpr):
     """Element offset (int64) of the slot of position ``pos`` in the page that a live table entry names.
 
     It takes the entry as it was loaded, as ``is_live`` does: Triton 3.6 fails to lay out ``pages_of`` in a loop.
     """
-    page = widen(entry) // F.page_size if F.token_table else widen(entry)
-    return page * widen(page_stride) + widen(slot_of(pos, F)) * widen(token_stride)
+    return page_of(entry, F) * widen(page_stride) + widen(slot_of(pos, F)) * widen(token_stride)
+
+
+@triton.jit
+def v_offset(k_offset, page, head, slot, F: tl.constexpr):
+    """Element offset (int64) in V of what is at ``k_offset`` in K: the same, where both have the same strides.
+
+    Others are compiled in: an engine keeps one layout of its caches, and entries are wide enough without them.
+    """
+    if F.v_strides is None:
+        return k_offset
+    else:
+        return (page * F.v_strides[0] + head * F.v_strides[1] + slot * F.v_strides[2]) // F.unit
 
 
 @triton.jit
@@ -138,19 +155,20 @@ def locate(keys, pos, entry, F: tl.constexpr):
         k_row, v_row = pos.to(tl.int64) * keys.k_token, pos.to(tl.int64) * keys.v_token
     else:
         k_row = slot_offset(pos, entry, keys.k_page, keys.k_token, F)
-        v_row = k_row  # the same strides, as PagedKV demands: one offset tensor serves both
+        v_row = v_offset(k_row, page_of(entry, F), 0, widen(slot_of(pos, F)), F)
     return k_row, v_row
 
 
 @triton.jit
-def load_rows(base, row, column, live, ALL_LIVE: tl.constexpr, F: tl.constexpr):
-    """Rows [N, columns] of K or V; what is not ``live`` [N, 1] is not read and comes as 0."""
+def load_rows(base, row, column, live, COLUMNS: tl.constexpr, ALL_LIVE: tl.constexpr):
+    """Rows of K or V with ``COLUMNS`` as [N, columns]; what is not ``live`` [N, 1] is not read and comes as 0."""
     at = base + row[:, None] + column[None, :]
-    if ALL_LIVE and not F.padded:
+    PADDED: tl.constexpr = column.shape[0] != COLUMNS
+    if ALL_LIVE and not PADDED:
         return tl.load(at)
     elif ALL_LIVE:
-        return tl.load(at, mask=(column < F.stored_dim)[None, :], other=0)
-    elif F.padded:
-        return tl.load(at, mask=live & (column < F.stored_dim)[None, :], other=0)
+        return tl.load(at, mask=(column < COLUMNS)[None, :], other=0)
+    elif PADDED:
+        return tl.load(at, mask=live & (column < COLUMNS)[None, :], other=0)
     else:
         return tl.load(at, mask=live, other=0)

@@ -48,6 +48,8 @@ def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
         return "bounds of each row; it computes who sees whom from a window"
     if problem.head_dim not in HEAD_DIMS:
         return f"head_dim {problem.head_dim}; it has {', '.join(map(str, HEAD_DIMS))}"
+    if problem.v_head_dim != problem.head_dim:
+        return f"v_head_dim {problem.v_head_dim}; it has values as long as keys, here of {problem.head_dim}"
     if problem.q.dtype not in (torch.bfloat16, torch.float16):
         return f"{problem.q.dtype} queries; it multiplies 16-bit values"
     fetched = [problem.q]

@@ -35,7 +35,7 @@ def run(case: AppendCase) -> None:
         (case.k, cache.k, cache.k_scale, quant.k),
         (case.v, cache.v, cache.v_scale, quant.v_granularity),
     ):
-        rows = x[kept].transpose(0, 1)  # [Hkv, T, D]
+        rows = x[kept].transpose(0, 1)  # [Hkv, T, D or Dv]
         if granularity == "token" and scale is not None:
             scale[page, :, offset] = token_scale(rows, pool.dtype).to(scale.dtype).mT
             scale = scale[page, :, offset].mT

@@ -42,7 +42,7 @@ def _all_keys(problem: Problem, b: int, kv_len: int) -> tuple[Tensor, Tensor, Te
 
 
 def _one_row(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """q [Hq, D] over its visible keys k, v [Hkv, N, D]: out [Hq, D], lse [Hq]."""
+    """q [Hq, D] over its visible keys k [Hkv, N, D], v [Hkv, N, Dv]: out [Hq, Dv], lse [Hq]."""
     heads = problem.by_kv_head(q[None])[:, 0]  # [Hkv, group, D]
     s = problem.scale * (heads @ k.mT)
     if problem.softcap > 0:

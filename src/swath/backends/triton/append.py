@@ -56,7 +56,7 @@ def _plan_of(case: AppendCase) -> Plan:
     args: dict[str, Any] = {
         "num_slots": cache.num_pages * cache.page_size,
         "F": cache_features(cache),
-        "BLOCK_D": 1 << (cache.head_dim - 1).bit_length(),
+        "BLOCK_D": 1 << (cache.head_dim - 1).bit_length(),  # of V too, whose rows are no longer
         "LARGEST": LARGEST.get(cache.k.dtype, 1.0),
     }
     args |= _strides("k_token k_head", k) | _strides("v_token v_head", v)

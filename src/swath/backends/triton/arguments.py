@@ -106,8 +106,7 @@ def _paged_args(keys: PagedKeys, F: Features) -> dict[str, Any]:
     }
     for name, scale in (("ks", cache.k_scale), ("vs", cache.v_scale)):
         args |= _strides(f"{name}_page {name}_head {name}_token", token_strides(scale))
-    units = 2 if F.pairs else 1
-    return args | _kv_strides(*(tuple(s // units for s in x.stride()[:3]) for x in (cache.k, cache.v)))
+    return args | _kv_strides(*(tuple(s // F.unit for s in x.stride()[:3]) for x in (cache.k, cache.v)))
 
 
 def _dense_args(keys: DenseKeys) -> dict[str, Any]:
@@ -118,7 +117,7 @@ def _dense_args(keys: DenseKeys) -> dict[str, Any]:
 
 
 def _kv_strides(k: tuple[int, ...], v: tuple[int, ...]) -> dict[str, int]:
-    """K's and V's strides for the kernels that take both, and the one set that paged ones have."""
+    """K's and V's strides for the kernels that take both, and the one set that those over pages have."""
     both = _strides("k_page k_head k_token", k) | _strides("v_page v_head v_token", v)
     return both | _strides("kv_page kv_head_stride kv_token", k)
 

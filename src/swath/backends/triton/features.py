@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from swath.cache import DenseKeys, PagedKeys, PagedKV
+from swath.checks import same_strides
 from swath.problem import Problem
 from swath.target import Target
 
@@ -23,7 +24,8 @@ FUSED = {"enable_fp_fusion": True}
 class Features:
     """What a kernel is compiled for: one constexpr. Lengths, window sizes, batch and bounds are not in it."""
 
-    head_dim: int
+    head_dim: int  # of q and K
+    v_head_dim: int  # of V and out
     kv_heads: int
     group: int
     causal: bool = True
@@ -36,6 +38,7 @@ class Features:
     table: str = ""  # "", "rows" or "flat"
     table_rows: int = 0  # of a table in which sequences name their rows: engines keep one, of one height
     token_table: bool = False  # a slot for each position
+    v_strides: tuple[int, int, int] | None = None  # of pages, heads, slots, where V has others than K: see v_offset
     stored: str = "unquantised"  # or a name of ``STORED``
     pairs: bool = False  # 8-bit rows read as 16-bit units (NVIDIA)
     k_fold: str = "none"
@@ -52,24 +55,44 @@ class Features:
         return self.stored != "unquantised"
 
     @property
+    def unit(self) -> int:
+        """Stored values that a kernel's pointer counts as one."""
+        return 2 if self.pairs else 1
+
+    @property
     def stored_dim(self) -> int:
-        """Columns of a stored row in units of the pointer that kernels see."""
-        return self.head_dim // 2 if self.pairs else self.head_dim
+        """Columns of a stored row of K in such units."""
+        return self.head_dim // self.unit
+
+    @property
+    def stored_v_dim(self) -> int:
+        """The same of V."""
+        return self.v_head_dim // self.unit
 
     @property
     def block_d(self) -> int:
-        """Columns of a tile of such rows: the next power of two, at least what a dot takes."""
-        return max(16, 1 << (self.stored_dim - 1).bit_length())
+        """Columns of a tile of K's rows: the next power of two, at least what a dot takes."""
+        return block_of(self.stored_dim)
+
+    @property
+    def block_dv(self) -> int:
+        """The same of V's rows."""
+        return block_of(self.stored_v_dim)
 
     @property
     def padded(self) -> bool:
-        """Whether tiles have columns past the row."""
-        return self.block_d != self.stored_dim
+        """Whether tiles have columns past the row, of K or of V."""
+        return self.block_d != self.stored_dim or self.block_dv != self.stored_v_dim
 
     @property
     def unit_q(self) -> bool:
         """Whether query rows are divided by their largest magnitude: over 8-bit caches, unless dots are float32."""
         return self.quantised and not self.fp32
+
+
+def block_of(columns: int) -> int:
+    """Columns of a tile that holds rows of so many."""
+    return max(16, 1 << (columns - 1).bit_length())
 
 
 def features_of(problem: Problem, target: Target) -> Features:
@@ -84,6 +107,7 @@ def features_of(problem: Problem, target: Target) -> Features:
     fp32 = problem.q.dtype == torch.float32 and not int8
     return Features(
         head_dim=problem.head_dim,
+        v_head_dim=problem.v_head_dim,
         kv_heads=keys.num_kv_heads,
         group=problem.group,
         causal=window.causal,
@@ -94,6 +118,7 @@ def features_of(problem: Problem, target: Target) -> Features:
         interleaved=problem.interleaved,
         page_size=0 if paged is None else paged.page_size,
         **_table_features(keys),
+        v_strides=None if paged is None else own_strides(paged),
         stored=stored,
         pairs=stored != "unquantised"
         and target.has_pairs(stored)
@@ -123,13 +148,21 @@ def cache_features(cache: PagedKV) -> Features:
     """The features of a kernel that only knows a cache: append."""
     return Features(
         head_dim=cache.head_dim,
+        v_head_dim=cache.v_head_dim,
         kv_heads=cache.num_kv_heads,
         group=1,
         page_size=cache.page_size,
+        v_strides=own_strides(cache),
         stored=STORED.get(cache.k.dtype, "unquantised"),
         k_fold=cache.quant.k,
         v_fold=cache.quant.v_granularity,
     )
+
+
+def own_strides(cache: PagedKV) -> tuple[int, int, int] | None:
+    """V's strides of pages, heads and slots in elements, if they differ from K's where it matters."""
+    v = cache.v
+    return None if same_strides(cache.k, v) else (v.stride(0), v.stride(1), v.stride(2))
 
 
 def token_strides(scale: Tensor | None) -> tuple[int, ...]:
@@ -151,5 +184,5 @@ def _viewable_as_pairs(problem: Problem) -> bool:
     """Rows must start at even elements to be read as 16-bit units."""
     if not isinstance(problem.keys, PagedKeys):
         return False
-    k, v = problem.keys.cache.k, problem.keys.cache.v
-    return all(s % 2 == 0 for s in k.stride()[:3]) and k.storage_offset() % 2 == 0 and v.storage_offset() % 2 == 0
+    pools = problem.keys.cache.k, problem.keys.cache.v
+    return all(n % 2 == 0 for x in pools for n in (*x.stride()[:3], x.storage_offset()))

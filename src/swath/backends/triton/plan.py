@@ -35,6 +35,8 @@ from swath.problem import Problem
 from swath.target import Target
 
 REDUCE_CHUNK = 16
+REDUCE_COLUMNS = 256
+"""Of the output that a warp of a reduce has at most: so many columns of a chunk fill its registers."""
 DEQUANTISE_TOKENS = 16
 
 H = TypeVar("H", bound=Heuristics)
@@ -81,10 +83,11 @@ def splits(work: Work, steps: int, scratch: Scratch, heuristics: Heuristics) -> 
     if slices.count > 1:
         tile_rows = min(block_m, steps * F.group)
         rows = owners * slices.count * tile_rows
-        scratch.add("partial", torch.float32, rows * (F.head_dim + 2))
+        scratch.add("partial", torch.float32, rows * (F.v_head_dim + 2))
         scratch.add("counts", torch.int32, owners)
-        args = args | {"BLOCK_D": 1 << (F.head_dim - 1).bit_length(), "CHUNK": REDUCE_CHUNK}
-        options = {"num_warps": 1} | ({"launch_pdl": True} if F.pdl else {})
+        block_d = 1 << (F.v_head_dim - 1).bit_length()
+        args = args | {"BLOCK_D": block_d, "CHUNK": REDUCE_CHUNK}
+        options = {"num_warps": ceil_div(block_d, REDUCE_COLUMNS)} | ({"launch_pdl": True} if F.pdl else {})
         calls.append(KernelCall(reduce_kernel, owners * tile_rows, args, options))
     return calls
 
@@ -125,9 +128,9 @@ def dequantise(work: Work, scratch: Scratch) -> tuple[KernelCall, list[Work]]:
     keys = cast(PagedKeys, problem.keys)
     cache = keys.cache
     pages, rows, width = scratch_pages(problem, keys), scratch_rows(problem, keys), table_pages(problem, keys)
-    shape = (rows * pages, cache.num_kv_heads, cache.page_size, cache.head_dim)
-    scratch.add("new_k", problem.q.dtype, *shape)
-    scratch.add("new_v", problem.q.dtype, *shape)
+    shape = (rows * pages, cache.num_kv_heads, cache.page_size)
+    scratch.add("new_k", problem.q.dtype, *shape, cache.head_dim)
+    scratch.add("new_v", problem.q.dtype, *shape, cache.v_head_dim)
     scratch.add("new_table", torch.int32, problem.num_seqs, width)
     made = scratch.tensors("meta")
     copied = PagedKeys(PagedKV(made["new_k"], made["new_v"]), PageTable(made["new_table"]), keys.seq_lens)

@@ -21,7 +21,8 @@ def suits_hopper(variant: Fields) -> bool:
     """Whether the hopper backend may take calls of a variant: it refuses most others."""
     wide = variant["dtype"] in (torch.bfloat16, torch.float16)
     attends = variant["op"] in ("attention", "paged_attention")
-    return attends and wide and variant["head_dim"] in (64, 128, 256) and variant["page_size"] % 8 == 0
+    square = variant["head_dim"] in (64, 128, 256) and variant.get("v_head_dim") is None
+    return attends and wide and square and variant["page_size"] % 8 == 0
 
 
 WANTED: dict[str, Callable[[Fields], bool]] = {"hopper": suits_hopper}

@@ -156,6 +156,19 @@ def memory(r: Random, _made: Fields, sizes: Sizes) -> Fields:
     }
 
 
+def values(r: Random, made: Fields, sizes: Sizes) -> Fields:
+    """Heads beyond 256; rows of V that are shorter than those of K, or lie otherwise."""
+    found: Fields = {}
+    head_dim = made["head_dim"]
+    if r.random() < 0.1 and sizes.work > 1 << 22:
+        head_dim = found["head_dim"] = r.choice((512, 512, 8 * r.randint(33, 64)))
+    if r.random() < 0.2:
+        found["v_head_dim"] = r.choice((8 * r.randint(1, head_dim // 8), max(head_dim // 16 * 8, 8)))
+    if r.random() < 0.1:
+        found["layout"] = "apart"
+    return found
+
+
 def queries(r: Random, made: Fields, _sizes: Sizes) -> Fields:
     """Decode, n-step decode, or ragged: chunks and mixed batches."""
     if made["dense"]:
@@ -177,7 +190,7 @@ def options(r: Random, made: Fields, _sizes: Sizes) -> Fields:
     }
 
 
-VARIANT: tuple[Draw, ...] = (operator, storage, heads, memory, queries, options)
+VARIANT: tuple[Draw, ...] = (operator, storage, heads, memory, values, queries, options)
 """What kernels are compiled for. Each draw sees what those before it made."""
 
 

@@ -26,7 +26,7 @@ def judge_attention(call: Call, impl: str, device: torch.device | str) -> Verdic
     truth = exact(inputs)
     if not bool(truth.out.isfinite().all()) or bool(truth.lse.isnan().any()):
         raise ValueError("the fuzzer is wrong: a query sees poison in this call")
-    canary = Canary.around(inputs.q, inputs.case.out_dtype, 0)
+    canary = Canary.around(inputs.q, inputs.case.v_dim, inputs.case.out_dtype, 0)
     out, lse = inputs.run(backend, out=canary.out)
     if out.data_ptr() != canary.out.data_ptr():
         raise BrokenError("the result is another tensor than out")

@@ -74,7 +74,7 @@ def _table_parts(table: Table) -> tuple[Tensor, Tensor | None, Tensor | None, st
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Where keys lie: k, v [pages, Hkv, slots, D] with their scales, and the entries of each sequence's pages.
+    """Where keys lie: k [pages, Hkv, slots, D], v [..., Dv], their scales, and the entries of each sequence's pages.
 
     Dense keys are pages of one slot, one after another.
     """
@@ -87,7 +87,7 @@ class Pool:
 
     @classmethod
     def of_dense(cls, k: Tensor, v: Tensor, cu_seqlens_k: Tensor) -> Pool:
-        """k and v [Tk, Hkv, D] of sequences laid end to end."""
+        """k [Tk, Hkv, D] and v [Tk, Hkv, Dv] of sequences laid end to end."""
         rows = torch.arange(k.shape[0], device=k.device)
         pages = [rows[start : max(start, end)] for start, end in pairwise(cu_seqlens_k.tolist())]
         return cls(k[:, :, None], v[:, :, None], None, None, pages)
@@ -106,7 +106,7 @@ class Pool:
         return ((entries >= 0) & (entries < self.k.shape[0])).repeat_interleave(self.k.shape[2])[: max(kv_len, 0)]
 
     def keys(self, b: int, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """k as stored and v [Hkv, N, D] at positions of sequence ``b``, and K's scale [Hkv or 1, N or 1, D or 1]."""
+        """Of sequence ``b``: k as stored [Hkv, N, D], v [Hkv, N, Dv], and K's scale [Hkv or 1, N or 1, D or 1]."""
         slots = self.k.shape[2]
         page, slot = self.pages[b][positions // slots], positions % slots
         k, v = (_widened(x, page, slot) for x in (self.k, self.v))
@@ -213,14 +213,14 @@ def _parts(rows: int, scores_a_row: int) -> Iterator[slice]:
 
 
 def _no_keys(pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
-    none = pool.k.new_zeros((pool.k.shape[1], 0, pool.k.shape[3]), dtype=torch.float64)
-    return none, none, none.new_ones(1, 1, 1)
+    k, v = (x.new_zeros((x.shape[1], 0, x.shape[3]), dtype=torch.float64) for x in (pool.k, pool.v))
+    return k, v, k.new_ones(1, 1, 1)
 
 
 def _rows(q: Tensor, rows: Tensor, keys: tuple[Tensor, Tensor, Tensor], seen: Tensor, scoring: Scoring) -> Truth:
     """Query rows q [R, Hq, D], row i of which sees those of the keys where seen[i]; numbered ``rows``."""
     stored, v, unit = keys
-    k, (heads, _, dim) = stored * unit, stored.shape
+    k, heads = stored * unit, stored.shape[0]
     x = scoring.by_kv_head(q.double(), heads)  # [Hkv, R, G, D]
     shape = x.shape[:3]
     flat, mask = x.flatten(1, 2), seen.repeat_interleave(shape[2], 0)[None]  # [Hkv, R * G, D] and [1, R * G, N]
@@ -235,7 +235,7 @@ def _rows(q: Tensor, rows: Tensor, keys: tuple[Tensor, Tensor, Tensor], seen: Te
     units = unit.abs().amax(1).expand(heads, -1) if unit.numel() else unit.new_ones(heads, 1)
     biggest = (flat * units[:, None]).abs().amax(-1)
     coarse = abs(scoring.scale) * biggest * _largest(stored.norm(dim=-1)[:, None].expand_as(s), mask)
-    v_norm = (seen.double() @ v.square()).sqrt()[:, :, None].expand(*shape, dim)
+    v_norm = (seen.double() @ v.square()).sqrt()[:, :, None].expand(*shape, v.shape[2])
 
     def back(y: Tensor) -> Tensor:
         return scoring.by_row(y.reshape(*shape, *y.shape[2:]))
@@ -245,6 +245,7 @@ def _rows(q: Tensor, rows: Tensor, keys: tuple[Tensor, Tensor, Tensor], seen: Te
         out=back(p @ v),
         lse=back(lse),
         keys=seen.sum(1, keepdim=True).double(),
+        products=torch.full_like(q[:, :1, 0], q.shape[2]),
         quadrature=back((p.square() @ v.square()).sqrt()),
         noise=back(noise),
         coarse_noise=back(coarse),

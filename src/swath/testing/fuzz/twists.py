@@ -106,10 +106,11 @@ def _fill_from(cache: PagedKV, pages: Tensor, others: Tensor) -> None:
 
 @twist(0.05)
 def one_pool(inputs: Inputs, _r: Random) -> Inputs:
-    """The values are the keys: both are the same tensor."""
+    """The values are the keys, or the first elements of their rows: both are the same memory."""
     if isinstance(inputs.keys, PagedKV):
-        return replace(inputs, keys=replace(inputs.keys, v=inputs.keys.k))
-    return replace(inputs, keys=(inputs.keys[0], inputs.keys[0]))
+        return replace(inputs, keys=replace(inputs.keys, v=inputs.keys.k[..., : inputs.case.v_dim]))
+    k = inputs.keys[0]
+    return replace(inputs, keys=(k, k[..., : inputs.case.v_dim]))
 
 
 @twist(0.05)
@@ -210,8 +211,9 @@ def late_keys(inputs: Inputs, r: Random) -> Inputs:
     n, (k, v), cu = r.randint(1, 20), inputs.dense, inputs.cu_seqlens_k
     if cu is None:
         return inputs
-    nothing = torch.full((n, *k.shape[1:]), torch.nan, dtype=k.dtype, device=k.device)
-    return replace(inputs, keys=(_joined(nothing, k), _joined(nothing, v)), cu_seqlens_k=cu + n)
+    nothing = (torch.full((n, *x.shape[1:]), torch.nan, dtype=x.dtype, device=x.device) for x in (k, v))
+    late_k, late_v = map(_joined, nothing, (k, v))
+    return replace(inputs, keys=(late_k, late_v), cu_seqlens_k=cu + n)
 
 
 def _joined(a: Tensor, b: Tensor) -> Tensor:

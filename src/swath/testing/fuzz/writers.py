@@ -30,7 +30,8 @@ def judge_append(call: Call, impl: str, device: torch.device | str) -> Verdict:
     dtype = r.choice((torch.bfloat16, torch.float16, torch.float32))
     where = r.sample(range(pool), min(tokens, pool))
     where = [r.choice((*OUTSIDE, pool)) if r.random() < 0.1 else slot for slot in where]
-    k, v = (_tokens(call, name, len(where), dtype, device) for name in "kv")
+    widths = {"k": case.head_dim, "v": case.v_dim}
+    k, v = (_tokens(call, name, (len(where), width), dtype, device) for name, width in widths.items())
     slot_mapping = torch.tensor(where, dtype=torch.int64, device=device)
     args = (cache, k, v, slot_mapping)
     backend = taker("append_kv", args, {}, impl)
@@ -54,14 +55,16 @@ def _rounds_to_bf16(cache: PagedKV, dtype: torch.dtype) -> bool:
     return cache.k.dtype == torch.bfloat16 != dtype or any(s.dtype == torch.bfloat16 for s in scales)
 
 
-def _tokens(call: Call, name: str, count: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Rows of many magnitudes, zeros among them."""
-    case, generator = call.case, on(device, call, f"tokens {name}")
-    shape = (count, case.num_kv_heads, case.head_dim + (16 if case.strided else 0))
+def _tokens(
+    call: Call, name: str, size: tuple[int, int], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:  # fmt: skip
+    """Rows [count, Hkv, width] of many magnitudes, zeros among them, for the ``size`` (count, width)."""
+    case, generator, (count, width) = call.case, on(device, call, f"tokens {name}"), size
+    shape = (count, case.num_kv_heads, width + (16 if case.strided else 0))
     x = torch.randn(shape, generator=generator, device=device)
     sizes = torch.tensor([0.0, 1e-3, 1.0, 1.0, 1.0, 30.0, 5e3], device=device)
     chosen = torch.randint(len(sizes), shape[:2], generator=generator, device=device)
-    return (x * sizes[chosen][..., None]).to(dtype)[..., : case.head_dim]
+    return (x * sizes[chosen][..., None]).to(dtype)[..., :width]
 
 
 def after_append(x: Tensor, pool: Tensor, scale: Tensor | None, where: list[int]) -> tuple[Tensor, Tensor | None]:

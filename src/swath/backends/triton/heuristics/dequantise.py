@@ -53,6 +53,7 @@ def scratch_rows(problem: Problem, keys: PagedKeys) -> int:
     In a mixed batch each sequence may be a chunk, as far as the host knows; the device gives rows to those that are.
     """
     pages = scratch_pages(problem, keys)
-    row = pages * keys.cache.page_size * keys.num_kv_heads * problem.head_dim * 2 * problem.q.element_size()
+    elements = keys.num_kv_heads * (problem.head_dim + problem.v_head_dim)
+    row = pages * keys.cache.page_size * elements * problem.q.element_size()
     table = problem.num_seqs * table_pages(problem, keys) * torch.int32.itemsize
     return min(most_unclaimed(problem), max(SCRATCH_BYTES - table, 0) // row) if row else 0

@@ -42,13 +42,15 @@ def fitting(row: Row, F: Features, block_m: int, target: Target) -> Row:
     A stage holds a tile of K and one of V; query rows and p on their way through shared memory come on top.
     """
     element = 4 if F.fp32 else 2
-    stored = F.block_d * (1 if F.quantised and not F.pairs else element)
+    columns = F.block_d + F.block_dv
+    stored = columns * (1 if F.quantised and not F.pairs else element)
     block_n, stages = row.block_n, row.stages
 
     def used() -> int:
-        decoded = 2 * block_n * F.block_d * element if F.quantised else 0
-        return 2 * stages * block_n * stored + block_m * (F.block_d + block_n) * element + decoded
+        decoded = block_n * columns * element if F.quantised else 0
+        return stages * block_n * stored + block_m * (F.block_d + block_n) * element + decoded
 
-    while used() > target.shared_bytes and (stages > 1 or block_n > 16):
+    least = 32 if F.compute_int8 else 16  # keys that a product with V takes
+    while used() > target.shared_bytes and (stages > 1 or block_n > least):
         stages, block_n = (stages - 1, block_n) if stages > 1 else (1, block_n // 2)
     return replace(row, block_n=block_n, stages=stages)

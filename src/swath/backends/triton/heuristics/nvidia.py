@@ -17,6 +17,8 @@ def split_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
 
 def _pairs_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
     """Over 8-bit keys that are read in pairs."""
+    if F.head_dim > 256:
+        return SplitLaunch(32, 4, 3)
     if F.bounds and F.softcap and F.padded and block_m > 16:
         return SplitLaunch(64, 8, 3)  # four warps spill
     if block_m > 16:
@@ -28,6 +30,8 @@ def _pairs_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
 
 def _wide_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
     """Over 16-bit keys, and 8-bit ones that are read one by one."""
+    if F.head_dim > 256:
+        return SplitLaunch(32, 4, 2) if block_m == 16 else SplitLaunch(32, 8, 2, resident=1)
     if F.head_dim <= 64 and block_m == 16:
         return SplitLaunch(32, 1, 4, H200, resident=8) if short_run else SplitLaunch(64, 2, 3, H200, resident=4)
     if F.padded:
@@ -41,8 +45,12 @@ def tile_row(F: Features, short_window: bool) -> TileLaunch:
     """Prefill; ``short_window``: it is a few tiles wide."""
     if F.fp32:
         return TileLaunch(16, 16, 8 if F.bounds else 4, 1)  # four warps spill where bounds of rows take registers
+    if F.compute_int8 and F.head_dim > 256:
+        return TileLaunch(32, 32, 8, 2)
     if F.quantised:
         return TileLaunch(64, 32, 8, 2)
     if F.head_dim <= 64:
         return TileLaunch(64, 32, 4, 2, H200) if short_window else TileLaunch(128, 64, 4, 3, H200)
-    return TileLaunch(64, 64, 4, 3, H200) if F.head_dim <= 128 else TileLaunch(64, 32, 4, 2)
+    if F.head_dim <= 128:
+        return TileLaunch(64, 64, 4, 3, H200)
+    return TileLaunch(64, 32, 4 if F.head_dim <= 256 else 8, 2)

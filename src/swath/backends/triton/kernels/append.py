@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from swath.backends.device.cache import v_offset
 from swath.backends.device.quant import SMALLEST_SCALE, channel_scale, encode, head_scale
 
 
@@ -20,7 +21,7 @@ def stored_scale(x, scale, at, kv_head, column, live, OF_V: tl.constexpr, LARGES
         tl.store(scale + at, own)
         unit = own.to(tl.float32)
     elif fold == "channel":
-        unit = channel_scale(scale, kv_head, column, F.head_dim, live)
+        unit = channel_scale(scale, kv_head, column, F.v_head_dim if OF_V else F.head_dim, live)
         unit = tl.where(unit != 0, unit, 1.0)
     else:
         unit = head_scale(scale, kv_head, OF_V, F) + 0.0 * column
@@ -45,16 +46,18 @@ def append_kernel(
     head = kv_head.to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     live = column < F.head_dim
-    row = page * page_stride + head * head_stride + offset * token_stride + column
+    row = page * page_stride + head * head_stride + offset * token_stride
     x = tl.load(k + token * k_token + head * k_head + column, mask=live, other=0.0)
     at = page * ks_page + head * ks_head + offset * ks_token
     if F.quantised:
         x = x.to(tl.float32)
         x = tl.div_rn(x, stored_scale(x, k_scale, at, kv_head, column, live, False, LARGEST, F))
-    tl.store(cache_k + row, encode(x, F).to(cache_k.dtype.element_ty), mask=live)
+    tl.store(cache_k + row + column, encode(x, F).to(cache_k.dtype.element_ty), mask=live)
+    row = v_offset(row, page, head, offset, F)
+    live = column < F.v_head_dim
     x = tl.load(v + token * v_token + head * v_head + column, mask=live, other=0.0)
     at = page * vs_page + head * vs_head + offset * vs_token
     if F.quantised:
         x = x.to(tl.float32)
         x = tl.div_rn(x, stored_scale(x, v_scale, at, kv_head, column, live, True, LARGEST, F))
-    tl.store(cache_v + row, encode(x, F).to(cache_v.dtype.element_ty), mask=live)
+    tl.store(cache_v + row + column, encode(x, F).to(cache_v.dtype.element_ty), mask=live)

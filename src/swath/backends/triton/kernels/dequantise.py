@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from swath.backends.device.cache import load_entries, page_in_sight, pages_of, table_row
+from swath.backends.device.cache import load_entries, page_in_sight, pages_of, table_row, v_offset
 from swath.backends.device.quant import channel_scale, decode, head_scale
 from swath.backends.device.window import Rows, band_of, bounds_of, rows_of, view_of
 from swath.backends.triton.kernels.query import keys_within, lead_of, ranked_sequence, sequence_of, store_claim
@@ -20,24 +20,28 @@ from swath.backends.triton.kernels.query import keys_within, lead_of, ranked_seq
 @triton.jit
 def copy_page(source, target, scale, scale_at, scale_token, kv_head, token_stride, OF_V: tl.constexpr,
               F: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
-    """One kv head of a page: stored [page_size, D] at ``source`` to values at ``target``."""
-    BLOCK_D: tl.constexpr = F.block_d
+    """One kv head of a page: stored [page_size, D or Dv] at ``source`` to values at ``target``."""
+    BLOCK_D: tl.constexpr = F.block_dv if OF_V else F.block_d
+    DIM: tl.constexpr = F.v_head_dim if OF_V else F.head_dim
     fold: tl.constexpr = F.v_fold if OF_V else F.k_fold
     column = tl.arange(0, BLOCK_D)
-    live = column < F.head_dim
+    live = column < DIM
     for first in range(0, F.page_size, BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)
         mask = (token < F.page_size)[:, None] & live[None, :]
-        x = tl.load(source + token[:, None] * token_stride + column[None, :], mask=mask, other=0)
+        row = token * token_stride
+        if OF_V:
+            row = v_offset(row, 0, 0, token, F)
+        x = tl.load(source + row[:, None] + column[None, :], mask=mask, other=0)
         x = decode(x, F).to(tl.float32)
         if fold == "token":
             at = scale + scale_at + token * scale_token
             x *= tl.load(at, mask=token < F.page_size, other=0.0).to(tl.float32)[:, None]
         elif fold == "channel":
-            x *= channel_scale(scale, kv_head, column, F.head_dim, live)[None, :]
+            x *= channel_scale(scale, kv_head, column, DIM, live)[None, :]
         else:
             x *= head_scale(scale, kv_head, OF_V, F)
-        to = target + token[:, None] * F.head_dim + column[None, :]
+        to = target + token[:, None] * DIM + column[None, :]
         tl.store(to, x.to(target.dtype.element_ty), mask=mask)
 
 
@@ -114,8 +118,10 @@ def dequantise_kernel(
         return
     entry, head = entry.to(tl.int64), kv_head.to(tl.int64)
     source = entry * kv_page + head * kv_head_stride
-    target = (new_page.to(tl.int64) * F.kv_heads + head) * F.page_size * F.head_dim
+    new_slot = (new_page.to(tl.int64) * F.kv_heads + head) * F.page_size
+    k_target, v_target = new_slot * F.head_dim, new_slot * F.v_head_dim
     scale_at = entry * ks_page + head * ks_head
-    copy_page(k + source, new_k + target, k_scale, scale_at, ks_token, kv_head, kv_token, False, F, BLOCK_T)
+    copy_page(k + source, new_k + k_target, k_scale, scale_at, ks_token, kv_head, kv_token, False, F, BLOCK_T)
+    source = v_offset(source, entry, head, 0, F)
     scale_at = entry * vs_page + head * vs_head
-    copy_page(v + source, new_v + target, v_scale, scale_at, vs_token, kv_head, kv_token, True, F, BLOCK_T)
+    copy_page(v + source, new_v + v_target, v_scale, scale_at, vs_token, kv_head, kv_token, True, F, BLOCK_T)

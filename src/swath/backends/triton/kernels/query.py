@@ -189,7 +189,8 @@ def load_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach,
         return Query(x, x, 1.0, reach)
     else:
         column = tl.arange(0, F.block_d)
-        mask = valid[:, None] & (column < F.head_dim)[None, :] if F.padded else valid[:, None]
+        padded: tl.constexpr = F.block_d != F.head_dim
+        mask = valid[:, None] & (column < F.head_dim)[None, :] if padded else valid[:, None]
         x = tl.load(q + offset[:, None] + column[None, :], mask=mask, other=0.0)
         return Query(x, x, scale_log2, reach)
 
@@ -221,17 +222,17 @@ def load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, r
 @triton.jit
 def states_of(partial, rows, F: tl.constexpr):
     """Where the m and l of splits are: behind the accumulators of all their ``rows``."""
-    return partial + rows.to(tl.int64) * F.head_dim
+    return partial + rows.to(tl.int64) * F.v_head_dim
 
 
 @triton.jit
 def join_columns(acc, acc_odd, v_scale, kv_head, F: tl.constexpr):
-    """The accumulator [M, D padded] with V's scale folded in (all but a token scale), and its column indices."""
+    """The accumulator [M, Dv padded] with V's scale folded in (all but a token scale), and its column indices."""
     if F.pairs:
         acc = tl.interleave(acc, acc_odd)
-    column = tl.arange(0, 2 * F.block_d if F.pairs else F.block_d)
+    column = tl.arange(0, F.unit * F.block_dv)
     if F.v_fold == "channel":
-        acc *= channel_scale(v_scale, kv_head, column, F.head_dim, column < F.head_dim)[None, :]
+        acc *= channel_scale(v_scale, kv_head, column, F.v_head_dim, column < F.v_head_dim)[None, :]
     else:
         acc *= head_scale(v_scale, kv_head, True, F)
     return acc, column
@@ -246,7 +247,7 @@ def store_output(out, lse, sink, at, q_row, q_head, valid, m, l, acc, column, F:
         m, l, weight = add_sink(m, l, logit)
         acc *= weight[:, None]
     inverse, log_sum = finish(m, l, logit)
-    mask = valid[:, None] & (column < F.head_dim)[None, :]
+    mask = valid[:, None] & (column < F.v_head_dim)[None, :]
     tl.store(out + at[:, None] + column[None, :], (acc * inverse[:, None]).to(out.dtype.element_ty), mask=mask)
     if lse is not None:
         tl.store(lse + q_row * (F.kv_heads * F.group) + q_head, log_sum, mask=valid)

@@ -37,7 +37,7 @@ def reduce_kernel(
     if r >= q_len * F.group:
         return
     column = tl.arange(0, BLOCK_D)
-    live = column < F.head_dim
+    live = column < F.v_head_dim
     m = tl.full((), FLOOR, tl.float32)
     l = tl.zeros((), tl.float32)
     acc = tl.zeros((BLOCK_D,), tl.float32)
@@ -48,7 +48,7 @@ def reduce_kernel(
         m_part = tl.load(states + 2 * partial_row, mask=j < count, other=FLOOR)
         l_part = tl.load(states + 2 * partial_row + 1, mask=j < count, other=0.0)
         mask = (j < count)[:, None] & live[None, :]
-        acc_part = tl.load(partial + partial_row[:, None] * F.head_dim + column[None, :], mask=mask, other=0.0)
+        acc_part = tl.load(partial + partial_row[:, None] * F.v_head_dim + column[None, :], mask=mask, other=0.0)
         m, l, acc = merge_tile(m, l, acc, m_part, l_part, acc_part)
     q_head = q_head_of(kv_head, r % F.group, F)
     q_row += r // F.group

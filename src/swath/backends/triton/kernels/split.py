@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from swath.backends.device.cache import Keys, table_row
+from swath.backends.device.cache import Keys, table_row, v_offset
 from swath.backends.device.window import apart_of, band_of, reach_of, rows_of, view_of
 from swath.backends.triton.kernels.query import (
     join_columns,
@@ -139,7 +139,8 @@ def split_kernel(
         if j >= tl.maximum(key_slice.count, 1):
             return
     base = kv_head.to(tl.int64) * kv_head_stride
-    keys = Keys(k + base, v + base, entries, num_pages, kv_page, kv_token, kv_page, kv_token)
+    v_base = v_offset(base, 0, kv_head.to(tl.int64), 0, F)
+    keys = Keys(k + base, v + v_base, entries, num_pages, kv_page, kv_token, kv_page, kv_token)
     unmasked, unmasked_end = key_slice.first, key_slice.end
     if UNMASKED_FIRST:
         unmasked, unmasked_end = unmasked_tiles(
@@ -168,13 +169,13 @@ def split_kernel(
             walk, key_slice.first, key_slice.end, key_slice.end, 0, apart, F, BLOCK_N, STAGES,
         )  # fmt: skip
     l = tl.sum(l, 1)  # [BLOCK_M]
-    acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)  # [BLOCK_M, D padded], [D padded]
+    acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)  # [BLOCK_M, Dv padded], [Dv padded]
     if partial is not None:
         if key_slice.count > 1:
             tile_rows = tl.minimum(steps * F.group, BLOCK_M)
             partial_row = (owner.to(tl.int64) * num_splits + j) * tile_rows + tl.arange(0, BLOCK_M)
-            mask = valid[:, None] & (column < F.head_dim)[None, :]
-            tl.store(partial + partial_row[:, None] * F.head_dim + column[None, :], acc, mask=mask)
+            mask = valid[:, None] & (column < F.v_head_dim)[None, :]
+            tl.store(partial + partial_row[:, None] * F.v_head_dim + column[None, :], acc, mask=mask)
             states = states_of(partial, tl.num_programs(0) * tile_rows, F) + 2 * partial_row
             tl.store(states, m, mask=valid)
             tl.store(states + 1, l, mask=valid)

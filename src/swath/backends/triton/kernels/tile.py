@@ -140,6 +140,6 @@ def tile_kernel(
         new_state(BLOCK_M, F), page, query, keys, scales, band, cap_log2,
         walk, 0, walk.total, unmasked, unmasked_end, apart, F, BLOCK_N, STAGES,
     )  # fmt: skip
-    acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)  # [BLOCK_M, D padded], [D padded]
+    acc, column = join_columns(acc, acc_odd, v_scale, kv_head, F)  # [BLOCK_M, Dv padded], [Dv padded]
     at = row_offsets(b, q_index, q_row, q_heads, out_seq, out_token, out_head, cu_q)
     store_output(out, lse, sink, at, q_row, q_heads, valid, m, l, acc, column, F)

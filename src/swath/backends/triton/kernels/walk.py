@@ -181,8 +181,8 @@ def accumulate(p, v, factor, acc, acc_odd, F: tl.constexpr):
 @triton.jit
 def new_state(BLOCK_M: tl.constexpr, F: tl.constexpr):
     """The state of rows before any key: m, l [BLOCK_M] and acc, acc_odd [BLOCK_M, columns]."""
-    BLOCK_D: tl.constexpr = F.block_d
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    BLOCK_DV: tl.constexpr = F.block_dv
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     return tl.full((BLOCK_M,), FLOOR, tl.float32), tl.zeros((BLOCK_M,), tl.float32), acc, acc
 
 
@@ -227,11 +227,12 @@ def attend(
     """
     BY_ROW: tl.constexpr = F.unit_q and not F.softcap
     BLOCK_D: tl.constexpr = F.block_d
-    m, l, acc, acc_odd = state  # [BLOCK_M], [BLOCK_M] or [BLOCK_M, C], [BLOCK_M, BLOCK_D] twice
+    BLOCK_DV: tl.constexpr = F.block_dv
+    m, l, acc, acc_odd = state  # [BLOCK_M], [BLOCK_M] or [BLOCK_M, C], [BLOCK_M, BLOCK_DV] twice
     # Over pairs, where threads keep sums of their own: maxima are then all that warps exchange by row.
     LAZY: tl.constexpr = F.pairs and len(l.shape) == 2
     n = tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK_D)
+    column, v_column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     for i in tl.range(first_tile, end_tile, num_stages=STAGES):
         x = tile_at(i, skip, skipped) * BLOCK_N + n  # [BLOCK_N]
         pos = key_at(x, walk, F)
@@ -250,7 +251,7 @@ def attend(
         # Not one scalar for all: the interpreter would broadcast it as int32, which is no mask in Triton 3.9.
         more = tl.full((BLOCK_N,), i + 1, tl.int32) < end_tile
         page = page_ids(keys, ahead, seen_by_any(ahead, band) & more, F)
-        k = load_rows(keys.k, k_row, column, live_rows, not MASKED, F)  # [BLOCK_N, BLOCK_D]
+        k = load_rows(keys.k, k_row, column, live_rows, F.stored_dim, not MASKED)  # [BLOCK_N, BLOCK_D]
         s, scale = scores(query, k, k_scale, cap_log2, F)  # [BLOCK_M, BLOCK_N]
         factor = 1.0
         if F.v_fold == "token":
@@ -266,7 +267,7 @@ def attend(
             acc *= alpha[:, None]
             if F.pairs:
                 acc_odd *= alpha[:, None]
-        v = load_rows(keys.v, v_row, column, live_rows, not MASKED, F)  # [BLOCK_N, BLOCK_D]
+        v = load_rows(keys.v, v_row, v_column, live_rows, F.stored_v_dim, not MASKED)  # [BLOCK_N, BLOCK_DV]
         if F.v_fold == "token":
             p *= v_scale[None, :]
         acc, acc_odd = accumulate(p, v, factor, acc, acc_odd, F)
