@@ -234,7 +234,7 @@ def test_long_texts_add_rows(tiny_dir: Path, tmp_path: Path) -> None:
         demo.run()
         saved = json.loads(demo.settings.json_path.read_text())
         assert len(saved["rows"]) == rows
-        assert ("After 2k: other text of 2,048 tokens" in saved["conditions"]["notes"]) is (rows == 12)
+        assert ("After 2k tokens: other text of 2,048 tokens" in saved["conditions"]["notes"]) is (rows == 12)
     assert "trained with full attention, up to 2,048 tokens." in saved["conditions"]["notes"]
 
 

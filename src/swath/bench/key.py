@@ -19,3 +19,9 @@ KEY = {
     "004 N8192 S127": "SGLang's ragged table: its N, and its window S, without the query's own key; -1 is no window",
 }
 """Parts of names and what they stand for."""
+
+IN_SHORT = (
+    "In names of cases B64 is 64 sequences, 8k the keys of each, p16 pages of 16 tokens, w1024 a window of 1,024 keys,"
+    " and 2k at 16k 2,048 query tokens at the end of 16,384 keys; others are prefills in the shape of a model."
+)
+"""The same in a sentence, for where plots stand alone."""

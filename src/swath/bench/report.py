@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from swath.bench.judge import SPREAD, by_case, outcomes, sides, verdict
-from swath.bench.key import KEY
+from swath.bench.key import IN_SHORT, KEY
 from swath.bench.results import Row, Timed, conditions, date_of, timed
 from swath.bench.units import in_words
 from swath.cli.files import between
@@ -107,5 +107,5 @@ def with_plot(readme: str, rows: list[Row], images: Iterable[str]) -> str:
     by = f"Drawn from `{commands[0]}`. [All figures](docs/benchmarks.md)"
     if len(commands) > 1:
         by = "[All figures, and the commands that give them](docs/benchmarks.md)"
-    said = f"<sub>{conditions(rows)}. {by}.</sub>"
+    said = f"<sub>{IN_SHORT} {conditions(rows)}. {by}.</sub>"
     return between(readme, MARKS, "\n".join(["", *pictures, "", said, ""]))

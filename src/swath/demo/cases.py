@@ -43,7 +43,9 @@ def cases(model: Any, calibration: list[Tensor], settings: Settings) -> list[Cas
         for name, given in (("gpt-oss shape, sinks", sinks), ("gpt-oss shape, no sinks", None)):
             attentions.append((name, gpt_oss.with_sinks(model, given, size), None))
     every = [Case(*each, kv) for each in attentions for kv in _kinds(settings)]
-    return every + (after_long_text(model, settings) if settings.budget.before else [])
+    far = after_long_text(model, settings) if settings.budget.before else []
+    last = max((i for i, case in enumerate(every) if case.attention == windowed(model, settings).attention), default=-1)
+    return [*every[: last + 1], *far, *every[last + 1 :]]
 
 
 def after_long_text(model: Any, settings: Settings) -> list[Case]:
@@ -51,10 +53,9 @@ def after_long_text(model: Any, settings: Settings) -> list[Case]:
     case, before = windowed(model, settings), settings.budget.before
     if case.window is None or not leaves_leading(case.window) or why_unknown(model.config, "full_attention"):
         return []
-    after = f"{case.attention}, after {before // 1024}k"
     return [
-        replace(case, attention=after, before=before),
-        replace(case, attention=f"{after}, near", before=before, leading_positions="cache"),
+        replace(case, attention=f"... after {before // 1024}k tokens", before=before),
+        replace(case, attention="... kept near", before=before, leading_positions="cache"),
     ]
 
 
@@ -69,8 +70,8 @@ def notes(model: Any, settings: Settings) -> str:
         parts.append(f"No rows with sinks: they are made from llama models, and this one is {model.config.model_type}.")
     if settings.budget.before:
         parts.append(
-            f"After {settings.budget.before // 1024}k: other text of {settings.budget.before:,} tokens was read before,"
-            ' and near says where the leading tokens stand then: `leading_positions="cache"`.'
+            f"After {settings.budget.before // 1024}k tokens: other text of {settings.budget.before:,} tokens was read"
+            ' before. Kept near: the same, with `leading_positions="cache"`.'
         )
     return " ".join(parts)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from swath.cli.files import write_all
 from swath.cli.palette import FAINT, INK, MUTED, TONES
 from swath.demo.measure import Row
-from swath.demo.report import MIB, Report, caption
+from swath.demo.report import MIB, Report, in_short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,7 @@ def save(report: Report, path: Path) -> None:
     """Write the plot as PNG: one pair of points per attention, hollow as the model computes, filled quantised."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.4, 6.0), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(6.3, 6.6), facecolor="white", layout="constrained")
     ax = figure.add_subplot()
     rows = [row for row in report.rows if not row.tokens_before]  # after other text, losses are not comparable
     _draw_axes(ax, rows)
@@ -29,7 +29,7 @@ def save(report: Report, path: Path) -> None:
         _draw_pair(ax, [row for row in rows if row.attention == name], tone)
     _draw_kv_legend(ax, rows)
     figure.suptitle("Quality against cache memory", x=0.02, ha="left", color=INK, size=13, weight="bold")
-    figure.supxlabel(textwrap.fill(caption(report.conditions), 150), x=0.02, ha="left", color=MUTED, size=7.5)
+    figure.supxlabel(textwrap.fill(in_short(report.conditions), 78), x=0.02, ha="left", color=MUTED, size=9)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=160)
     write_all({path: data.getvalue()})
@@ -56,11 +56,11 @@ def _draw_axes(ax: Axes, rows: list[Row]) -> None:
     ax.axvline(full, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     ax.annotate(
         "full bf16 cache", (full, 1), xycoords=("data", "axes fraction"), xytext=(-4, -6), textcoords="offset points",
-        rotation=90, ha="right", va="top", size=8, color=MUTED,
+        rotation=90, ha="right", va="top", size=10, color=MUTED,
     )  # fmt: skip
-    ax.set_xlabel("peak KV cache, MiB (less is better)", color=INK)
-    ax.set_ylabel("perplexity (less is better)", color=INK)
-    ax.tick_params(colors=INK, which="both", length=0)
+    ax.set_xlabel("peak KV cache, MiB (less is better)", color=INK, size=11)
+    ax.set_ylabel("perplexity (less is better)", color=INK, size=11)
+    ax.tick_params(colors=INK, which="both", length=0, labelsize=11)
     ax.grid(color=FAINT, linewidth=0.4, alpha=0.6)
     ax.spines[["top", "right"]].set_visible(False)
 
@@ -69,12 +69,14 @@ def _draw_pair(ax: Axes, rows: list[Row], tone: str) -> None:
     """The points of one attention, joined: quantising moves along the line."""
     sizes = [row.peak_cache_bytes / MIB for row in rows]
     losses = [row.perplexity for row in rows]
+    right = sizes[-1] > 8  # names in the right half stand below, and end with the line
     ax.plot(sizes, losses, color=tone, linewidth=1.2, alpha=0.6)
     for row, size, loss in zip(rows, sizes, losses, strict=True):
         ax.plot(size, loss, "o", markersize=8, markeredgewidth=1.6, color=tone, markerfacecolor=_face(row, tone))
     ax.annotate(
-        f"{rows[0].attention}: {losses[-1]:.1f}", (sizes[-1], losses[-1]), xytext=(0, 9), textcoords="offset points",
-        color=tone, size=9, weight="bold", ha="left",
+        f"{rows[0].attention}: {losses[-1]:.1f}", (sizes[0 if right else -1], losses[-1]),
+        xytext=(0, -9 if right else 9), textcoords="offset points", color=tone, size=11, weight="bold",
+        ha="right" if right else "left", va="top" if right else "bottom",
     )  # fmt: skip
 
 
@@ -90,4 +92,4 @@ def _draw_kv_legend(ax: Axes, rows: list[Row]) -> None:
         Line2D([], [], marker="o", linestyle="", color=MUTED, markerfacecolor=face, markersize=8, label=f"{kv} cache")
         for kv, face in kinds.items()
     ]
-    ax.legend(handles=handles, frameon=False, fontsize=9, labelcolor=INK)
+    ax.legend(handles=handles, frameon=False, fontsize=11, labelcolor=INK)

@@ -85,6 +85,13 @@ def caption(conditions: Conditions) -> str:
     return " ".join(parts)
 
 
+def in_short(conditions: Conditions) -> str:
+    """Model, text and versions, for under a picture."""
+    c = conditions
+    versions = ", ".join(f"{name} {version}" for name, version in c.versions.items())
+    return f"{c.model} in {c.dtype} on {c.device}; {c.text}. {versions}; {c.date}."
+
+
 def mebibytes(count: int) -> str:
     """Bytes for people: "1.9 MiB"."""
     return f"{count / MIB:.1f} MiB"
