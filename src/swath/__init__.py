@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from swath.quant import KVQuant
     from swath.window import Window
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "KVQuant",
