@@ -5,6 +5,9 @@ PYTHON ?= python3
 JOBS ?= 2
 # The Triton that `make test-triton` takes.
 OTHER_TRITON ?= 3.9.0
+# The releases of the library `kernels` that our Transformers takes. It lies beside the environment: where it is
+# installed, some models of Transformers ask the Hub for kernels by themselves.
+KERNELS := kernels>=0.16,<0.17
 # What `make memcheck` runs the tests under, and which of its tools: memcheck, racecheck, synccheck or initcheck.
 SANITIZER ?= compute-sanitizer
 TOOL ?= memcheck
@@ -58,9 +61,10 @@ demo: $(DEMO_STAMP) ## run the demo: a small language model served through swath
 	$(CALM) $(BIN)/swath demo $(ARGS)
 
 # Each pytest process computes on one thread: together they fill the cores, and results do not depend on how many.
-test: lint ## lint, type check and run the test suite
+test: lint $(VENV)/kernels ## lint, type check and run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -k triton $(INTERPRETED)
+	PYTHONPATH=$(CURDIR)/$(VENV)/kernels OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/compat/test_hub.py
 
 # A GPU machine comes with a torch and triton made for it: use the Python that is there and install nothing.
 test-gpu: ## run the kernels' tests on the GPU with the installed Python, installing nothing (ARGS="-n 16" with xdist)
@@ -173,6 +177,10 @@ $(VLLM_STAMP): pyproject.toml
 $(VENV)/triton-%: | $(BIN)/pip
 	@echo "installing triton $*"
 	@$(PIP) install --no-deps --target $@ 'triton==$*'
+
+$(VENV)/kernels: | $(DEV_STAMP)
+	@echo "installing kernels"
+	@$(PIP) install -c constraints.txt --target $@ '$(KERNELS)'
 
 $(DEMO_STAMP): pyproject.toml constraints.txt $(TORCH_STAMP)
 	@echo "installing swath[demo]"

@@ -168,3 +168,10 @@ def test_transformers_loads_it_and_generates(kernel: Path, kind: str, monkeypatc
     assert flash._flash_varlen_fn is module.flash_attn_varlen_func
     for m, wanted in zip((mask, padded), eager, strict=True):
         assert torch.equal(model.generate(prompt, attention_mask=m, **options), wanted)
+    if kind == "llama":
+        generation = transformers.GenerationConfig(**options)
+        batching = transformers.ContinuousBatchingConfig(block_size=16, num_blocks=16, max_batch_tokens=64)
+        results = model.generate_batch(
+            prompt.tolist(), generation_config=generation, continuous_batching_config=batching
+        )
+        assert [r.generated_tokens for r in results.values()] == eager[0][:, 40:].tolist()

@@ -16,7 +16,7 @@ DOCS = ROOT / "docs"
 NAV = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:\n")[2].partition("\n\n")[0]
 LISTED = set(re.findall(r"(?:: |- )(\S+\.md)$", NAV, re.MULTILINE))
 HOOK = ast.parse((DOCS / "site" / "hook.py").read_text("utf-8"))
-PACKAGES = ("swath", "swath.hf", "swath.testing")
+PACKAGES = ("swath", "swath.compat", "swath.hf", "swath.testing")
 """Packages whose ``__all__`` is public."""
 
 
@@ -44,7 +44,8 @@ def test_every_page_has_a_place_in_the_navigation() -> None:
 def test_every_public_name_is_described(package: str) -> None:
     text = "".join(p.read_text("utf-8") for p in (DOCS / "api").glob("*.md"))
     described = set(re.findall(rf"^::: {re.escape(package)}\.(\w+)$", text, re.MULTILINE))
-    assert described == set(public(package)), "docs/api"
+    packages = {name.partition(".")[2] for name in PACKAGES}
+    assert described - packages == set(public(package)), "docs/api"
 
 
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="the site is built where its packages are: make docs")
