@@ -8,6 +8,7 @@ from pathlib import Path
 from swath.bench.judge import SPREAD, by_case, outcomes, sides, verdict
 from swath.bench.key import IN_SHORT, KEY
 from swath.bench.results import Row, Timed, conditions, date_of, timed
+from swath.bench.serving.table import markdown
 from swath.bench.units import in_words
 from swath.cli.files import between
 
@@ -61,6 +62,9 @@ def _section(name: str, rows: list[Row]) -> str:
         mine = [row for row in rows if row.op == op]
         if mine:
             text += [f"### {title}\n", *_table(mine), "", "```text", *_commands(mine), "```", ""]
+    served = [row for row in rows if row.op == "serve"]
+    if served:
+        text += ["### Served models\n", *markdown(served), "", "```text", *_commands(served), "```", ""]
     found = outcomes(rows)
     if found:
         text += ["### Ratios\n", "| case against case | ratio | wanted at most |", "| --- | --- | --- |"]

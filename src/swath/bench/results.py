@@ -1,7 +1,7 @@
 """Results: one row for each case and provider, each with its origin, so that files of JSON lines can be joined and cut.
 
-A line holds the fields of a ``Row``, or of a ``Timed`` one, and of its ``Origin`` side by side; a field that is absent
-is None. ``read`` and ``append`` are the only code that knows this.
+A line holds the fields of a ``Row``, or of a ``Timed`` or ``Served`` one, and of its ``Origin`` side by side; a field
+that is absent is None. ``read`` and ``append`` are the only code that knows this.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-from swath.bench.case import Op
 from swath.errors import bad_value
 
 Status = Literal["ok", "unable", "refused", "failed"]
+Kind = Literal["decode", "steps", "prefill", "mixed", "serve"]
+"""What is measured: an ``Op``, or a served model."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Row:
     """
 
     case: str
-    op: Op
+    op: Kind
     shape: str
     provider: str
     version: str | None = None
@@ -108,6 +109,43 @@ class Timed(Row):
     def spread(self) -> float:
         """How far the rounds lie apart, as a share of the time."""
         return (max(self.rounds_us) - min(self.rounds_us)) / self.us
+
+
+@dataclass(kw_only=True)
+class Served(Row):
+    """A row of status "ok" whose op is "serve": a model on an engine.
+
+    - layers, of the depth of the real model; cache: what keys and values are stored as; graphs: which steps have them
+    - checked_calls: calls of attention that were held to float64; graph_difference: of log-probabilities, with CUDA
+      graphs and without
+    - start_s: until the engine takes requests, its compilation included; first_prompt_s: the first prompt after that,
+      which compiles what the start did not
+    - first_token_ms: of one prompt alone; all_first_tokens_s: of all sequences of the decode together
+    - decode_step_us: the wall time of a step in which every sequence gets a token, and decode_tokens_per_s what it
+      makes; None in rows of a run that did not time them
+    - decode_gpu_us, decode_attention_us, decode_append_us: GPU time of such a step, and what attention and writing the
+      cache have of it; prefill_*: the same of one prompt
+    """
+
+    layers: int
+    depth: int
+    cache: str
+    graphs: str
+    checked_calls: int
+    graph_difference: float
+    start_s: float
+    first_prompt_s: float
+    first_token_ms: float
+    prefill_tokens_per_s: float
+    all_first_tokens_s: float
+    decode_tokens_per_s: float | None = None
+    decode_step_us: float | None = None
+    decode_gpu_us: float | None = None
+    decode_attention_us: float | None = None
+    decode_append_us: float | None = None
+    prefill_gpu_us: float | None = None
+    prefill_attention_us: float | None = None
+    prefill_append_us: float | None = None
 
 
 POSITIVE = ("us", "us_p10_p90", "rounds_us", "floor_us", "x_floor", "read_us", "eager_us")
@@ -205,7 +243,7 @@ def _row(line: str, where: str) -> Row:
     found = _parsed(line)
     if not isinstance(found, dict):
         raise bad_value(where, "a row as JSON", repr(line[:40]))
-    kind = Timed if found.get("status") == "ok" else Row
+    kind = (Served if found.get("op") == "serve" else Timed) if found.get("status") == "ok" else Row
     return _made(kind, found | {"origin": _made(Origin, found, where)}, where)
 
 
@@ -217,7 +255,7 @@ def _parsed(text: str) -> Any:
         return None
 
 
-HINTS: dict[Any, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Origin, Row, Timed)}
+HINTS: dict[Any, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (Origin, Row, Timed, Served)}
 T = TypeVar("T")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from swath.cli.bench_results import compare, plot, report
+from swath.cli.bench_serve import serve
 from swath.cli.bench_tune import tune
 from swath.cli.flags import Command, Group
 from swath.cli.options import Json, Match, Op, Tag
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(cls=Group, help="Measure swath and its peers on this machine.", no_args_is_help=True)
 
-for command in (compare, plot, report, tune):
+for command in (compare, plot, report, serve, tune):
     app.command(cls=Command)(command)
 
 BOOKKEEPING = ("--output", "--resume", "--budget", "--commit")

@@ -1,0 +1,118 @@
+"""``swath bench serve``: a model of real shapes on a real engine, with swath and with the engine's own attention."""
+
+from __future__ import annotations
+
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from swath.cli.output import console, fail, one_line_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from swath.bench.results import Row
+    from swath.bench.serving.engine import Job
+
+DEFAULT = tuple(
+    f"{model}/{cache}/{backend}"
+    for model, cache, backends in (
+        ("mistral-7b", "bf16", ("swath", "FLASH_ATTN", "TRITON_ATTN")),
+        ("mistral-7b", "int8_per_token_head", ("swath",)),
+        ("mistral-7b", "fp8", ("swath", "FLASH_ATTN")),
+        ("gpt-oss-20b", "bf16", ("swath", "FLASH_ATTN")),
+        ("gemma-3-12b", "bf16", ("swath", "FLASH_ATTN", "TRITON_ATTN")),
+    )
+    for backend in backends
+)
+
+
+def serve(
+    jobs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL/CACHE/BACKEND", show_default="eleven", help="mistral-7b/bf16/swath, ..."),
+    ] = None,
+    layers: Annotated[int, typer.Option(min=1, metavar="N", help="About so many layers, at most the model's own.")] = 8,
+    budget: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Begin no job that may not end within this.")
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Append here.")] = Path("swath-bench.jsonl"),
+    commit: Annotated[
+        str | None, typer.Option(metavar="NAME", envvar="SWATH_COMMIT", help="The commit, where git does not tell.")
+    ] = None,
+) -> None:
+    """Serve models with random weights on vLLM, and time prefill and decode with swath and with vLLM's own backends.
+
+    Models are mistral-7b, gpt-oss-20b and gemma-3-12b; caches bf16 and what vLLM calls fp8, int8_per_token_head and so
+    on; backends swath and vLLM's names. Before a job is timed, rows of its attention are held to float64.
+    """
+    with one_line_errors():
+        wanted = [job_of(text, layers) for text in jobs or DEFAULT]
+    if find_spec("vllm") is None:
+        raise fail("serve needs vLLM, which is not installed: pip install 'swath[vllm]'")
+    from swath.bench.serving import vllm
+    from swath.bench.serving.engine import Load
+    from swath.bench.serving.job import in_process
+    from swath.cli.bench import command_of
+
+    out, command = console(), command_of(sys.argv[1:])
+    version = vllm.prepare()
+
+    def measure(job: Job) -> Row:
+        def tell(text: str) -> None:
+            out.print(f"{version}, {job.case}, {job.backend}: {text}", style="dim", markup=False)
+
+        return in_process(job, Load(), vllm.start, commit, command, tell)
+
+    run_all(wanted, measure, output, budget)
+
+
+def job_of(text: str, layers: int) -> Job:
+    """A job by its three names.
+
+    Raises:
+        ValueError: there are not three of them, or the model is unknown.
+    """
+    from swath.bench.serving.engine import Job
+    from swath.bench.serving.models import MODELS
+    from swath.errors import bad_value
+
+    name, cache, backend, *more = [*text.split("/"), "", ""]
+    if not (cache and backend) or any(more) or text.count("/") != 2:
+        raise bad_value("job", "MODEL/CACHE/BACKEND", text)
+    if name not in MODELS:
+        raise bad_value("model", f"one of {', '.join(MODELS)}", name)
+    model = MODELS[name]
+    return Job(model, model.layers_near(min(layers, model.depth)), cache, backend)
+
+
+def run_all(jobs: list[Job], measure: Callable[[Job], Row], output: Path, budget: float | None) -> None:
+    """Measure jobs one by one; each row is in the file before the next begins."""
+    from swath.bench.results import append
+    from swath.bench.serving.table import in_words
+
+    out, begin = console(), time.monotonic()
+    rows: list[Row] = []
+    slowest = 0.0
+    for job in jobs:
+        began = time.monotonic()
+        if budget is not None and began - begin + slowest > budget:
+            break
+        row = measure(job)
+        with one_line_errors((OSError,)):
+            append(output, [row])
+        rows.append(row)
+        out.print(f"{row.case}, {row.provider}", style="bold", markup=False)
+        out.print(f"  {in_words(row)}", markup=False)
+        slowest = max(slowest, time.monotonic() - began)
+    left = len(jobs) - len(rows)
+    typer.echo(
+        f"{len(rows)} row{'s' * (len(rows) != 1)} written to {output}{f'; no time for {left} more' if left else ''}"
+    )
+    bad = [f"{row.case}, {row.reason}" for row in rows if row.provider == "swath" and row.status != "ok"]
+    if bad:
+        raise fail(f"swath itself was refused or failed: {'; '.join(bad)}")
