@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,3 +99,19 @@ def test_traffic_finds_its_kernels_compiled(model: str, monkeypatch: pytest.Monk
             needed = set(kernels(explain.prepare("paged_attention", *arguments, **options)))
             missing |= needed - compiled
     assert not missing
+
+
+def test_a_warm_plan_has_its_kernels_loaded() -> None:
+    """Triton builds launchers and loads kernels when ``run`` is asked for, which the first call would wait for."""
+    from swath.backends.triton.runtime import KernelCall, Plan
+
+    loaded: list[str] = []
+
+    class Compiled:
+        @property
+        def run(self) -> None:
+            loaded.append("run")
+
+    kernels = [SimpleNamespace(arg_names=[], warmup=lambda made=made, **_: made) for made in (Compiled(), None)]
+    Plan([KernelCall(kernel, 1, {}, {}) for kernel in kernels]).load({})
+    assert loaded == ["run"]

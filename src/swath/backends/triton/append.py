@@ -27,9 +27,9 @@ def plan(case: AppendCase) -> str:
 
 
 def warm(case: AppendCase) -> None:
-    """Compile what ``run`` would launch."""
+    """Compile and load what ``run`` would launch."""
     with on_device(case.k.device):
-        _plan(case).compile(_operands(case))
+        _plan(case).load(_operands(case))
 
 
 def run(case: AppendCase) -> None:

@@ -36,9 +36,9 @@ class Runner(Generic[H]):
         return str(self._plan(problem))
 
     def warm(self, problem: Problem) -> None:
-        """Compile what ``run`` would launch."""
+        """Compile and load what ``run`` would launch."""
         with on_device(problem.q.device):
-            self._plan(problem).compile(operands_of(problem))
+            self._plan(problem).load(operands_of(problem))
 
     def run(self, problem: Problem) -> None:
         """Launch."""
