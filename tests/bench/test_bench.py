@@ -59,6 +59,15 @@ def test_work_counts_what_some_query_sees(window: int | None, leading: int) -> N
     assert work.cache_bytes == kept * 16 * 2 * 2 * 64 * 4
 
 
+def test_work_of_narrow_values() -> None:
+    shape: dict[str, Any] = dict(size=None, global_tokens=0, head_dim=192, v_head_dim=128)
+    case = replace(SMALL, op="prefill", draw=Groups(((1, 30, 30),)), **shape).drawn(CPU)
+    work = work_of(case)
+    assert work.flops == 2 * (192 + 128) * 4 * 30 * 31 // 2
+    assert work.nbytes == 30 * (2 + 4) * (192 + 128) * 4, "two kv heads, four query heads"
+    assert work.cache_bytes == 32 * 2 * (192 + 128) * 4
+
+
 def test_floors_are_those_of_the_peers_page() -> None:
     """In us, at 4.49 TB/s and 730 TFLOP/s or so: figures that were worked out apart from this code."""
     floors = {

@@ -30,6 +30,8 @@ DENSE = replace(PREFILL, dense=True)
 FORMS = {"decode": DECODE, "steps": STEPS, "prefill": PREFILL, "mixed": MIXED, "dense": DENSE}
 FORMS |= {f"{name}, full": replace(case, size=None) for name, case in FORMS.items()}
 FORMS |= {"decode, sinks": replace(DECODE, sink="q"), "prefill, sinks": replace(PREFILL, sink="q")}
+FORMS |= {f"{name}, narrow": replace(FORMS[name], head_dim=192, v_head_dim=128) for name in ("decode", "dense")}
+FORMS["prefill, 512"] = replace(PREFILL, head_dim=512)
 FORMS["e4m3"] = replace(DECODE, quant=KVQuant(torch.float8_e4m3fn, "tensor"))
 FORMS["int8 token"] = replace(PREFILL, quant=KVQuant(torch.int8, "token"))
 
@@ -150,7 +152,7 @@ def sglang_decode(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, indptr: Tensor, indices: Tensor, partial: Tensor, lse: Tensor,
     splits: Tensor, max_splits: int, scale: float, k_scale: float, v_scale: float, *, sinks: Tensor | None,
 ) -> None:  # fmt: skip
-    assert partial.shape == (*q.shape[:2], max_splits, q.shape[2])
+    assert partial.shape == (*q.shape[:2], max_splits, v.shape[2])
     ends = torch.tensor([0, 1], dtype=torch.int32)
     for b in range(q.shape[0]):
         rows = rows_of(indptr, indices, b)
@@ -215,9 +217,11 @@ def test_adapters_ask_for_the_case(name: str, form: str) -> None:
     case, provider = FORMS[form], PROVIDERS[name]
     reason = provider.why_not(case)
     if reason is not None:
+        narrow, large = ("decode, narrow", "dense, narrow"), "prefill, 512"
         assert form in {
-            "fa3": ("e4m3", "int8 token"), "fa4": ("e4m3", "int8 token"), "flashinfer": ("int8 token",),
-            "vllm": ("dense", "dense, full"), "sglang": ("int8 token",),
+            "fa3": ("e4m3", "int8 token", large), "fa4": ("e4m3", "int8 token", large, *narrow),
+            "flashinfer": ("int8 token", large, *narrow), "vllm": ("dense", "dense, full", *narrow),
+            "sglang": ("int8 token",),
         }[name], reason  # fmt: skip
         return
     inputs = make_inputs(case.drawn(CPU), CPU)

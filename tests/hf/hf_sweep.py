@@ -246,8 +246,6 @@ AttentionInterface.register(NAME, partial(recorded, partial(attention_forward, R
 GROUPS = {
     "wanted a mask with values": "attention code of their own, which needs a mask with values",
     f"KeyError: '{NAME}'": "attention classes of their own: Transformers does not take the name",
-    "v: wanted k's shape": "values narrower than keys (latent attention)",
-    "a head_dim that is a multiple of 8": "heads wider than 256",
     "as query and key": "keys that the mask does not know of",
     "wanted shape [batch, 1, queries, keys]": "a mask of its own for each head",
     "position_bias": "a position bias",

@@ -151,6 +151,8 @@ class BenchCase(Case):
     def shape(self) -> str:
         """The numbers in words."""
         words = [str(self.draw), f"heads {self.num_q_heads}/{self.num_kv_heads}", f"D {self.head_dim}"]
+        if self.v_dim != self.head_dim:
+            words[-1] += f"/{self.v_dim}"
         words.append("dense" if self.dense else f"pages of {self.page_size}")
         if self.storage != KVQuant(torch.bfloat16):
             words.append(stored_name(self.storage))
@@ -184,16 +186,16 @@ def work_of(case: Case) -> Work:
 
     cache_bytes: the pages that the next token still needs; the others may be freed. Of dense keys none.
     """
-    window, per_key = case.window, case.storage.bytes_per_token(case.num_kv_heads, case.head_dim)
+    window, per_key = case.window, case.storage.bytes_per_token(case.num_kv_heads, case.head_dim, case.v_dim)
     pairs = keys = kept = 0
     for q_len, kv_len in zip(case.row_counts, case.kv_lens, strict=True):
         pairs += visible_pairs(window, kv_len - q_len, kv_len)
         lead, left, right = window.key_ranges(kv_len - q_len, kv_len - 1, kv_len)
         keys += lead + right - left
         kept += 0 if case.dense else _kept_slots(window, kv_len, case.page_size)
-    elements = case.num_q_heads * case.head_dim
-    rows = 2 * case.dtype.itemsize * sum(case.row_counts) * elements
-    return Work(4 * elements * pairs, keys * per_key + rows, kept * per_key)
+    elements = case.num_q_heads * (case.head_dim + case.v_dim)
+    rows = case.dtype.itemsize * sum(case.row_counts) * elements
+    return Work(2 * elements * pairs, keys * per_key + rows, kept * per_key)
 
 
 def visible_pairs(window: Window, first: int, kv_len: int) -> int:

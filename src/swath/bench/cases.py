@@ -108,6 +108,23 @@ def _decodes() -> Iterable[BenchCase]:
         yield _drawn(f"ragged B128 128..64k p16{name}", "decode", ragged, tags=("ragged",), **options)
 
 
+def _shapes() -> Iterable[BenchCase]:
+    """Heads of 512, and values narrower than keys, as models of 2026 have them."""
+    gemma4: dict[str, Any] = dict(heads=(32, 4), head_dim=512, tags=("shapes",))
+    mimo: dict[str, Any] = dict(head_dim=192, v_head_dim=128, tags=("shapes",))
+    local: dict[str, Any] = dict(heads=(64, 8), size=128, sink="q", **mimo)
+    yield _prefill("gemma 4 8k D512", 1, 8 * K, **gemma4)
+    yield _case("gemma 4, paged 2k at 16k D512", "prefill", 4, 2 * K, 16 * K, **gemma4)
+    yield _prefill("mimo 8k D192/128", 1, 8 * K, heads=(64, 4), **mimo)
+    yield _prefill("mimo 16k D192/128 w128 sinks", 2, 16 * K, **local)
+    yield _decode("gemma 4 B32 16k D512", 32, 16 * K, **gemma4)
+    yield _decode("gemma 4 B32 16k D512 int8 token", 32, 16 * K, storage="int8 token", **gemma4)
+    deepseek: dict[str, Any] = dict(heads=(64, 1), head_dim=512, size=128, sink="q", tags=("shapes",))
+    yield _decode("deepseek 4 B128 16k D512 w128 sinks", 128, 16 * K, **deepseek)
+    yield _decode("mimo B64 16k D192/128", 64, 16 * K, heads=(64, 4), **mimo)
+    yield _decode("mimo B128 16k D192/128 w128 sinks", 128, 16 * K, **local)
+
+
 def _mixed() -> Iterable[BenchCase]:
     """Chunks of prefill beside decodes, as continuous batching makes them, and both parts alone."""
     chunks, decodes = (2, 2 * K, 16 * K), (62, 1, 16 * K)
@@ -221,7 +238,7 @@ def _cpu() -> Iterable[BenchCase]:
     yield _prefill("cpu prefill 1k w128", 1, K, size=128, tags=quick, **small)
 
 
-CASES = tuple(chain(_models(), _decodes(), _mixed(), _seeds(), _table(), _sweeps(), _cpu()))
+CASES = tuple(chain(_models(), _decodes(), _shapes(), _mixed(), _seeds(), _table(), _sweeps(), _cpu()))
 """Every case of ``swath bench``. Those tagged "cpu" are for machines without a GPU, the others for GPUs."""
 BY_NAME = {case.name: case for case in CASES}
 

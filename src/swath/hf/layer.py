@@ -69,27 +69,26 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Bytes of a page with its scales; 0 before the first token."""
         if self.store is None:
             return 0
-        return self.store.page_size * self.store.quant.bytes_per_token(self.store.num_kv_heads, self.store.head_dim)
+        store = self.store
+        return store.page_size * store.quant.bytes_per_token(store.num_kv_heads, store.head_dim, store.v_head_dim)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the pool for keys and values of these shapes; static scales (tensor, head, channel) are still 1."""
         quant = KVQuant(key_states.dtype) if self.quant is None else self.quant
         _, num_kv_heads, _, head_dim = key_states.shape
-        if value_states.shape[3] != head_dim:
-            raise bad_value("value", f"heads of {head_dim} elements, as the keys have", value_states.shape[3])
-        shapes = {"tensor": (), "head": (num_kv_heads,), "channel": (num_kv_heads, head_dim)}
+        v_head_dim = value_states.shape[3]
         k_scale, v_scale = (
-            torch.ones(shapes[granularity], device=key_states.device) if granularity in shapes else None
-            for granularity in (quant.k, quant.v_granularity)
+            _ones(granularity, num_kv_heads, dim, key_states.device)
+            for granularity, dim in ((quant.k, head_dim), (quant.v_granularity, v_head_dim))
         )
         self.pages.pools.stores[self._place] = PagedKV.empty(
-            quant, self.pages.num_pages, num_kv_heads, self.pages.page_size, head_dim,
+            quant, self.pages.num_pages, num_kv_heads, self.pages.page_size, head_dim, v_head_dim=v_head_dim,
             k_scale=k_scale, v_scale=v_scale, device=key_states.device,
         )  # fmt: skip
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Take new keys and values [B, Hkv, T, D]; both come back with this layer attached."""
+        """Take new keys [B, Hkv, T, D] and values [B, Hkv, T, Dv]; both come back with this layer attached."""
         if self.new is not None:
             raise bad_value("attn_implementation", "one registered by swath.hf.register", "one that read no pages")
         self.new = key_states, value_states
@@ -100,7 +99,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @torch.compiler.disable(reason=ON_THE_HOST)  # type: ignore[untyped-decorator]
     def attend(self, query: Tensor, keys: int, band: BandMask, window: Window, scoring: Scoring, impl: str) -> Tensor:
-        """Store the ``keys`` tokens of the last ``update``, then attend to all: query [B, Hq, T, D] to [B, T, Hq, D].
+        """Store the ``keys`` tokens of the last ``update``, then attend to all: query [B, Hq, T, D] to [B, T, Hq, Dv].
 
         A layer that reads the keys of another may have queries for the newest of the tokens alone.
         """
@@ -112,7 +111,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.store is None:
             raise RuntimeError("lazy_initialization made no pool")
         q = query.transpose(1, 2)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = q.new_empty(*q.shape[:-1], self.store.v_head_dim)
         for p in (p.on(query.device) for p in passes):
             part = slice(p.start, p.stop)
             if self.new is not None:
@@ -176,6 +175,12 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         pages = torch.tensor(held, dtype=torch.long, device=store.k.device)
         for name, granularity in static.items():
             rescale(store, name, calibrate(largest[name == "v_scale"], store.quant.dtype, granularity), pages)
+
+
+def _ones(granularity: str, num_kv_heads: int, head_dim: int, device: torch.device) -> Tensor | None:
+    """A static scale of 1; None for granularities that have none."""
+    shapes = {"tensor": (), "head": (num_kv_heads,), "channel": (num_kv_heads, head_dim)}
+    return torch.ones(shapes[granularity], device=device) if granularity in shapes else None
 
 
 def _without_padding(x: Tensor, band: BandMask, seen: int) -> Tensor:

@@ -37,7 +37,7 @@ def held_keys(window: Window) -> int:
 def attend_near(
     q: Tensor, store: PagedKV, p: Pass, window: Window, rotary: Rotary, scoring: Scoring, impl: str
 ) -> Tensor:
-    """Attention of one pass, q [B, T, Hq, D] to the same shape, with the leading keys right before the window.
+    """Attention of one pass, q [B, T, Hq, D] to [B, T, Hq, Dv], with the leading keys right before the window.
 
     Each row sees the keys that ``window`` shows it. Those in its window have their places in the text; the others are
     leading keys, and have the places that StreamingLLM gives them.

@@ -65,8 +65,9 @@ def rescale(store: PagedKV, name: str, scale: Tensor, pages: Tensor) -> None:
 def _resized(old: PagedKV, num_pages: int) -> PagedKV:
     static = {name: getattr(old, name) for name in static_scales(old.quant)}
     new = PagedKV.empty(
-        old.quant, num_pages, old.num_kv_heads, old.page_size, old.head_dim, device=old.k.device, **static
-    )
+        old.quant, num_pages, old.num_kv_heads, old.page_size, old.head_dim, v_head_dim=old.v_head_dim,
+        device=old.k.device, **static,
+    )  # fmt: skip
     kept = slice(min(num_pages, old.num_pages))
     _copy_pages(old, new, kept, kept)
     return new

@@ -17,7 +17,7 @@ from swath.bench.providers.provider import Provider, features
 
 
 def _why_not(case: BenchCase) -> str | None:
-    return features(case, sink=True)
+    return features(case, sink=True, narrow=(case.head_dim, case.v_dim) == (192, 128))
 
 
 def _prepare(inputs: Inputs) -> Callable[[], Tensor]:

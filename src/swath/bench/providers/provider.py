@@ -23,7 +23,7 @@ class Provider:
         name: in results.
         why_not: the reason it cannot do a case, or None; what it needs installed is not asked there.
         prepare: makes the call that is timed, everything that a server does once made before: plans, layouts, masks.
-            The call returns out with rows as q's, [..., Hq, D].
+            The call returns out with rows as q's, [..., Hq, Dv].
         module: what must be importable. package: whose version is printed; both None for torch and swath.
         devices: whose tensors it takes. launch: of swath's own, the launch of a call in words.
         builds: whether it compiles for many seconds before its first call: ``--quick`` leaves it out unless named.
@@ -62,10 +62,18 @@ def first_of(*reasons: tuple[bool, str]) -> str | None:
     return next((text for holds, text in reasons if holds), None)
 
 
-def features(case: BenchCase, *, sink: bool = False, stored: tuple[str, ...] = ()) -> str | None:
-    """The reason that most peers share: no leading tokens, no sinks unless said, no 8-bit cache unless ``stored``."""
+def features(
+    case: BenchCase, *, sink: bool = False, stored: tuple[str, ...] = (), head_dim: int = 256, narrow: bool = False
+) -> str | None:
+    """The reason that most peers share.
+
+    No leading tokens, no sinks unless said, no 8-bit cache unless ``stored``, no heads beyond ``head_dim``, and no
+    values narrower than keys unless ``narrow``.
+    """
     name = stored_name(case.storage)
     return first_of(
+        (case.head_dim > head_dim, f"has heads of up to {head_dim}"),
+        (case.v_dim != case.head_dim and not narrow, "has values as wide as keys only"),
         (case.global_tokens != 0, "has no leading tokens"),
         (case.has_sink and not sink, "has no sinks"),
         (case.compute != "float", f"has no compute={case.compute!r}"),

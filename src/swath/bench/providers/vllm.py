@@ -22,7 +22,7 @@ MIN_PROGRAMS = 128
 
 
 def _why_not(case: BenchCase) -> str | None:
-    return features(case, sink=True, stored=("e4m3 tensor", "e4m3 token", "int8 token")) or first_of(
+    return features(case, sink=True, stored=("e4m3 tensor", "e4m3 token", "int8 token"), head_dim=512) or first_of(
         (case.dense, "takes paged keys only")
     )
 
