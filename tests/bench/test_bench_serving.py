@@ -21,7 +21,7 @@ from typer import Exit
 
 import swath
 from swath.bench.results import Row, Served, append, read
-from swath.bench.serving import check, vllm
+from swath.bench.serving import check, page, vllm
 from swath.bench.serving.engine import Call, Job, Load, Logprobs
 from swath.bench.serving.job import in_process
 from swath.bench.serving.measure import measure
@@ -31,6 +31,7 @@ from swath.bench.serving.table import TITLES, cells, in_words, markdown
 from swath.bench.serving.traffic import prompts, steps
 from swath.cli.bench_serve import DEFAULT, job_of, run_all
 
+ROOT = Path(__file__).parents[2]
 LOAD = Load(prompts=2, prompt_len=64, sequences=4, context=32, new_tokens=6)
 PAGE = 16
 
@@ -212,6 +213,19 @@ def test_tables_have_the_figures_or_the_reason() -> None:
     assert in_words(refused).startswith("refused: a sampled row")
     assert "attention us a layer 250 (50%)" in in_words(row)
     assert [text.count("|") for text in markdown([row, refused])] == [len(TITLES) + 1] * 4
+    without = markdown([replace(row, decode_tokens_per_s=None)])
+    assert [text.count("|") for text in without] == [len(TITLES)] * 3
+    assert "decode tok/s" not in without[0]
+
+
+def test_the_committed_page_has_the_committed_figures() -> None:
+    found = {path.name: read(path) for path in sorted((ROOT / "benchmarks/results").glob("*.jsonl"))}
+    text = (ROOT / page.PAGE).read_text(encoding="utf-8")
+    assert page.with_table(text, found) == text, "run: swath bench report"
+    assert page.with_table(text, {}) == text
+    row = run(FakeEngine(), a_job())
+    newer = page.with_table(text, found | {"a.jsonl": [replace(row, origin=replace(ORIGIN, date="2099-01-01"))]})
+    assert "A GPU, driver 1, torch 2, Triton 3, swath 0 at abc, 2099-01-01, fake 1.0." in newer
 
 
 def test_models_have_whole_periods_of_layers() -> None:

@@ -69,12 +69,13 @@ def plot(
 
 
 def report(files: Files = None) -> None:
-    """Write docs/benchmarks.md, its plots, and the plots and the table in README.md, from stored results in a checkout.
+    """Write docs/benchmarks.md and its plots, and what README.md and docs/engines.md show, from a checkout's results.
 
     Nothing is written before everything is made; plots that are drawn no more are removed at the end.
     """
     from swath.bench import readme
     from swath.bench.report import IMAGES, PAGE, README, page, with_plot
+    from swath.bench.serving import page as engines
 
     if not README.exists() or not PAGE.parent.is_dir():
         raise fail("report writes into a checkout: run it where README.md and docs/ are")
@@ -86,6 +87,8 @@ def report(files: Files = None) -> None:
         if marks(readme.MARKS)[0] in text:
             text = readme.with_table(text, runs[0], next(name for name, rows in found.items() if rows is runs[0]))
         written: dict[Path, bytes | str] = {IMAGES / name: data for name, data in drawn.items()}
+        if engines.PAGE.exists():
+            written[engines.PAGE] = engines.with_table(engines.PAGE.read_text(encoding="utf-8"), found)
         IMAGES.mkdir(exist_ok=True)
         write_all(written | {PAGE: page(found, drawn), README: text})
         for old in IMAGES.glob("bench-*"):

@@ -40,9 +40,12 @@ def in_words(row: Row) -> str:
 
 
 def markdown(rows: Iterable[Row]) -> list[str]:
-    """The lines of a table for a page."""
-    rule = ["---", "---", *["---:"] * len(COLUMNS)]
-    return [f"| {' | '.join(line)} |" for line in (TITLES, rule, *map(cells, rows))]
+    """The lines of a table for a page, with the columns that some row has a figure for."""
+    lines = [TITLES, *map(cells, rows)]
+    shown = [i for i, column in enumerate(zip(*lines, strict=True)) if any(column[1:])]
+    rule = [("---", "---", *["---:"] * len(COLUMNS))[i] for i in shown]
+    head, *others = (" | ".join(line[i] for i in shown) for line in lines)
+    return [f"| {line} |" for line in (head, " | ".join(rule), *others)]
 
 
 def _part(us: float | None, whole: float | None, unit: float) -> str:
