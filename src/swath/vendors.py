@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from swath.checks import check_alike, check_count, check_is_tensor, check_rows, same_strides
+from swath.checks import check_count, check_is_tensor, check_rows, check_values
 from swath.errors import bad_value
 from swath.pages import page_size_dividing
 
@@ -70,21 +70,24 @@ def dense_pages(k: Tensor, v: Tensor, page_size: int | None) -> tuple[Tensor, Te
     shape = "[B, S, num_kv_heads, head_dim]"
     for name, x in (("k", k), ("v", v)):
         _check_dims(name, x, (4,), shape)
-    check_alike("v", v, "k", k)
-    if not same_strides(k, v):
-        raise bad_value("v", f"k's strides {k.stride()}", v.stride())
-    check_rows("k", k)
-    (batch, keys, heads, head_dim), apart = k.shape, keys_apart(k)
+    check_values(v, k)
+    for name, x in (("k", k), ("v", v)):
+        check_rows(name, x)
+    (batch, keys, heads, _), apart = k.shape, keys_apart(k)
     if apart is None:
         raise bad_value("k", "sequences that lie a whole number of keys apart", f"strides {k.stride()}")
+    if keys_apart(v) != apart:
+        raise bad_value("v", f"sequences that lie {apart} keys apart, as of k", f"strides {v.stride()}")
     size = page_size_dividing(keys, apart) if page_size is None else page_size
     if keys % size or apart % size:
         raise bad_value("page_size", f"a divisor of {keys} keys, {apart} apart", size)
-    count = ((batch - 1) * apart + keys) // size if batch and keys else 0
-    step = k.stride(1) if keys > 1 else k.stride(0)
-    strides = (size * step, k.stride(2), step, 1)
-    pools = [x.as_strided((count, heads, size, head_dim), strides) for x in (k, v)]
-    first = torch.arange(batch, dtype=torch.int32, device=k.device) * (apart // size)
+    between = apart // size
+    count = (batch - 1) * between + keys // size if batch and keys else 0
+    pools = []
+    for x in (k, v):
+        step = x.stride(1) if keys > 1 else x.stride(0)
+        pools.append(x.as_strided((count, heads, size, x.shape[3]), (size * step, x.stride(2), step, 1)))
+    first = torch.arange(batch, dtype=torch.int32, device=k.device) * between
     return pools[0], pools[1], first[:, None] + torch.arange(keys // size, dtype=torch.int32, device=k.device)
 
 

@@ -264,12 +264,18 @@ def test_from_dense_is_a_view_of_any_length(keys: int, page_size: int, layout: s
     assert torch.equal(ones.k[single[-1].long(), :, 0], k[-1])
 
 
+def test_from_dense_takes_values_that_lie_otherwise() -> None:
+    k, packed = numbered(3, 48, HEADS, DIM), numbered(3, 48, HEADS, DIM + 16)
+    cache, table = PagedKV.from_dense(k, packed[..., 16:DIM])
+    assert torch.equal(cache.v[table[2].long()].transpose(1, 2).flatten(0, 1), packed[2, ..., 16:DIM])
+
+
 def test_from_dense_refuses_what_is_no_view() -> None:
     k = numbered(3, 48, HEADS, DIM)
     wrong = {
         "k: wanted shape": lambda: PagedKV.from_dense(k[0], k[0]),
-        "v: wanted k's shape": lambda: PagedKV.from_dense(k, k[:2]),
-        "v: wanted k's strides": lambda: PagedKV.from_dense(k, DENSE["heads outside"](k)),
+        "v: wanted shape": lambda: PagedKV.from_dense(k, k[:2]),
+        "v: wanted sequences that lie 48 keys apart": lambda: PagedKV.from_dense(k, DENSE["heads outside"](k)),
         "k: wanted a last stride of 1": lambda: PagedKV.from_dense(*[k.transpose(2, 3)] * 2),
         "k: wanted sequences that lie a whole number of keys apart": lambda: PagedKV.from_dense(
             *[torch.nn.functional.pad(k.flatten(1), (0, 8))[:, :-8].view(k.shape)] * 2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swath.cache import PagedKV
-from swath.checks import check_alike, check_tensor
+from swath.checks import check_tensor, check_values
 from swath.compat.layout import append, cache_of, filled, is_regular, laid_flat, window_of, with_rows
 from swath.compat.rotary import rotary_of
 from swath.errors import bad_value
@@ -39,7 +39,7 @@ def flash_attn_func(
 
     Args:
         q: [B, Sq, Hq, D].
-        k, v: [B, Sk, Hkv, D]; Hkv divides Hq.
+        k, v: [B, Sk, Hkv, D]; Hkv divides Hq. Values may be narrower, as may those of the other functions.
         softmax_scale: multiplies q . k; None is ``D ** -0.5``.
         causal: the query i sees no key after ``i + Sk - Sq``.
         window_size: (left, right): the query i sees the keys from ``i + Sk - Sq - left`` to ``i + Sk - Sq + right``; -1
@@ -59,7 +59,7 @@ def flash_attn_func(
     q, k, v = (with_rows(name, x, 4) for name, x in (("q", q), ("k", k), ("v", v)))
     if k.shape[0] != q.shape[0]:
         raise bad_value("k", f"q's batch of {q.shape[0]}", k.shape[0])
-    check_alike("v", v, "k", k)
+    check_values(v, k)
     if not is_regular(k, v):
         k, v = k.contiguous(), v.contiguous()
     (batch, q_len), kv_len = q.shape[:2], k.shape[1]
@@ -78,10 +78,9 @@ def flash_attn_func(
         rows = laid_flat(q, k, v)
         start = q_start(rows[3].shape[0] - 1)
         made = attention(*rows, max_q_len=q_len, max_kv_len=kv_len, q_start=start, **options)
-    if not return_attn_probs:
-        return made.view(q.shape)
-    out, lse = made
-    return out.view(q.shape), lse.view(q.shape[:3]).transpose(1, 2), None
+    out, lse = made if return_attn_probs else (made, None)
+    out = out.view(*q.shape[:3], v.shape[3])
+    return out if lse is None else (out, lse.view(q.shape[:3]).transpose(1, 2), None)
 
 
 def flash_attn_varlen_func(
@@ -126,7 +125,7 @@ def flash_attn_varlen_func(
     _refuse(dropout_p, alibi_slopes)
     q = with_rows("q", q, 3)
     k, v = (with_rows(name, x, 3 if block_table is None else 4) for name, x in (("k", k), ("v", v)))
-    check_alike("v", v, "k", k)
+    check_values(v, k)
     q_bound, kv_bound = (None if isinstance(x, Tensor) else x for x in (max_seqlen_q, max_seqlen_k))
     capacity = k.shape[0] if block_table is None else check_tensor("block_table", block_table, 2).shape[1] * k.shape[1]
     window, shift = window_of(window_size, causal, capacity + q.shape[0])
@@ -136,7 +135,7 @@ def flash_attn_varlen_func(
         max_q_len=q_bound, max_kv_len=kv_bound,
         q_start=None if shift is None else seq_lens.long().clamp(min=0) - cu_seqlens_q.diff() + shift,
     )  # fmt: skip
-    decodes = q_bound is not None and q_bound <= FEW_QUERIES and k.stride() == v.stride()
+    decodes = q_bound is not None and q_bound <= FEW_QUERIES
     if block_table is None and not decodes:
         made = attention(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
     else:
@@ -178,7 +177,6 @@ def flash_attn_with_kvcache(
     Args:
         q: [B, Sq, Hq, D].
         k_cache, v_cache: [B_cache, S, Hkv, D] with any S, or with ``block_table`` pages [num_pages, page_size, Hkv, D].
-            Both have the same strides.
         k, v: [B, S_new, Hkv, D], written at ``cache_seqlens``, ``cache_seqlens + 1``, ...
         rotary_cos, rotary_sin: [positions, R / 2]; the first R elements of q and k are rotated by their positions in
             the cache. All of q has the position ``cache_seqlens`` where there is neither ``causal`` nor a window.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swath.cache import PagedKV
-from swath.checks import check_alike, check_count, check_ints, check_tensor, same_strides
+from swath.checks import check_count, check_ints, check_tensor, check_values
 from swath.errors import bad_type, bad_value
 from swath.ops.append import append_kv
 from swath.ops.slots import slots
@@ -47,8 +47,8 @@ def window_of(window_size: Sequence[int], causal: bool, reach: int) -> tuple[Win
 
 
 def is_regular(k: Tensor, v: Tensor) -> bool:
-    """Whether k and v [B, S, Hkv, D] lie alike in memory, their sequences a whole number of keys apart."""
-    return same_strides(k, v) and keys_apart(k) is not None
+    """Whether the sequences of k and v [B, S, Hkv, D] lie a whole number of keys apart, the same of both."""
+    return keys_apart(k) is not None and keys_apart(k) == keys_apart(v)
 
 
 def laid_flat(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -76,16 +76,18 @@ def cache_of(
     block_table: Tensor | None,
 ) -> tuple[PagedKV, BlockTable]:
     """The cache as pages, and the table of ``batch`` sequences. The cache is a view."""
-    check_alike("v_cache", check_tensor("v_cache", v_cache, 4), "k_cache", check_tensor("k_cache", k_cache, 4))
-    if not same_strides(k_cache, v_cache):
-        raise bad_value("v_cache", f"k_cache's strides {k_cache.stride()}", v_cache.stride())
+    check_tensor("k_cache", k_cache, 4)
+    if check_tensor("v_cache", v_cache, 4).shape[:3] != k_cache.shape[:3]:
+        raise bad_value("v_cache", f"shape {tuple(k_cache.shape)}, as k_cache", tuple(v_cache.shape))
     if block_table is not None:
         for name, x in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
             if x is not None:
                 raise bad_value(name, "None where there is a block_table", f"shape {tuple(x.shape)}")
         return PagedKV.from_nhd(k_cache, v_cache), check_tensor("block_table", block_table, 2)
-    if keys_apart(k_cache) is None:
-        raise bad_value("k_cache", "sequences that lie a whole number of keys apart", f"strides {k_cache.stride()}")
+    if not is_regular(k_cache, v_cache):
+        name, x = ("k_cache", k_cache) if keys_apart(k_cache) is None else ("v_cache", v_cache)
+        wanted = "sequences that lie a whole number of keys apart, of v_cache as of k_cache"
+        raise bad_value(name, wanted, f"strides {x.stride()}")
     cache, table = PagedKV.from_dense(k_cache, v_cache, page_size=None if cache_leftpad is None else 1)
     if cache_batch_idx is not None:
         rows = PageTable(table, rows=check_ints("cache_batch_idx", cache_batch_idx, batch, table.device))
@@ -108,7 +110,7 @@ def _shifted(table: PageTable, leftpad: Tensor, batch: int) -> Tensor:
 def append(cache: PagedKV, table: BlockTable, k: Tensor | None, v: Tensor | None, seq_lens: Tensor) -> Tensor:
     """Write k and v [B, S, Hkv, D] behind the ``seq_lens`` keys of each sequence, and return how many it has then."""
     k, v = (with_rows(name, x, 4) for name, x in (("k", k), ("v", v)))
-    check_alike("v", v, "k", k)
+    check_values(v, k)
     if k.shape[0] != seq_lens.shape[0]:
         raise bad_value("k", f"a batch of {seq_lens.shape[0]}", k.shape[0])
     seq_lens = seq_lens + k.shape[1]
