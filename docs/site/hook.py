@@ -23,7 +23,7 @@ PAGES = {
     "benchmarks/README.md": "running-benchmarks.md",
 }
 LANGUAGES = {".py": "python", ".toml": "toml", ".yml": "yaml", ".md": "markdown", ".jsonl": "json"}
-MOST_CHARACTERS = 100_000
+MOST_CHARACTERS = 20_000
 """Of a file that is shown; longer ones are cut."""
 
 LINK = re.compile(r"(?P<before>\]\(|(?:src|href)=\")(?P<target>[^)\s\"#:]+)(?P<after>(?:#[^)\s\"]*)?[)\"])")
@@ -48,6 +48,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     here = page.file.src_uri
     if here == "index.md":
         page.meta["hide"] = ["navigation"]
+    if here.startswith("source/"):
+        page.meta["search"] = {"exclude": True}
     return _outside_code(markdown, lambda text: LINK.sub(lambda link: _on_site(link, here), text))
 
 
