@@ -52,6 +52,30 @@ class Rows(NamedTuple):
     end: tl.tensor
 
 
+NEAR = tl.constexpr(1 << 29)
+"""Keys and query tokens of a sequence, at most, for ``start_near`` and ``size_near``."""
+
+
+@triton.jit
+def start_near(start, q_len, kv_len, size):
+    """The first position of ``view_of`` for queries whose windows all have ``size_near(size)`` keys.
+
+    So the size is the same for all sequences of a launch and needs no register. ``kv_len + q_len`` is at most ``NEAR``.
+    Windows larger than that hold all keys, except those of queries which stand far from the keys: these are moved by as
+    much as the window is made shorter.
+    """
+    excess = size - size_near(size)
+    behind = tl.minimum(tl.maximum(tl.maximum(start, 0) - excess, kv_len), kv_len + NEAR)
+    before = tl.maximum(tl.minimum(tl.minimum(start, 0) + excess, -q_len), -q_len - NEAR)
+    return tl.where(start >= kv_len, behind, tl.where(start <= -q_len, before, start))
+
+
+@triton.jit
+def size_near(size):
+    """How many keys windows have, for queries from ``start_near`` on: no sum of these numbers overflows."""
+    return tl.minimum(size, NEAR)
+
+
 @triton.jit
 def view_of(seq, kv_len, window, F: tl.constexpr):
     """The view of a sequence's queries, of which there are some, over ``kv_len`` keys, which are all that may be seen.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from swath.backends.device.window import View, band_of, rows_of
+from swath.backends.device.window import View, band_of, rows_of, size_near
 from swath.backends.gluon.scheduler import positions_of
 from swath.backends.triton.kernels.walk import Walk, interior_tiles, plan_walk
 
@@ -27,13 +27,14 @@ class KeyTiles(NamedTuple):
 
 
 @gluon.jit
-def key_tiles_of(work, C: gl.constexpr):
+def key_tiles_of(work, batch, C: gl.constexpr):
     """The key tiles of a work tile; at least one."""
     POSITIONS: gl.constexpr = positions_of(C)
     kv_head = work.head if C.pack > 1 else work.head // C.F.group
     first = work.q_start + work.q_begin
     last = work.q_start + gl.minimum(work.q_begin + POSITIONS, work.q_len) - 1
-    rows = rows_of(first, last, first, View(work.q_start, work.window_size), work.kv_len, C.F)
+    view = View(work.q_start, size_near(batch.window))
+    rows = rows_of(first, last, first, view, work.kv_len, C.F)
     band = band_of(rows, work.kv_len, work.lead, C.F)
     KEYS: gl.constexpr = C.block_n + C.narrow_n
     walk = plan_walk(band, C.box_rows, key_align(C), KEYS)

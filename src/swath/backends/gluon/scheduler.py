@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from swath.backends.device.cache import table_row
-from swath.backends.device.window import view_of
+from swath.backends.device.window import start_near
 from swath.backends.gluon.pipeline import (
     BOX_COLUMNS,
     CONSUMER_ROWS,
@@ -59,11 +59,10 @@ class WorkTile(NamedTuple):
     q_begin: gl.tensor  # its first query position in the tile, counted from 0
     q_len: gl.tensor  # query tokens of the whole sequence
     q_row: gl.tensor  # the row of q with the sequence's first query token
-    q_start: gl.tensor  # the position of that token, moved near the keys (``view_of``)
+    q_start: gl.tensor  # the position of that token, moved near the keys (``start_near``)
     kv_len: gl.tensor
     kv_row: gl.tensor  # dense keys: the row of the sequence's first key
     lead: gl.tensor
-    window_size: gl.tensor
 
 
 class WorkPipeline(NamedTuple):
@@ -107,10 +106,10 @@ def work_tile_of(t, batch, C: gl.constexpr):
         m_block, head = in_section(i, m_blocks, kv_len, HEADS, C.F.kv_heads, C.F.head_dim)
     q_begin = m_block * POSITIONS
     used = owned & (q_begin < seq.q_len) & takes(b, seq.q_len, batch.claimed)
-    view = view_of(seq, kv_len, batch.window, C.F)
+    q_start = start_near(seq.q_start, seq.q_len, kv_len, batch.window)
     return WorkTile(
-        head, b, q_begin, gl.where(used, seq.q_len, 0), seq.q_row, view.start, gl.where(used, kv_len, 0), seq.kv_row,
-        lead_of(b, batch.lead, C.F), view.size,
+        head, b, q_begin, gl.where(used, seq.q_len, 0), seq.q_row, q_start, gl.where(used, kv_len, 0), seq.kv_row,
+        lead_of(b, batch.lead, C.F),
     )  # fmt: skip
 
 
@@ -143,7 +142,7 @@ def has_work(work, C: gl.constexpr):
 @gluon.jit
 def no_work(C: gl.constexpr):
     """What is published after the last work tile."""
-    return WorkTile(heads_of(C), 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    return WorkTile(heads_of(C), 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 FETCH_ADD = gl.constexpr(
@@ -191,14 +190,14 @@ def get_work(count, pipe, WARPS: gl.constexpr):
     state = pipeline_state(pipe, count)
     consumer_wait(state)
     value = state.tile.load(gl.BlockedLayout([1], [32], [WARPS], [0]))
-    return WorkTile(*[element(value, i) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)])
+    return WorkTile(*[element(value, i) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8)])
 
 
 @gluon.jit
 def reread_work(count, pipe, WARPS: gl.constexpr):
     """Read the ``count``-th work tile again and release it: its numbers took no registers in between."""
     tile = pipeline_state(pipe, count).tile
-    work = WorkTile(*[loaded_element(tile, i, WARPS) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)])
+    work = WorkTile(*[loaded_element(tile, i, WARPS) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8)])
     release_work(count, pipe)
     return work
 

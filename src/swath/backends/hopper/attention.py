@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from swath.backends.hopper.heuristics import BOX_BYTES, HOPPER, HopperHeuristics, decodes_in_tiles, in_boxes
+from swath.backends.hopper.heuristics import (
+    BOX_BYTES,
+    HOPPER,
+    MOST_TOKENS,
+    HopperHeuristics,
+    decodes_in_tiles,
+    in_boxes,
+)
 from swath.backends.triton.attention import Runner
 from swath.backends.triton.features import STORED
 from swath.backends.triton.heuristics.dequantise import dequantises
@@ -52,6 +59,8 @@ def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
         return f"v_head_dim {problem.v_head_dim}; it has values as long as keys, here of {problem.head_dim}"
     if problem.q.dtype not in (torch.bfloat16, torch.float16):
         return f"{problem.q.dtype} queries; it multiplies 16-bit values"
+    if problem.keys.capacity + problem.q.shape[:-2].numel() > MOST_TOKENS:
+        return f"room for more than {MOST_TOKENS:,} keys and query tokens in a sequence"
     fetched = [problem.q]
     if not isinstance(keys, PagedKeys):
         fetched += [keys.k, keys.v]

@@ -198,6 +198,8 @@ def draws_tiles(problem: Problem) -> bool:
     return problem.max_q_len > MAX_STEPS or keys_of_tile(problem) > SOME_KEYS
 
 
+MOST_TOKENS = 1 << 29
+"""Keys and query tokens of a sequence at most: those that ``start_near`` is right for."""
 BOX_ROWS = 64
 """Keys that are fetched at once at most: fewer than a tile, so that what no query sees of a tile is not fetched."""
 

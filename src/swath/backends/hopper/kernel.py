@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from swath.backends.device.cache import load_entries, page_in_sight, pages_in_sight, pages_of, table_row
 from swath.backends.device.softmax import FLOOR, state_of_sink
-from swath.backends.device.window import View, interior_of, reach_of, rows_of
+from swath.backends.device.window import View, interior_of, reach_of, rows_of, size_near
 from swath.backends.gluon.key_tiles import key_tiles_of
 from swath.backends.gluon.pipeline import (
     BOX_COLUMNS,
@@ -106,11 +106,11 @@ def next_rows(work_count, WG: gl.constexpr, sink, score_scales, pipes, batch, C:
     work = get_work(work_count, pipes.work, 4)
     if not rereads_work(C):
         release_work(work_count, pipes.work)
-    key_tiles = key_tiles_of(work, C)
+    key_tiles = key_tiles_of(work, batch, C)
     m, l = initial_state(i, work.head, sink, C)
     first = work.q_start + work.q_begin + WG * POSITIONS
     p = first + i // C.pack
-    own = rows_of(first, first + POSITIONS - 1, p, View(work.q_start, work.window_size), work.kv_len, C.F)
+    own = rows_of(first, first + POSITIONS - 1, p, View(work.q_start, size_near(batch.window)), work.kv_len, C.F)
     reach = reach_in_list(reach_of(p, own, key_tiles.band, work.lead, C.F), key_tiles.walk)
     full_from, full_to = interior_of(key_tiles.band, own, C.F)
     scale_log2, cap_log2 = score_scales

@@ -58,7 +58,7 @@ def load_qk_warp(descriptors, counter, pipes, batch, C: gl.constexpr):
             fetched = fetch_add(counter)
         if work.q_len > 0:
             publish_work(work_count, pipes.work, work)
-            key_tiles = key_tiles_of(work, C)
+            key_tiles = key_tiles_of(work, batch, C)
             load_q(work_count, work, descriptors.q, pipes.q, C)
             cuts = load_keys(kv_count, cuts, key_tiles, descriptors, None, pipes, batch, C)
             work_count += 1
@@ -79,7 +79,7 @@ def load_v_warp(descriptors, cut_loaded, pipes, batch, C: gl.constexpr):
     work = get_work(work_count, pipes.work, 1)
     release_work(work_count, pipes.work)
     while has_work(work, C):
-        key_tiles = key_tiles_of(work, C)
+        key_tiles = key_tiles_of(work, batch, C)
         cuts = load_keys(kv_count, cuts, key_tiles, descriptors, cut_loaded, pipes, batch, C)
         kv_count += key_tiles.walk.total
         work_count += 1
