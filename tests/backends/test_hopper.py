@@ -110,6 +110,25 @@ def test_against_the_truth(case: Case) -> None:
     assert canary.broken() == 0
 
 
+BELOW_ZERO = {
+    "128": replace(LONG, spiked=False),
+    "128 in fp16, under a window": replace(LONG, spiked=False, dtype=torch.float16, size=300),
+    "256, with a soft cap": replace(LONG, spiked=False, head_dim=256, softcap=60.0),
+    "64 in one pass": replace(ONCE, spiked=False),
+}
+
+
+@pytest.mark.parametrize("sizes", [(0.02, 12.0), (12.0, 0.02), (3.0, 3.0)], ids=["falling", "rising", "even"])
+@pytest.mark.parametrize("name", BELOW_ZERO)
+def test_scores_below_zero(name: str, sizes: tuple[float, float]) -> None:
+    """Bits of floats below 0 do not compare as integers. From the last key to the first the scores rise, or fall."""
+    inputs = make(BELOW_ZERO[name], "cuda")
+    k, _ = inputs.dense
+    inputs.q.abs_()
+    k.abs_().mul_(-torch.linspace(*sizes, k.shape[0], device=k.device, dtype=k.dtype)[:, None, None])
+    inputs.check(*inputs.run("hopper"))
+
+
 @pytest.mark.parametrize(
     "name",
     [

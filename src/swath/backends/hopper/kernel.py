@@ -30,8 +30,10 @@ from swath.backends.gluon.pipeline import (
     as_tiles,
     barriers_suffice,
     consumer_release,
+    consumer_wait,
     new_barriers,
     new_pipeline,
+    query_state,
     with_narrow_tile,
 )
 from swath.backends.gluon.scheduler import Batch, get_work, has_work, new_work_pipeline, release_work, reread_work
@@ -39,6 +41,7 @@ from swath.backends.hopper.config import config_of
 from swath.backends.hopper.epilogue import Output, epilogue, q_heads
 from swath.backends.hopper.load import load_qk_warp, load_v_warp
 from swath.backends.hopper.mainloop import QueryRows, attend_once, mainloop, score_layout
+from swath.backends.hopper.softmax import sum_of_threads
 from swath.backends.triton.kernels.walk import reach_in_list
 
 
@@ -79,6 +82,11 @@ def run_mainloop(WG: gl.constexpr, output, score_scales, pipes, batch, C: gl.con
         kv_count += rows.key_tiles.walk.total
         work_count += 1
         rows = next_rows(work_count, WG, output.sink, score_scales, pipes, batch, C)
+        l = sum_of_threads(l, m)
+        if output.desc is not None:
+            # Passed already: a block boundary, or ptxas finds the next rows after the wait for the product. The stage
+            # is not loaded anew before these rows' results have left it.
+            consumer_wait(query_state(pipes.q, work_count - 1, WG, C))
         acc = warpgroup_mma_wait(0, deps=[values])  # [M, D]
         consumer_release("v", kv_count - 1, C)
         if rereads_work(C):
@@ -103,7 +111,7 @@ def next_rows(work_count, WG: gl.constexpr, sink, score_scales, pipes, batch, C:
     """Wait for the ``work_count``-th work tile and prepare the rows of a warpgroup in it."""
     POSITIONS: gl.constexpr = CONSUMER_ROWS // C.pack
     i = gl.arange(0, CONSUMER_ROWS, layout=gl.SliceLayout(1, score_layout(C.block_n, C)))
-    work = get_work(work_count, pipes.work, 4)
+    work = get_work(work_count, pipes.work, 4, C)
     if not rereads_work(C):
         release_work(work_count, pipes.work)
     key_tiles = key_tiles_of(work, batch, C)

@@ -76,14 +76,14 @@ def load_v_warp(descriptors, cut_loaded, pipes, batch, C: gl.constexpr):
     work_count = 0
     kv_count = 0
     cuts = 0
-    work = get_work(work_count, pipes.work, 1)
+    work = get_work(work_count, pipes.work, 1, C)
     release_work(work_count, pipes.work)
     while has_work(work, C):
         key_tiles = key_tiles_of(work, batch, C)
         cuts = load_keys(kv_count, cuts, key_tiles, descriptors, cut_loaded, pipes, batch, C)
         kv_count += key_tiles.walk.total
         work_count += 1
-        work = get_work(work_count, pipes.work, 1)
+        work = get_work(work_count, pipes.work, 1, C)
         release_work(work_count, pipes.work)
 
 

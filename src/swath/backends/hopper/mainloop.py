@@ -50,7 +50,9 @@ class QueryRows(NamedTuple):
 
 @gluon.jit
 def mainloop(kv_count, work_count, WG: gl.constexpr, rows, output, pipes, batch, C: gl.constexpr):
-    """The state (m, l, acc) of the rows after all key tiles. ``acc`` is still waiting for the last product with V.
+    """The state (m, l, acc) of the rows after all key tiles, with ``l`` [M, 4] as a sum for each thread.
+
+    ``acc`` is still waiting for the last product with V.
 
     ``kv_count`` key tiles and ``work_count`` work tiles went through the pipelines before.
     """
@@ -64,7 +66,7 @@ def mainloop(kv_count, work_count, WG: gl.constexpr, rows, output, pipes, batch,
     if output.desc is not None:
         release_stored_rows(work_count - 1, C)
     s, scale = masked_scores(s, start, new_from, rows, batch, True, C)
-    p, m, l, alpha = fragment_softmax(s, scale, rows.m, to_thread_sums(rows.l))  # [M, N], [M], [M, 4], [M]
+    p, m, l, alpha = fragment_softmax(s, scale, rows.m, to_thread_sums(rows.l), C)  # [M, N], [M], [M, 4], [M]
     acc = new_accumulator(C)  # [M, D]
     masked = gl.maximum(gl.where(rows.all_live, num_masked(key_tiles), key_tiles.walk.total), 1)
     p, state = overlap(1, masked, kv_count, p, (m, l, acc, alpha), q, rows, pipes, batch, True, C)
@@ -75,7 +77,7 @@ def mainloop(kv_count, work_count, WG: gl.constexpr, rows, output, pipes, batch,
         consumer_release("q", work_count, C)
     v = pipeline_state(pipes.v, kv_count + key_tiles.walk.total - 1)
     consumer_wait(v)
-    return m, sum_of_threads(l, m), warpgroup_mma(as_operand(p, acc, v.tile.dtype), v.tile, acc, is_async=True)
+    return m, l, warpgroup_mma(as_operand(p, acc, v.tile.dtype), v.tile, acc, is_async=True)
 
 
 @gluon.jit
@@ -96,7 +98,7 @@ def overlap(first, end, kv_count, p, state, q, rows, pipes, batch, MASKED: gl.co
         values = warpgroup_mma(p16, v.tile, acc, is_async=True)  # [M, D] += [M, N] @ [N, D]
         s = warpgroup_mma_wait(1, deps=[scores])
         s, scale = masked_scores(s, start, new_from, rows, batch, MASKED, C)
-        p, m, l, alpha = fragment_softmax(s, scale, m, l)
+        p, m, l, alpha = fragment_softmax(s, scale, m, l, C)
         # A barrier known to have passed makes a block boundary here, and the move keeps p above it: otherwise ptxas
         # hoists the wait for the product with V over the softmax, and nothing overlaps. This loop waits for no other
         # barrier of q: before a second wait at a barrier Triton lets all warps meet.

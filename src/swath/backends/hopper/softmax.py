@@ -19,6 +19,7 @@ from triton.experimental.gluon import language as gl
 
 from swath.backends.device.softmax import SLACK, exp_scores
 from swath.backends.gluon.pipeline import CONSUMER_ROWS
+from swath.backends.gluon.scheduler import loops_over_64
 
 COLUMNS = gl.constexpr(8)
 """Columns after which the same thread has two more."""
@@ -37,13 +38,13 @@ others rows 0 to 7. Warps are 16 rows apart.
 
 
 @gluon.jit
-def fragment_softmax(s, scale, m, l):
+def fragment_softmax(s, scale, m, l, C: gl.constexpr):
     """Take in a tile of scores [M, N] whose product with ``scale`` is in base 2: p [M, N], m, l and the factor alpha.
 
     As ``device.softmax.online_softmax``, but ``l`` [M, 4] is a sum for each thread, and m [M] may be up to ``SLACK``
     below the maximum.
     """
-    m_new = fragment_max((s,), scale, m)
+    m_new = fragment_max((s,), scale, m) if loops_over_64(C) else kept_max(s, scale, m)
     m_new = gl.where(m_new > m + SLACK, m_new, m)
     p = exp_scores(s, scale, m_new)
     alpha = gl.exp2(m - m_new)
@@ -91,6 +92,69 @@ def fragment_max(tiles, scale, m):
         more = gl.max(every_eighth(tiles[i]), 1)
         columns = gl.maximum(gl.convert_layout(columns, more.type.layout), more)
     return gl.maximum(m, gl.convert_layout(gl.max(columns, 1), m.type.layout) * scale)
+
+
+@gluon.jit
+def kept_max(s, scale, m):
+    """``fragment_max`` of one tile for an m that is kept until scores exceed it by ``SLACK``, in fewer instructions.
+
+    It may be too small where that does not matter: see ``thread_max_ptx``.
+    """
+    VALUES: gl.constexpr = s.shape[0] * s.shape[1] // 128  # of a thread
+    own = gl.inline_asm_elementwise(
+        thread_max_ptx(VALUES), of_two(VALUES), [s, of_rows(m, s)[:, None]], dtype=gl.float32, is_pure=True, pack=VALUES
+    )
+    # Each value of a thread is now the maximum of its row: one is kept, without an instruction.
+    columns = gl.reduce(every_eighth(own), 1, first).reshape((s.shape[0], THREADS, COLUMNS // THREADS))  # [M, 4, 2]
+    own = gl.convert_layout(gl.reduce(columns, 2, first), BY_THREAD, assert_trivial=True)  # [M, 4]
+    return gl.maximum(m, gl.convert_layout(gl.max(own, 1), m.type.layout) * scale)
+
+
+LOWEST = gl.constexpr(-15)
+"""In base 2, the least m that scores below 0 need not be compared with: p is 2^15 at most, and float16 ends at 2^16."""
+
+
+@gluon.constexpr_function
+def thread_max_ptx(values):
+    """PTX of the maxima of a thread's two rows of scores, which become all values of their row.
+
+    sm_90 has a maximum of three integers, and none of three floats. The bits of floats from 0 on compare as integers
+    do, and are larger than those of floats below 0, among which the order is reversed. So the largest integer is the
+    maximum, unless it is below 0. Then it is some score, and all are below 0: no p is too large for an m of ``LOWEST``
+    or more, which stays or becomes that score. In a warp with a lower m the smallest integer is taken instead, which is
+    the maximum then.
+    """
+    rows, bound = (2 * values, 2 * values + 2), f"{LOWEST.value}.0"
+    return (
+        "{ .reg .pred low; .reg .b32 high0, high1, low0, low1; "
+        f"setp.lt.f32 low, ${rows[0]}, {bound}; setp.lt.or.f32 low, ${rows[1]}, {bound}, low; "
+        f"vote.sync.any.pred low, low, 0xffffffff; {over_rows('max', 'high', values)} @!low bra done; "
+        f"{over_rows('min', 'low', values)}"
+        "setp.lt.s32 low, high0, 0; selp.b32 high0, low0, high0, low; "
+        "setp.lt.s32 low, high1, 0; selp.b32 high1, low1, high1, low; "
+        "done: " + "".join(f"mov.b32 ${i}, high{i // 2 % 2}; " for i in range(values)) + "}"
+    )
+
+
+@gluon.constexpr_function
+def over_rows(how, name, values):
+    """PTX of the integer maxima or minima of a thread's two rows, whose scores are the registers from ``values`` on."""
+    rows = [[values + i for i in range(values) if i // 2 % 2 == row] for row in (0, 1)]
+    text = "".join(f"mov.b32 {name}{row}, ${rows[row][0]}; " for row in (0, 1))
+    pairs = zip(rows[0][1:], rows[1][1:], strict=True)
+    return text + "".join(f"{how}.s32 {name}0, {name}0, ${i}; {how}.s32 {name}1, {name}1, ${j}; " for i, j in pairs)
+
+
+@gluon.constexpr_function
+def of_two(values):
+    """Constraints of inline PTX that makes ``values`` float registers of two operands with as many each."""
+    return ",".join(["=f"] * values + ["f"] * (2 * values))
+
+
+@gluon.jit
+def first(a, _b):
+    """The first of two values that are the same."""
+    return a
 
 
 @gluon.jit
