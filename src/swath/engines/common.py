@@ -25,6 +25,8 @@ from swath.window import Window
 
 SCALE_DTYPE = torch.float32
 """Of token scales that lie in an engine's pages."""
+BATCH_INVARIANT_SPLIT = 256
+"""Keys between two cuts of a sequence, where an engine wants results that no batch changes."""
 Operands = tuple[Tensor, PagedKV, BlockTable, Tensor]
 """q, cache, block_table and seq_lens."""
 

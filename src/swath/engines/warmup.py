@@ -90,7 +90,7 @@ def warm(
         for sizes in traffic.shapes():
             step = step_of(*sizes)
             q = torch.empty(step.num_tokens, num_q_heads, cache.head_dim, dtype=dtype, device=cache.k.device)
-            arguments, options = step.call(layer, q, cache, torch.empty_like(q))
+            arguments, options = step.call(layer, q, cache, q.new_empty(*q.shape[:-1], cache.v_head_dim))
             warmup(paged_attention, *arguments, **options, impl=layer.impl)
             calls += 1
         warmup(append_kv, cache, *new_tokens(cache, dtype))

@@ -9,14 +9,11 @@ from vllm import envs
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from swath.cache import PagedKV
-from swath.engines.common import Layer, Step
+from swath.engines.common import BATCH_INVARIANT_SPLIT, Layer, Step
 from swath.engines.vllm.storage import STORAGE
 from swath.engines.vllm.versions import STATIC_INT8
 from swath.errors import bad_value
 from swath.ops.arguments import MAX_HEAD_DIM
-
-BATCH_INVARIANT_SPLIT = 256
-"""Keys between two cuts of a sequence where a result may not depend on the batch."""
 
 
 def takes_head_size(head_size: int) -> bool:
