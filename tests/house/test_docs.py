@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -155,6 +156,28 @@ def test_the_readme_has_the_demos_table() -> None:
     text, report = README.read_text(encoding="utf-8"), (ROOT / readme.JSON).read_text(encoding="utf-8")
     assert readme.with_table(text, report) == text, "run: python -m swath.demo.readme"
     assert readme.with_table(text, report.replace("full attention", "half attention")) != text
+
+
+def test_the_page_of_commands_has_all_of_them() -> None:
+    pytest.importorskip("typer", reason="the command line needs typer")
+    from typer.main import get_command
+
+    from swath.cli import app
+
+    commands = dict(get_command(app).commands)  # type: ignore[attr-defined]
+    names = {f"swath {name}" for name in commands if name != "bench"}
+    names |= {f"swath bench {name}" for name in commands["bench"].commands}
+    text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(swath [a-z ]+)`", text.partition("\n## ")[0])) == names
+    for line in blocks(text)[0][1].splitlines():
+        asked = typer_runner().invoke(app, line.split()[1:])
+        assert asked.exit_code == 0, asked.output
+
+
+def typer_runner() -> Any:
+    from typer.testing import CliRunner
+
+    return CliRunner()
 
 
 def test_the_drawn_window_is_what_show_draws() -> None:
