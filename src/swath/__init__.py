@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from swath import bounds as bounds
     from swath.cache import PagedKV
     from swath.ops.append import append_kv
     from swath.ops.attention import attention

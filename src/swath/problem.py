@@ -184,14 +184,25 @@ class AppendCase:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class MergeCase:
-    """Two attention states over disjoint keys, and where their union goes."""
+    """Attention states of the same rows over disjoint keys, and where their union goes.
+
+    Two states, or without ``out_b`` and ``lse_b`` N of them, stacked [N, ...]. base2: LSEs are to base 2.
+    """
 
     out_a: Tensor
     lse_a: Tensor
-    out_b: Tensor
-    lse_b: Tensor
+    out_b: Tensor | None
+    lse_b: Tensor | None
     out: Tensor
     lse: Tensor
+    base2: bool = False
+
+    @property
+    def states(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Out and LSE of the first state, and those of the others, stacked [N - 1, ...]."""
+        if self.out_b is None or self.lse_b is None:
+            return self.out_a[0], self.lse_a[0], self.out_a[1:], self.lse_a[1:]
+        return self.out_a, self.lse_a, self.out_b[None], self.lse_b[None]
 
     @property
     def result(self) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,8 @@ def main() -> None:
         append.warm(case)
     for dtype in (torch.bfloat16, torch.float32):
         out, lse = torch.zeros(5, 4, 80, dtype=dtype), torch.zeros(5, 4)
-        merge.warm(MergeCase(out, lse, out, lse, out, lse))
+        for base2 in (False, True):
+            merge.warm(MergeCase(out, lse, out, lse, out, lse, base2))
 
 
 @pytest.mark.parametrize("arch", TARGETS)

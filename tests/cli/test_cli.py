@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,29 @@ def test_show_draws_the_rule(size: int | None, g: int, causal: bool) -> None:
     rows = drawn_cells(text, 12)
     assert list(rows) == list(range(3, 12))
     assert rows == {p: [expected(p, k, size, g, causal) for k in range(12)] for p in rows}
+
+
+RANGES: dict[str, tuple[list[object], Callable[[int, int], bool]]] = {
+    "chunk": (["--chunk", 4], lambda p, k: k <= p and k // 4 == p // 4),
+    "prefix": (["--prefix", 5], lambda p, k: k <= p or k < 5),
+    "span": (["--span", "2,5", "--span", "7,9"], lambda p, k: k <= p or 2 <= min(p, k) <= max(p, k) < 5),
+    "span in a window": (
+        ["--span", "2,6", "--window", 3],
+        lambda p, k: 0 <= p - k < 3 or 2 <= min(p, k) <= max(p, k) < 6,
+    ),
+    "shard": (["--shard", "1,2", "--window", 6], lambda p, k: 0 <= p - (2 * k + 1) < 6),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_show_draws_bounds(name: str) -> None:
+    options, sees = RANGES[name]
+    text = invoke("show", *options, "--kv-len", 8, "--page-size", 4).stdout
+    rows = drawn_cells(text, 8)
+    seen = {p: [k for k, cell in enumerate(row) if cell in (Cell.WINDOW, Cell.LEADING)] for p, row in rows.items()}
+    assert seen == {p: [k for k in range(8) if sees(p, k)] for p in range(8)}
+    assert text.startswith("bounds.")
+    assert f"{sum(map(len, seen.values()))} query-key pairs." in text
 
 
 def test_show_places_queries_anywhere() -> None:
@@ -153,6 +177,11 @@ def test_a_spelled_window_is_that_window(window: Window) -> None:
         (["--mojo", "4,x"], "mojo: wanted W,G: integers or 'none', such as 127,4, got '4,x'"),
         (["--flash", "4,0", "--window", 5], "window: wanted one of --flash, --mojo, or swath's own options, got"),
         (["--kv-len", 5000], "q_len x kv_len: wanted at most 16777216 cells to draw, got 25000000"),
+        (["--chunk", 4, "--prefix", 3], "window: wanted one of --chunk, --prefix, --span and --shard"),
+        (["--chunk", 4, "--window", 3], "window: wanted one of --chunk, --prefix, --span and --shard"),
+        (["--prefix", 4, "--no-causal"], "window: wanted no --flash, --mojo or --no-causal beside --chunk"),
+        (["--span", "4"], "span: wanted two integers, such as 2,5, got '4'"),
+        (["--shard", "2,2"], "rank: wanted at most 1, got 2"),
         (["--png", "no/such/folder/x.png"], "--png: "),
     ],
 )

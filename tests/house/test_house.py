@@ -156,7 +156,7 @@ def test_nothing_is_left_to_do(path: Path) -> None:
         assert not found
 
 
-NOUNS = ("errors", "vendors", "window", "quant", "pages", "checks", "cache", "problem", "target")
+NOUNS = ("errors", "vendors", "window", "bounds", "quant", "pages", "checks", "cache", "problem", "target")
 USERS = ("swath.hf", "swath.engines", "swath.compat", "swath.hub", "swath.cli", "swath.bench", "swath.demo")
 ABOVE = ("swath.ops", "swath.dispatch", "swath.backends", *USERS)
 BACKENDS_NEVER = ("swath.ops", "swath.dispatch", "swath.testing", *USERS)

@@ -87,3 +87,42 @@ def test_strided_states(impl: str, device: str) -> None:
     want, want_lse = merge(a, b, impl)
     assert torch.equal(out, want)
     assert torch.equal(lse, want_lse)
+
+
+@pytest.mark.parametrize("lse_base", ["e", "2"])
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_many_states_at_once(count: int, dtype: torch.dtype | None, lse_base: str, impl: str, device: str) -> None:
+    """[N, tokens, Hq, D] beside the merge in float64; a state without keys among them, whatever it holds."""
+    outs, lses = state((count, 5, 4, 80), torch.bfloat16, device, 0)
+    if count > 2:
+        outs[1], lses[1] = torch.nan, -torch.inf
+    skip_unless_able(impl, explain("merge_states", outs, lses, impl=impl).reasons[impl])
+    out, lse = merge_states(outs, lses, lse_base=lse_base, dtype=dtype, impl=impl)
+    unit = math.log(2) if lse_base == "2" else 1.0
+    want_lse = torch.logsumexp(unit * lses.double(), 0)
+    weights = torch.exp(unit * lses.double() - want_lse)[..., None]
+    want = (weights * outs.double().nan_to_num()).sum(0)
+    assert (out.dtype, lse.dtype) == (dtype or torch.bfloat16, torch.float32)
+    e, u = UNIT[torch.float32], UNIT[out.dtype] * (2 if truncates_bf16(impl, device) else 1)
+    size = outs.double().nan_to_num().abs().sum(0)
+    exponent = 1 + lses.double().abs().where(lses != -torch.inf, 0).amax(0)
+    assert ((out.double() - want).abs() <= u * want.abs() + 8 * e * exponent[..., None] * size + 1e-7).all()
+    assert ((lse.double() * unit - want_lse).abs() <= 4 * e * exponent).all()
+
+
+def test_two_states_are_a_stack_of_two(impl: str, device: str) -> None:
+    a, b = (state((6, 4, 64), torch.bfloat16, device, seed) for seed in (0, 1))
+    want, want_lse = merge(a, b, impl)
+    out, lse = merge_states(torch.stack([a[0], b[0]]), torch.stack([a[1], b[1]]), impl=impl)
+    assert torch.equal(out, want)
+    assert torch.equal(lse, want_lse)
+
+
+@pytest.mark.parametrize("lse_base", ["e", "2"])
+def test_states_of_infinite_lse_count_alone(lse_base: str, impl: str, device: str) -> None:
+    outs, lses = state((4, 3, 2, 64), torch.float32, device, 0)
+    lses[1] = lses[3] = torch.inf
+    out, lse = merge_states(outs, lses, lse_base=lse_base, impl=impl)
+    torch.testing.assert_close(out, (outs[1] + outs[3]) / 2)
+    assert (lse == torch.inf).all()

@@ -64,7 +64,11 @@ def test_opcheck_the_other_operators() -> None:
     where = torch.tensor([5, 7])
     torch.library.opcheck(ops.append_kv.default, (c.k, c.v, c.k_scale, c.v_scale, k, k, where, "reference"))
     out, lse = inputs.run("reference")
-    torch.library.opcheck(ops.merge_states.default, (out, lse, out.clone(), lse.clone(), "reference"))
+    torch.library.opcheck(
+        ops.merge_states.default, (out, lse, out.clone(), lse.clone(), "e", torch.float32, "reference")
+    )
+    stacked = (torch.stack([out, out, out]), torch.stack([lse, lse, lse]), None, None, "2", None, "reference")
+    torch.library.opcheck(ops.merge_states.default, stacked)
     flat = make(Case(table="flat")).block_table
     request_table = make(Case(table="rows", unit="token")).block_table
     tables = (

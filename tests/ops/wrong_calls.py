@@ -263,6 +263,10 @@ def others() -> Iterator[Wrong]:
     for name in ("lse_a", "lse_b"):
         yield from tensor("merge_states", name, torch.bfloat16)
         yield Wrong("merge_states", name, ValueError, "shape", lambda lse: lse[:, :2])
+    yield from values("merge_states", "out_b", TypeError, None)
+    yield from values("merge_states", "lse_b", TypeError, None)
+    yield from values("merge_states", "lse_base", ValueError, "10", 2)
+    yield from values("merge_states", "dtype", TypeError, torch.int8, torch.float64)
     yield from values("merge_states", "impl", ValueError, "hopper-2")
     yield from values("slots", "page_size", ValueError, 0, 17, 9, -16)
     yield from values("slots", "page_size", TypeError, None, 16.0)

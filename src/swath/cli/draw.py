@@ -63,7 +63,8 @@ class Picture:
         if self.window.causal:
             end = max(self.last, kv_len - 1)
             for i in range(rows):
-                lead, left, right = self.window.key_ranges(self.q_start + i, end, kv_len)
+                later = self.window.of_rows(i, rows)  # with bounds, of the queries that are drawn
+                lead, left, right = later.key_ranges(self.q_start + i, end, kv_len)
                 wanted[i, lead:left] = wanted[i, right:] = False
         return torch.stack([page.any(1) for page in wanted.split(page_size, dim=1)], dim=1)
 

@@ -49,7 +49,9 @@ def facts(drawn: Picture, page_size: int | None) -> list[str]:
     seen = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs(drawn.seen[-1]))
     lines = [f"{last} sees {int(drawn.seen[-1].sum())} of {columns} keys: {seen}." if seen else f"{last} sees no key."]
     pairs, full = int(drawn.seen.sum()), int(drawn.full.sum())
-    if full:
+    if drawn.window.bounds is not None:
+        lines.append(f"{pairs:,} query-key pairs.")
+    elif full:
         kind = "full causal attention" if drawn.window.causal else "full attention"
         lines.append(f"{pairs:,} of {full:,} query-key pairs: {1 - pairs / full:.0%} less than {kind}.")
     if page_size is not None:

@@ -104,6 +104,7 @@ PARTS: dict[Any, Parts] = {
     float | None: _as_it_is("float?", "a float or None", float, int, NoneType),
     bool: _as_it_is("bool", "a bool", bool),
     str: _as_it_is("str", "a str", str),
+    torch.dtype | None: _as_it_is("ScalarType?", "a dtype or None", torch.dtype, NoneType),
     PagedKV: Parts(
         {"_k": "Tensor", "_v": "Tensor", "_k_scale": "Tensor?", "_v_scale": "Tensor?"}, _cache_apart, PagedKV
     ),

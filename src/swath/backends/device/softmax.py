@@ -109,22 +109,18 @@ def merge_tile(m, l, acc, m_part, l_part, acc_part):
 
 
 @triton.jit
-def shares(log_a, log_b):
-    """What two states with these LSEs weigh beside the larger of them, their sum, and the union's LSE.
-
-    One of -inf weighs nothing; beside one of +inf only such weigh anything.
-    """
-    top = tl.maximum(log_a, log_b)
-    w_a, w_b = share(log_a, top), share(log_b, top)
-    total = w_a + w_b
-    return w_a, w_b, total, top + tl.where(total != 0, tl.log2(tl.where(total != 0, total, 1.0)) * LN_2, float("-inf"))
+def share(log, top, BASE2: tl.constexpr):
+    """What a state with this LSE weighs beside the largest of all: one of -inf nothing, one of +inf as others of it."""
+    difference = log - top if BASE2 else (log - top) / LN_2
+    weight = tl.where(log == top, 1.0, tl.exp2(difference))
+    return tl.where(log == float("-inf"), 0.0, weight)
 
 
 @triton.jit
-def share(log, top):
-    """``exp(log - top)``, also of infinite ones."""
-    weight = tl.where(log == top, 1.0, tl.exp2((log - top) / LN_2))
-    return tl.where(log == float("-inf"), 0.0, weight)
+def log_of_shares(top, total, BASE2: tl.constexpr):
+    """The LSE of a union whose states weigh ``total`` beside the largest of them, ``top``."""
+    more = tl.log2(tl.where(total != 0, total, 1.0))
+    return top + tl.where(total != 0, more if BASE2 else more * LN_2, float("-inf"))
 
 
 @triton.jit

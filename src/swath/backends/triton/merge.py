@@ -16,7 +16,7 @@ def why_not(case: MergeCase) -> str | None:
 
 def plan(case: MergeCase) -> str:
     """The launch in words."""
-    return f"merge_kernel x {case.lse_a.numel()}"
+    return f"merge_kernel x {case.lse.numel()}"
 
 
 def warm(case: MergeCase) -> None:
@@ -34,13 +34,15 @@ def _launch(case: MergeCase, warm: bool) -> None:
 
     from swath.backends.triton.kernels.merge import merge_kernel
 
-    rows, head_dim = case.lse_a.numel(), case.out_a.shape[-1]
+    rows, head_dim = case.lse.numel(), case.out.shape[-1]
     if rows == 0:
         return
-    inputs: list[Any] = [x.contiguous() for x in (case.out_a, case.lse_a, case.out_b, case.lse_b)]
-    constants = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "num_warps": 1} | FUSED
+    inputs: list[Any] = [x.contiguous() for x in case.states]
+    arguments = (*inputs, case.out, case.lse, len(inputs[-1]))
+    constants = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BASE2": case.base2}
+    options = {"num_warps": 1} | FUSED
     if warm:
-        merge_kernel.warmup(*inputs, case.out, case.lse, **constants, grid=(rows,))
+        merge_kernel.warmup(*arguments, **constants, **options, grid=(rows,))
     else:
         with on_device(case.out.device):
-            merge_kernel[(rows,)](*inputs, case.out, case.lse, **constants)
+            merge_kernel[(rows,)](*arguments, **constants, **options)
