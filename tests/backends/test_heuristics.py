@@ -13,7 +13,8 @@ import torch
 from compile_variants import OPTIONS, TARGETS, problem_of
 
 from swath import Window
-from swath.backends.hopper.heuristics import decodes_in_tiles, draws_tiles, hopper_launch
+from swath.backends.hopper.attention import why_not_tiles
+from swath.backends.hopper.heuristics import MOST_TOKENS, decodes_in_tiles, draws_tiles, hopper_launch
 from swath.backends.triton.features import features_of
 from swath.backends.triton.heuristics import TRITON, amd, nvidia
 from swath.backends.triton.heuristics.dequantise import (
@@ -347,6 +348,14 @@ def test_hopper_launches_do_not_depend_on_the_batch_with_split_size() -> None:
         one = chunks(lengths, Window(1024), split_size=256)
         launches.add(hopper_launch(Work(one, Target("sm_90", 132))))
     assert len(launches) == 1
+
+
+def test_hopper_takes_no_more_keys_than_its_positions_are_right_for() -> None:
+    one = chunks((2048,), Window(1024))
+    for tokens, taken in ((MOST_TOKENS - 2048, True), (MOST_TOKENS - 2047, False)):
+        kv = torch.empty(tokens, 4, 128, dtype=torch.bfloat16, device="meta")
+        reason = why_not_tiles(replace(one, keys=DenseKeys(kv, kv, one.cu_seqlens_q)), 132)
+        assert (reason is None) if taken else ("room for more" in str(reason))
 
 
 def test_the_window_size_is_no_feature() -> None:
