@@ -2,7 +2,7 @@
 
 Tiny models with random weights generate through vLLM's scheduler (chunked prefill, mixed batches, a cached prefix) and
 are held to Transformers' eager attention; over quantised caches, to Transformers on swath's PagedCache, whose reference
-backend computes in float64. A language model is served by ``vllm serve`` and asked by the real ``openai`` client.
+backend computes in float64. ``real_vllm_model.py`` has a language model.
 """
 
 from __future__ import annotations
@@ -10,33 +10,16 @@ from __future__ import annotations
 import ast
 import gc
 import inspect
-import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, NamedTuple
-from urllib.error import URLError
-from urllib.request import urlopen
-
-# Read when vLLM is imported, here and in the servers that are started.
-os.environ |= {
-    "SWATH_VLLM_CPU": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-}  # fmt: skip
 
 import pytest
 import torch
 import transformers
+import vllm_environment  # noqa: F401 - first of all
 import vllm_stub
 from torch import Tensor
 
@@ -44,7 +27,6 @@ import swath
 import swath.engines.vllm
 import swath.hf
 from swath import KVQuant
-from swath.demo.model import unpack
 
 VOCABULARY = 512
 COMMON: dict[str, Any] = dict(
@@ -198,7 +180,7 @@ def test_speculation_changes_no_token(models: Path) -> None:
 
 SELECTION = dict(
     head_size=64, dtype=torch.bfloat16, kv_cache_dtype="int8_per_token_head", block_size=16, use_mla=False,
-    has_sink=True, use_sparse=False, use_mm_prefix=False, use_per_head_quant_scales=True, device_capability=None,
+    has_sink=True, use_sparse=False, use_mm_prefix=True, use_per_head_quant_scales=True, device_capability=None,
     attn_type="decoder", has_sliding_window=True, use_non_causal=True, use_batch_invariant=True, use_rswa=True,
 )  # fmt: skip
 REFUSED = {
@@ -207,7 +189,6 @@ REFUSED = {
     "block_size": dict(block_size=8),
     "MLA": dict(use_mla=True),
     "sparse": dict(use_sparse=True),
-    "multimodal": dict(use_mm_prefix=True),
     "attention type": dict(attn_type="encoder_only"),
     "DCP": dict(use_dcp=True),
     "PCP": dict(use_pcp=True),
@@ -265,101 +246,3 @@ def test_what_the_adapter_imports_is_in_the_stub() -> None:
     known = {(path, name) for path, names in vllm_stub.MODULES.items() for name in names}
     known |= {tuple(path.rsplit(".", 1)) for path in vllm_stub.MODULES}
     assert imported - known == set()
-
-
-WINDOW, SERVED_TOKENS, START_SECONDS = 128, 24, 600
-QUESTIONS = ("What is a class in Python? ", "How does the import statement work? ", "Explain what a slice is. ")
-
-
-@pytest.fixture(scope="module")
-def language_model() -> Path:
-    """SmolLM2-135M-Instruct as safetensors."""
-    return unpack()
-
-
-def long_prompts() -> list[str]:
-    """Several windows long, each with a question at its end."""
-    text = topics["types"][:2500]
-    return [f"{text}\n\n{question}" for question in QUESTIONS]
-
-
-@pytest.fixture(scope="module")
-def expected(language_model: Path) -> list[str]:
-    """What Transformers generates after each of them, all layers under the window."""
-    swath.hf.register("swath-window", window=swath.Window(WINDOW))
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        language_model, dtype=torch.float32, attn_implementation="swath-window"
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(language_model)
-    texts = []
-    for prompt in long_prompts():
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        assert ids.shape[1] > 3 * WINDOW
-        made = model.generate(ids, max_new_tokens=SERVED_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
-        texts.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
-    return texts
-
-
-@pytest.fixture(scope="module")
-def client(language_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A client of ``vllm serve`` on this machine, which serves the model with a window."""
-    from openai import OpenAI
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    layers = transformers.AutoConfig.from_pretrained(language_model).num_hidden_layers
-    windowed = {"sliding_window": WINDOW, "layer_types": ["sliding_attention"] * layers}
-    log = tmp_path_factory.mktemp("server") / "log"
-    # What ``vllm serve`` runs: that command asks for the version of a package "vllm", and this one is "vllm-cpu".
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(language_model),
-        "--attention-backend", "CUSTOM", "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "smollm2",
-        "--dtype", "float32", "--max-model-len", "2048", "--block-size", "32", "--enforce-eager",
-        "--hf-overrides", json.dumps(windowed),
-    ]  # fmt: skip
-    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as server:
-        try:
-            for _ in range(START_SECONDS):
-                if server.poll() is not None:
-                    pytest.fail(log.read_text()[-4000:])
-                if answers(f"http://127.0.0.1:{port}/health"):
-                    break
-                time.sleep(1)
-            yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        finally:
-            server.terminate()
-
-
-def answers(url: str) -> bool:
-    """Whether a server says it is well."""
-    try:
-        with urlopen(url) as response:
-            return bool(response.status == 200)
-    except (URLError, ConnectionError):
-        return False
-
-
-def complete(client: Any, prompt: str, **options: Any) -> Any:
-    """A greedy completion."""
-    ignore = {"ignore_eos": True}
-    return client.completions.create(
-        model="smollm2", prompt=prompt, max_tokens=SERVED_TOKENS, temperature=0.0, extra_body=ignore, **options
-    )
-
-
-def test_a_served_model_writes_what_transformers_writes(client: Any, expected: list[str]) -> None:
-    assert complete(client, long_prompts()[0]).choices[0].text == expected[0]
-
-
-def test_it_streams(client: Any, expected: list[str]) -> None:
-    pieces = [chunk.choices[0].text for chunk in complete(client, long_prompts()[1], stream=True)]
-    assert len(pieces) > SERVED_TOKENS // 2
-    assert "".join(pieces) == expected[1]
-
-
-def test_several_clients_at_once(client: Any, expected: list[str]) -> None:
-    asked = long_prompts() * 2
-    with ThreadPoolExecutor(len(asked)) as pool:
-        texts = list(pool.map(lambda prompt: complete(client, prompt).choices[0].text, asked))
-    assert texts == expected * 2

@@ -45,6 +45,12 @@ BATCHES = {
     "full": Batch(q_lens=(1, 33, 20), softcap=5.0, padded=True),
     "not causal": Batch(q_lens=(1, 33, 20), window=24, causal=False),
     "leading": Batch(q_lens=(1, 5, 20), rswa=24, leading=(20, 33, 7), window=64, padded=True),
+    "images": Batch(
+        q_lens=(1, 60, 33), window=24, spans=((), ((3, 30), (40, 59)), ((96, 120),)), kv_lens=(70, 60, 129)
+    ),
+    "clamped images": Batch(q_lens=(5, 60), window=24, spans=((), ((3, 40),)), kv_lens=(70, 60), clamped=True),
+    "images, no window": Batch(q_lens=(5, 60), spans=((), ((3, 40),)), kv_lens=(70, 60), padded=True),
+    "narrow values": Batch(q_lens=(1, 33, 4), v_dim=32, kv_cache_dtype="int8_per_token_head"),
     "float32": Batch(q_lens=(1, 33, 20), window=24, sink=True, dtype=torch.float32, layout="LBHNC"),
 }
 CACHES = {
@@ -53,6 +59,7 @@ CACHES = {
     "fp8": Batch(q_lens=(1, 33, 4), window=24, layout="BLHNC"),
     "fp8_e5m2": Batch(q_lens=(1, 33, 4), softcap=5.0),
     "int8": Batch(q_lens=(1, 33, 4), window=24),
+    "fp8_e4m3": Batch(q_lens=(1, 33, 4), v_dim=40),
 }
 BATCHES |= {name: replace(batch, kv_cache_dtype=name) for name, batch in CACHES.items()}
 
@@ -94,13 +101,13 @@ def test_importing_the_plugin_imports_neither_vllm_nor_torch() -> None:
 def test_what_the_backend_says_it_can_do(vllm: SimpleNamespace) -> None:
     backend = vllm.backend.SwathBackend
     assert backend.get_name() == vllm.AttentionBackendEnum.CUSTOM.name
-    assert [n for n in (32, 60, 64, 96, 128, 256, 1024) if backend.supports_head_size(n)] == [32, 64, 96, 128, 256]
+    assert [n for n in (32, 60, 64, 96, 256, 512, 520) if backend.supports_head_size(n)] == [32, 64, 96, 256, 512]
     kinds = [kind for kind in vllm.AttentionType if backend.supports_attn_type(kind)]
     assert kinds == [vllm.AttentionType.DECODER]
     assert backend.supports_kv_cache_dtype("int8_per_token_head")
     assert not backend.supports_kv_cache_dtype("int4_per_token_head")
     assert backend.supports_dtype(torch.bfloat16)
-    assert not backend.supports_mm_prefix()
+    assert backend.supports_mm_prefix()
     assert not backend.supports_alibi_sqrt()
     assert not backend.is_mla()
     others = (16, False, False, False, False, None)
@@ -124,9 +131,9 @@ def test_a_layer_refuses_what_it_cannot_do(argument: str, vllm: SimpleNamespace)
         vllm.backend.SwathImpl(**given | WRONG[argument])
 
 
-def test_values_narrower_than_keys_are_refused(vllm: SimpleNamespace) -> None:
+def test_values_wider_than_keys_are_refused(vllm: SimpleNamespace) -> None:
     spec = vllm.FullAttentionSpec(
-        block_size=16, num_kv_heads=2, head_size=192, head_size_v=128, dtype=torch.bfloat16
+        block_size=16, num_kv_heads=2, head_size=128, head_size_v=192, dtype=torch.bfloat16
     )  # fmt: skip
     with pytest.raises(ValueError, match="head_size_v"):
         vllm.backend.SwathBackend.customize_spec(spec)
@@ -238,3 +245,17 @@ def test_a_builder_warms_the_layers_that_differ(
     step = builder.step_of(*shapes[0])
     assert step.size == 24
     assert isinstance(step.global_tokens, torch.Tensor)
+
+
+def test_graphs_of_models_with_images_are_for_decode(vllm: SimpleNamespace) -> None:
+    support = vllm.backend.SwathBackend.get_builder_cls().get_cudagraph_support
+    assert support(config_of(), None) is vllm.AttentionCGSupport.ALWAYS
+    assert support(config_of(is_mm_prefix_lm=True), None) is vllm.AttentionCGSupport.UNIFORM_BATCH
+
+
+def test_single_tokens_need_no_spans(vllm: SimpleNamespace) -> None:
+    batch = replace(BATCHES["images"], q_lens=(1, 1, 1))
+    builder = vllm.backend.SwathBuilder(None, [], config_of(is_mm_prefix_lm=True), torch.device("cpu"))
+    assert builder.build(0, metadata_of(batch, vllm, None, "cpu", graph=False)).spans is None
+    batch = replace(BATCHES["images"], spans=((), (), ()))
+    assert builder.build(0, metadata_of(batch, vllm, None, "cpu", graph=False)).spans is None

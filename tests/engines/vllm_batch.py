@@ -27,6 +27,8 @@ class Batch:
 
     q_lens, kv_lens: of each request, its new tokens counted. window, softcap, sink, causal: of the layer.
     rswa, leading: R-SWA's window, and the prompt length of each request. kv_cache_dtype, layout: of the cache.
+    spans: of each request, the first and last positions of images. clamped: their rows stay within the window.
+    v_dim: elements of a value row.
     padded: requests and tokens, two of each, that a captured graph has more than the batch.
     """
 
@@ -38,9 +40,12 @@ class Batch:
     causal: bool = True
     rswa: int | None = None
     leading: tuple[int, ...] = ()
+    spans: tuple[tuple[tuple[int, int], ...], ...] = ()
+    clamped: bool = False
     dtype: torch.dtype = torch.bfloat16
     kv_cache_dtype: str = "auto"
     layout: str = "LBNHC"
+    v_dim: int = DIM
     padded: bool = False
 
     @property
@@ -61,8 +66,21 @@ class Batch:
     def visible(self, b: int) -> Tensor:
         """Which keys of request b any of its new tokens sees, bool [kv_len]."""
         kv_len, leading = self.kv_lens[b], self.leading[b] if self.leading else 0
+        if self.spans:
+            return oracle.inside(torch.tensor(self.ranges(b)), torch.arange(kv_len), 0).any(0)
         rows = torch.arange(kv_len - self.q_lens[b], kv_len)
         return oracle.visible(rows, torch.arange(kv_len), self.size, leading, self.causal).any(0)
+
+    def ranges(self, b: int) -> list[tuple[int, int]]:
+        """The keys [lo, hi) that each new token of request b sees, where it has images."""
+        seen = []
+        for p in range(self.kv_lens[b] - self.q_lens[b], self.kv_lens[b]):
+            low, high = 0 if self.size is None else max(p - self.size + 1, 0), p + 1
+            for first, last in self.spans[b]:
+                if first <= p <= last:
+                    low, high = low if self.clamped else min(low, first), last + 1
+            seen.append((low, high))
+        return seen
 
     def table(self) -> Tensor:
         """[B, max_pages]: the pages that a new token sees or is written to, the null page where others were freed."""
@@ -93,14 +111,14 @@ def run(batch: Batch, vllm: SimpleNamespace, impl: str, device: str, *, graph: b
     for the batch by the contents of its tensors alone.
     """
     torch.manual_seed(0)
-    spec = vllm.backend.SwathBackend.customize_spec(spec_of(vllm, batch.kv_cache_dtype, batch.dtype))
+    spec = vllm.backend.SwathBackend.customize_spec(spec_of(vllm, batch.kv_cache_dtype, batch.dtype, batch.v_dim))
     sink = torch.randn(HEADS, device=device).to(batch.dtype) if batch.sink else None
     attention = vllm.backend.SwathImpl(
         HEADS, DIM, DIM**-0.5, KV_HEADS, None, batch.window,
         batch.kv_cache_dtype, batch.softcap or None, vllm.AttentionType.DECODER, None, sinks=sink,
     )  # fmt: skip
     attention.layer = replace(attention.layer, impl=impl)
-    layer = SimpleNamespace(_k_scale=torch.tensor(0.04, device=device), _v_scale=torch.tensor(0.03, device=device))
+    layer = SimpleNamespace(_k_scale=SCALES["_k_scale"].to(device), _v_scale=SCALES["_v_scale"].to(device))
     last_page = max(int(slots.max()) for slots in batch.slots) // PAGE
     kv = cache_tensor(spec, last_page + 1, batch.layout, device)
     write(batch, attention, layer, kv)
@@ -108,9 +126,10 @@ def run(batch: Batch, vllm: SimpleNamespace, impl: str, device: str, *, graph: b
     rows = metadata.num_actual_tokens if graph else sum(batch.q_lens)
     q = torch.full((rows + 3, HEADS, DIM), torch.nan, dtype=batch.dtype, device=device)
     q[: sum(batch.q_lens)] = torch.randn(sum(batch.q_lens), *q.shape[1:], device=device)
-    out = torch.full_like(q, 7.0)
-    builder = vllm.backend.SwathBuilder(spec, [], config_of(rswa_window=batch.rswa), torch.device("cpu"))
-    builder.leading = builder.leading.to(device)
+    out = torch.full_like(q[..., : batch.v_dim], 7.0)
+    one = SimpleNamespace(impl=attention, mm_prefix_clamp_sliding_window=batch.clamped, **SCALES)
+    config = config_of(rswa_window=batch.rswa, is_mm_prefix_lm=bool(batch.spans), one=one)
+    builder = vllm.backend.SwathBuilder(spec, ["one"], config, torch.device(device))
     step = builder.build_for_cudagraph_capture(metadata) if graph else builder.build(0, metadata)
     if graph:
         metadata.seq_lens[: len(batch.kv_lens)] = torch.tensor(batch.kv_lens, device=device)
@@ -120,26 +139,39 @@ def run(batch: Batch, vllm: SimpleNamespace, impl: str, device: str, *, graph: b
     return out
 
 
-def spec_of(vllm: SimpleNamespace, kv_cache_dtype: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+def spec_of(vllm: SimpleNamespace, kv_cache_dtype: str, dtype: torch.dtype = torch.bfloat16, v_dim: int = DIM) -> Any:
     """vLLM's description of a layer's cache, before the backend customises it."""
     mode, stored = STORED.get(kv_cache_dtype, ("NONE", dtype))
     return vllm.FullAttentionSpec(
-        block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=stored, kv_quant_mode=vllm.KVQuantMode[mode]
+        block_size=PAGE,
+        num_kv_heads=KV_HEADS,
+        head_size=DIM,
+        dtype=stored,
+        head_size_v=v_dim,
+        kv_quant_mode=vllm.KVQuantMode[mode],
     )
 
 
-def config_of(rswa_window: int | None = None, **layers: Any) -> SimpleNamespace:
+def config_of(rswa_window: int | None = None, is_mm_prefix_lm: bool = False, **layers: Any) -> SimpleNamespace:
     """vLLM's configuration, as far as a builder reads it."""
     return SimpleNamespace(
-        model_config=SimpleNamespace(rswa_window=rswa_window, max_model_len=512, dtype=torch.bfloat16),
+        model_config=SimpleNamespace(
+            rswa_window=rswa_window, max_model_len=512, dtype=torch.bfloat16, is_mm_prefix_lm=is_mm_prefix_lm
+        ),
         scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=128),
         compilation_config=SimpleNamespace(static_forward_context=layers),
         speculative_config=SimpleNamespace(num_speculative_tokens=3),
     )
 
 
+SCALES = {
+    "_k_scale": torch.tensor(0.04),
+    "_v_scale": torch.tensor(0.03),
+    "_k_scale_float": 0.04,
+    "_v_scale_float": 0.03,
+}
 STORED = {
-    "fp8": ("FP8_PER_TENSOR", torch.uint8),
+    **dict.fromkeys(("fp8", "fp8_e4m3"), ("FP8_PER_TENSOR", torch.uint8)),
     "fp8_e5m2": ("FP8_PER_TENSOR", torch.uint8),
     "int8": ("FP8_PER_TENSOR", torch.int8),
     "int8_per_token_head": ("INT8_PER_TOKEN_HEAD", torch.int8),
@@ -160,7 +192,7 @@ def write(batch: Batch, attention: Any, layer: Any, kv: Tensor) -> None:
         k, v = torch.randn(2, len(mapping) + 2, KV_HEADS, DIM, device=device).to(batch.dtype)
         k[-2:] = v[-2:] = torch.nan  # padding: vLLM may pass more rows than slots
         k[:-2][mapping < 0] = torch.nan
-        attention.do_kv_cache_update(layer, k, v, kv, mapping)
+        attention.do_kv_cache_update(layer, k, v[..., : batch.v_dim], kv, mapping)
 
 
 def metadata_of(batch: Batch, vllm: SimpleNamespace, spec: Any, device: str, graph: bool) -> Any:
@@ -175,6 +207,7 @@ def metadata_of(batch: Batch, vllm: SimpleNamespace, spec: Any, device: str, gra
         num_actual_tokens=bounds[-1] + spare, max_query_len=max(batch.q_lens),
         max_seq_len=4096 if graph else max(batch.kv_lens), block_table_tensor=table,
         slot_mapping=torch.empty(0, dtype=torch.int64, device=device), causal=batch.causal,
+        mm_req_doc_ranges={b: list(own) for b, own in enumerate(batch.spans)} if batch.spans else None,
         rswa_prefix_lens=torch.tensor([*batch.leading, *[0] * spare], dtype=torch.int32) if batch.leading else None,
     )  # fmt: skip
 
@@ -183,11 +216,12 @@ def check(batch: Batch, q: Tensor, out: Tensor, cache: PagedKV, sink: Tensor | N
     """Every row within its error budget, and no row of padding written but by zeros."""
     rows = sum(batch.q_lens)
     bounds = torch.tensor([0, *accumulate(batch.q_lens)])
+    ranges = torch.tensor([x for b in range(len(batch.kv_lens)) for x in batch.ranges(b)]) if batch.spans else None
     table = batch.table()
     truth = oracle.paged(
         q[:rows], cache.k, cache.v, cache.k_scale, cache.v_scale, table, torch.tensor(batch.kv_lens),
         cu_seqlens_q=bounds, size=batch.size, global_tokens=list(batch.leading) or 0, causal=batch.causal,
-        scale=DIM**-0.5, softcap=batch.softcap, sink=sink,
+        scale=DIM**-0.5, softcap=batch.softcap, sink=sink, ranges=ranges,
     )  # fmt: skip
     check_budget(out[:rows], None, truth, quantised=cache.quant.is_quantised)
     assert (out[rows:] == 7.0).all()

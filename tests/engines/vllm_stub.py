@@ -75,10 +75,6 @@ class AttentionBackend:
         return kv_cache_dtype is None or kv_cache_dtype in cls.supported_kv_cache_dtypes
 
     @classmethod
-    def supports_mm_prefix(cls) -> bool:
-        return False
-
-    @classmethod
     def supports_alibi_sqrt(cls) -> bool:
         return False
 
@@ -103,6 +99,7 @@ class CommonAttentionMetadata:
     block_table_tensor: Tensor
     slot_mapping: Tensor
     causal: bool | Tensor = True
+    mm_req_doc_ranges: dict[int, list[tuple[int, int]]] | None = None
     rswa_prefix_lens: Tensor | None = None
 
 
@@ -113,6 +110,10 @@ class AttentionMetadataBuilder(Generic[T]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         self.kv_cache_spec, self.layer_names = kv_cache_spec, layer_names
         self.vllm_config, self.device = vllm_config, device
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        return cls._cudagraph_support
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         raise NotImplementedError

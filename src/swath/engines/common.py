@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swath import bounds
 from swath.cache import PagedKV
 from swath.errors import bad_value
 from swath.ops import paged
@@ -84,6 +85,8 @@ class Step:
         q_start: [B], or None: the queries are the last keys.
         global_tokens, causal: of the layers' windows (see ``Window``).
         size: keys in the windows of all layers, in place of their own; None: each layer has its own.
+        spans, whole_spans: None, or [B, R, 2], ranges of keys whose rows see all of them, also later keys, as
+            ``swath.bounds.blocks`` takes them: image spans. Attention is causal then, without leading tokens.
     """
 
     block_table: BlockTable
@@ -97,6 +100,8 @@ class Step:
     global_tokens: int | Tensor = 0
     causal: bool = True
     size: int | None = None
+    spans: Tensor | None = None
+    whole_spans: bool = True
     _windows: dict[int | None, Window] = field(default_factory=dict, init=False, repr=False)
     _accepted: dict[object, Accepted] = field(default_factory=dict, init=False, repr=False)
 
@@ -109,8 +114,17 @@ class Step:
     def window(self, size: int | None) -> Window:
         """The window of layers that see ``size`` keys, the same object for all of them."""
         if size not in self._windows:
-            self._windows[size] = Window(size, 0 if size is None else self.global_tokens, self.causal)
+            if self.spans is None:
+                made = Window(size, 0 if size is None else self.global_tokens, self.causal)
+            else:
+                made = Window(bounds=self._bounds(size, self.spans))
+            self._windows[size] = made
         return self._windows[size]
+
+    def _bounds(self, size: int | None, spans: Tensor) -> Tensor:
+        """The keys of each row, [T, 2]."""
+        rows = bounds.positions_of(self.seq_lens, self.num_tokens, cu_seqlens_q=self.cu_seqlens_q)
+        return bounds.blocks(rows, spans, size=size, whole=self.whole_spans, cu_seqlens_q=self.cu_seqlens_q)
 
     def append(self, layer: Layer, cache: PagedKV, k: Tensor, v: Tensor) -> None:
         """Write the new tokens' k, v [T or more, Hkv, D] into their slots."""
@@ -168,10 +182,14 @@ def stored_as(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rows_cache(
-    kv: Tensor, dtype: torch.dtype, *, k_scale: Tensor | None = None, v_scale: Tensor | None = None
-) -> PagedKV:
-    """A view of one tensor a layer, [num_pages, Hkv, page_size, 2 * D] with any strides, whose rows hold K then V."""
-    return PagedKV(*vllm_pages(stored_as(kv, dtype), "hnd"), k_scale=k_scale, v_scale=v_scale)
+    kv: Tensor, dtype: torch.dtype, *,
+    v_head_dim: int | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> PagedKV:  # fmt: skip
+    """A view of one tensor a layer, [num_pages, Hkv, page_size, D + Dv] with any strides, whose rows hold K then V.
+
+    ``v_head_dim``: Dv, None for half of a row.
+    """
+    return PagedKV(*vllm_pages(stored_as(kv, dtype), "hnd", v_head_dim), k_scale=k_scale, v_scale=v_scale)
 
 
 def nhd_cache(
@@ -204,8 +222,8 @@ def planar_cache(kv: Tensor, head_dim: int, dtype: torch.dtype) -> PagedKV:
     rows of 264 bytes: 375 us; in pieces: 137 us).
 
     Args:
-        kv: [num_pages, Hkv, page_size, at least 2 * (D + 4)], one byte an element. The bytes of a page lie together,
-            in any order: nothing but this view may read or write them.
+        kv: [num_pages, Hkv, page_size, D + Dv + 8], one byte an element. The bytes of a page lie together, in any
+            order: nothing but this view may read or write them.
         head_dim: D.
         dtype: int8 or an fp8 type.
 
@@ -218,8 +236,9 @@ def planar_cache(kv: Tensor, head_dim: int, dtype: torch.dtype) -> PagedKV:
     if spread != page_bytes or kv.stride(0) % SCALE_DTYPE.itemsize or kv.storage_offset() % SCALE_DTYPE.itemsize:
         raise bad_value("kv", f"pages of {page_bytes} bytes in one piece", f"strides {kv.stride()}")
     pages = kv.as_strided((num_pages, page_bytes), (kv.stride(0), 1))
+    v_head_dim = content - head_dim - 2 * SCALE_DTYPE.itemsize
     pieces, at = [], 0
-    for kind, last in ((dtype, (head_dim,)), (dtype, (head_dim,)), (SCALE_DTYPE, ()), (SCALE_DTYPE, ())):
+    for kind, last in ((dtype, (head_dim,)), (dtype, (v_head_dim,)), (SCALE_DTYPE, ()), (SCALE_DTYPE, ())):
         shape = (num_kv_heads, page_size, *last)
         end = at + prod(shape) * kind.itemsize
         pieces.append(pages[:, at:end].view(kind).unflatten(1, shape))

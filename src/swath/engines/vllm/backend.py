@@ -51,11 +51,11 @@ class SwathBackend(AttentionBackend):  # type: ignore[misc]  # vLLM ships no typ
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """Pages of per-token-head caches have room for a float32 scale of each row of K and of V."""
-        if spec.head_size_v != spec.head_size:
-            raise bad_value("head_size_v", f"{spec.head_size}, as keys have", spec.head_size_v)
+        if spec.head_size_v > spec.head_size or not takes_head_size(spec.head_size_v):
+            raise bad_value("head_size_v", f"a multiple of 8, at most {spec.head_size}, as keys have", spec.head_size_v)
         if spec.state_content_bytes is not None or not spec.kv_quant_mode.is_per_token_head:
             return spec
-        return replace(spec, state_content_bytes=2 * (spec.head_size + SCALE_DTYPE.itemsize))
+        return replace(spec, state_content_bytes=spec.head_size + spec.head_size_v + 2 * SCALE_DTYPE.itemsize)
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
@@ -75,6 +75,11 @@ class SwathBackend(AttentionBackend):  # type: ignore[misc]  # vLLM ships no typ
     @classmethod
     def supports_rswa(cls) -> bool:
         """Windows with leading tokens that stay visible, a count for each request."""
+        return True
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        """Images in a prompt whose tokens see one another both ways (Gemma 3)."""
         return True
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,8 +28,14 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     starts, and has everything compiled that its layers will need.
     """
 
-    _cudagraph_support = AttentionCGSupport.ALWAYS
     supports_update_block_table = True
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
+        """Any batch, but for models with spans of images: a graph is captured without them, and holds for decode."""
+        return (
+            AttentionCGSupport.UNIFORM_BATCH if vllm_config.model_config.is_mm_prefix_lm else AttentionCGSupport.ALWAYS
+        )
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -59,7 +66,9 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         scheduler, speculation = config.scheduler_config, config.speculative_config
         steps = (1,) if speculation is None else (1, 1 + (speculation.num_speculative_tokens or 0))
         most = scheduler.max_num_seqs, scheduler.max_num_batched_tokens, config.model_config.max_model_len
-        return warm(kinds.values(), config.model_config.dtype, Traffic(*most, steps), self.step_of)
+        makers = [self.step_of] + [self.step_with_span] * config.model_config.is_mm_prefix_lm
+        traffic, dtype = Traffic(*most, steps), config.model_config.dtype
+        return sum(warm(kinds.values(), dtype, traffic, step_of) for step_of in makers)
 
     def step_of(self, num_seqs: int, num_tokens: int, max_q_len: int, max_kv_len: int) -> Step:
         """A step of this shape, with tensors as vLLM's."""
@@ -72,6 +81,11 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         )  # fmt: skip
         return step if self.rswa_window is None else self.with_leading(step)
 
+    def step_with_span(self, num_seqs: int, num_tokens: int, max_q_len: int, max_kv_len: int) -> Step:
+        """``step_of`` of a batch with an image, if it has more than single tokens."""
+        step = self.step_of(num_seqs, num_tokens, max_q_len, max_kv_len)
+        return self.with_spans(step, {0: [(0, 1)]}) if max_q_len > 1 else step
+
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
         """The step, from tensors and host bounds of the batch."""
         m = common_attn_metadata
@@ -82,11 +96,27 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
             num_tokens=m.num_actual_tokens, max_q_len=m.max_query_len, max_kv_len=m.max_seq_len,
             cu_seqlens_q=m.query_start_loc,
         )  # fmt: skip
+        if m.mm_req_doc_ranges and m.max_query_len > 1:
+            return self.with_spans(step, m.mm_req_doc_ranges)
         if self.rswa_window is None or m.rswa_prefix_lens is None:
             return step
         num_seqs = m.seq_lens.shape[0]
         self.leading[:num_seqs].copy_(m.rswa_prefix_lens[:num_seqs], non_blocking=True)
         return self.with_leading(step)
+
+    def with_spans(self, step: Step, ranges: Mapping[int, Sequence[tuple[int, int]]]) -> Step:
+        """The step with the spans of images in prompts: first and last position of each, by request.
+
+        A step of single tokens needs none: they are past their prompt, or the last of it, and vLLM cuts no span in two.
+        """
+        by_request = [ranges.get(b, ()) for b in range(step.seq_lens.shape[0])]
+        most = max(map(len, by_request))
+        if most == 0:
+            return step
+        filled = [[(first, last + 1) for first, last in own] + [(0, 0)] * (most - len(own)) for own in by_request]
+        spans = torch.tensor(filled, dtype=torch.int32).to(self.device, non_blocking=True)
+        clamped = any(getattr(layer, "mm_prefix_clamp_sliding_window", False) for layer in self.layers)
+        return replace(step, spans=spans, whole_spans=not clamped)
 
     def with_leading(self, step: Step) -> Step:
         """The step with R-SWA's window in place of the layers'."""

@@ -27,10 +27,11 @@ class Storage(NamedTuple):
         dtype = self.dtype or kv.dtype
         if self.scales == "token":
             return common.planar_cache(kv, head_size, dtype)
+        v_head_dim = kv.shape[3] - head_size
         if self.scales == "none":
-            return common.rows_cache(kv, dtype)
+            return common.rows_cache(kv, dtype, v_head_dim=v_head_dim)
         k_scale, v_scale = (x.reshape(()) if x.numel() == 1 else x for x in (k_scale, v_scale))
-        return common.rows_cache(kv, dtype, k_scale=k_scale, v_scale=v_scale)
+        return common.rows_cache(kv, dtype, v_head_dim=v_head_dim, k_scale=k_scale, v_scale=v_scale)
 
 
 STORAGE: Mapping[str, Storage] = {
