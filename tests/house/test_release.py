@@ -59,3 +59,15 @@ def test_an_extra_can_be_installed_alone() -> None:
     )
     assert any(line.startswith("twine>=") for line in done.stdout.splitlines())
     assert subprocess.run([sys.executable, ROOT / ".ci" / "extra", "none"], capture_output=True, check=False).returncode
+
+
+def test_the_sdist_has_every_part_of_the_repository() -> None:
+    """So that the tests, the site and a wheel can be made from it."""
+    section = PYPROJECT.partition("[tool.hatch.build.targets.sdist]")[2].partition("\n\n")[0]
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not tracked:
+        pytest.skip("not a checkout: nothing tells which files belong to it")
+    parts = {name.partition("/")[0] for name in tracked}
+    # hatchling takes these by itself, and the last is of use in a checkout alone.
+    parts -= {"LICENSE", "pyproject.toml", ".gitignore", ".pre-commit-config.yaml"}
+    assert {f'"/{part}"' for part in parts} == set(re.findall(r'"/[^"]+"', section))
