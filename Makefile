@@ -21,7 +21,7 @@ INTERPRETED := tests/ops/test_operators.py tests/ops/test_append.py tests/ops/te
 	tests/ops/test_cu_seqlens.py tests/ops/test_number_range.py tests/ops/test_positions.py tests/ops/test_isolation.py \
 	tests/ops/test_hostile_bounds.py tests/ops/test_append_extremes.py tests/ops/test_shapes.py \
 	tests/backends/test_dequantise.py tests/backends/test_scheduler.py tests/bench/test_bench.py \
-	tests/bench/test_bench_tune.py tests/engines/test_sglang.py
+	tests/bench/test_bench_tune.py tests/engines/test_sglang.py tests/engines/test_vllm.py
 # OpenMP threads that wait without spinning: with another busy process, torch's many small operations are far faster.
 CALM := OMP_WAIT_POLICY=PASSIVE
 
