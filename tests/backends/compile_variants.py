@@ -61,6 +61,7 @@ TABLES = [
 """Page tables and integers that few callers have, with every kernel that reads them: rows of token slots, 64 bits."""
 HEADS = [
     ("decode", "bf16", "512", "size", "sink+lse", "16"),
+    ("dense", "bf16", "512", "bounds", "softcap", "16"),
     ("dense", "bf16", "512", "size+count", "plain", "16"),
     ("steps", "int8 token", "512", "none", "softcap", "flat 16"),
     ("ragged", "int8 compute", "512", "both sides", "interleaved", "16"),
