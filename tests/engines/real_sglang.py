@@ -162,7 +162,7 @@ class Serving:
             model_config=SimpleNamespace(is_encoder_decoder=False, dtype=dtype),
         )  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(versions, "settings", lambda runner: versions.Settings(False, 1, 4))
+            patch.setattr(versions, "settings", lambda runner: versions.Settings(False, "EAGLE", 1, 4))
             self.backend = make_backend(runner)
         self.lens, self.pages, self.freed = [0, 0], [0, 0], [0, 0]
         self.keys = {(layer, b): torch.zeros(2, 0, HKV, DIM, dtype=dtype) for layer in (0, 1) for b in (0, 1)}

@@ -195,7 +195,10 @@ def register_attention_backend(name: str) -> Callable[[Any], Any]:
 
 
 SERVER = SimpleNamespace(
-    enable_deterministic_inference=False, speculative_eagle_topk=None, speculative_num_draft_tokens=None
+    enable_deterministic_inference=False,
+    speculative_algorithm=None,
+    speculative_eagle_topk=None,
+    speculative_num_draft_tokens=None,
 )
 
 

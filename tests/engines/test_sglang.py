@@ -34,7 +34,7 @@ def sglang() -> Iterator[SimpleNamespace]:
 @pytest.fixture(autouse=True)
 def server(sglang: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The settings of a server that is not there."""
-    server = SimpleNamespace(deterministic=False, topk=None, drafts=None)
+    server = SimpleNamespace(deterministic=False, algorithm=None, topk=None, drafts=None)
     monkeypatch.setattr(sglang.versions, "settings", lambda runner: server)
     return server
 
@@ -249,9 +249,10 @@ def test_models_and_pools_of_other_kinds_are_refused(sglang: SimpleNamespace, se
         runner = SimpleNamespace(**vars(runner_of(served, [])) | change)
         with pytest.raises(ValueError, match=name):
             sglang.backend.SwathBackend(runner)
-    server.topk = 4
-    with pytest.raises(ValueError, match="speculative_eagle_topk"):
-        sglang.backend.SwathBackend(runner_of(served, []))
+    for name, asked in (("speculative_eagle_topk", ("EAGLE", 4)), ("speculative_algorithm", ("NGRAM", 1))):
+        server.algorithm, server.topk = asked
+        with pytest.raises(ValueError, match=name):
+            sglang.backend.SwathBackend(runner_of(served, []))
 
 
 def small_pool(kind: Any) -> Any:

@@ -60,12 +60,12 @@ def test_importing_the_plugin_imports_neither_sglang_nor_torch() -> None:
 def test_what_differs_between_releases(modules: dict[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith(("sglang.", "swath.engines.sglang."))]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sglang_stub.SERVER, "speculative_eagle_topk", 1)
-    monkeypatch.setattr(sglang_stub.SERVER, "speculative_num_draft_tokens", 4)
+    for name, value in (("algorithm", "EAGLE"), ("eagle_topk", 1), ("num_draft_tokens", 4)):
+        monkeypatch.setattr(sglang_stub.SERVER, f"speculative_{name}", value)
     with sglang_stub.installed(modules):
         versions = import_module("swath.engines.sglang.versions")
         assert [
             x is getattr(sglang_stub, name) for x, name in zip(versions.choices(), sglang_stub.CHOICES, strict=True)
         ] == [True] * 3
-        assert versions.settings(SimpleNamespace(server_args=sglang_stub.SERVER)) == (False, 1, 4)
+        assert versions.settings(SimpleNamespace(server_args=sglang_stub.SERVER)) == (False, "EAGLE", 1, 4)
         assert versions.read_to_the_end().name == "POST_REPLAY"

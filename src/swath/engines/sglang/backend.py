@@ -19,7 +19,7 @@ from swath.cache import PagedKV
 from swath.engines import common
 from swath.engines.common import Layer, Step
 from swath.engines.sglang import versions
-from swath.engines.sglang.refusals import chain_length, check_layer, check_model, check_pool, check_topk
+from swath.engines.sglang.refusals import chain_length, check_drafts, check_layer, check_model, check_pool
 from swath.engines.warmup import LONGEST_CHUNK, Traffic, warm
 from swath.errors import bad_value
 from swath.pages import PageTable
@@ -68,7 +68,7 @@ class SwathBackend(AttentionBackend):  # type: ignore[misc]  # SGLang ships no t
         self._kept: dict[Any, Kept] = {}
         self._captured: dict[tuple[Any, ...], Steps] = {}
         check_model(runner)
-        check_topk(self.settings.topk)
+        check_drafts(self.settings)
         two = type(self.pool) is SWAKVPool
         for pool in (self.pool.full_kv_pool, self.pool.swa_kv_pool) if two else (self.pool,):
             check_pool(pool)

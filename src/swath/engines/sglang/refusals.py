@@ -7,6 +7,7 @@ from typing import Any
 from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
+from swath.engines.sglang.versions import Settings
 from swath.errors import bad_value
 from swath.ops.arguments import MAX_HEAD_DIM
 
@@ -48,6 +49,13 @@ def check_layer(layer: Any) -> None:
     if k_width % 8 or v_width % 8 or not v_width <= k_width <= MAX_HEAD_DIM:
         wanted = f"multiples of 8, at most {MAX_HEAD_DIM} for keys and no more for values"
         raise bad_value("RadixAttention.head_dim", wanted, (k_width, v_width))
+
+
+def check_drafts(settings: Settings) -> None:
+    """Speculation whose drafts are chains."""
+    if settings.algorithm == "NGRAM":
+        raise bad_value("speculative_algorithm", "one whose drafts are chains", settings.algorithm)
+    check_topk(settings.topk)
 
 
 def check_topk(topk: int | None) -> None:

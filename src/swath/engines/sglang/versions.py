@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 class Settings(NamedTuple):
     """What the server was started with.
 
-    deterministic: results that no batch changes. topk, drafts: children of a draft token, and tokens that are verified
-    at once; None without drafts.
+    deterministic: results that no batch changes. algorithm, topk, drafts: of speculation, the children of a draft
+    token, and the tokens that are verified at once; None without drafts.
     """
 
     deterministic: bool
+    algorithm: str | None
     topk: int | None
     drafts: int | None
 
@@ -35,10 +36,11 @@ def settings(runner: Any) -> Settings:
     try:
         from sglang.srt.runtime_context import get_exec, get_spec
     except ImportError:
-        drafts, deterministic = runner.server_args, runner.server_args.enable_deterministic_inference
+        spec, deterministic = runner.server_args, runner.server_args.enable_deterministic_inference
     else:
-        drafts, deterministic = get_spec(), get_exec().deterministic.enable_deterministic_inference
-    return Settings(deterministic, drafts.speculative_eagle_topk, drafts.speculative_num_draft_tokens)
+        spec, deterministic = get_spec(), get_exec().deterministic.enable_deterministic_inference
+    names = ("speculative_algorithm", "speculative_eagle_topk", "speculative_num_draft_tokens")
+    return Settings(deterministic, *(getattr(spec, name) for name in names))
 
 
 def read_to_the_end() -> Any:
