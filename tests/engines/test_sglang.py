@@ -61,7 +61,7 @@ BATCHES = {
 }
 
 
-@each_backend("attention", but=("reference",))
+@each_backend("attention", but=("reference", "hopper"))
 @pytest.mark.parametrize("name", BATCHES)
 def test_batches(name: str, sglang: SimpleNamespace, server: SimpleNamespace, impl: str, device: str) -> None:
     server.deterministic = BATCHES[name].deterministic
@@ -72,12 +72,19 @@ def test_batches(name: str, sglang: SimpleNamespace, server: SimpleNamespace, im
     served.attend(forward_batch)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches_on_the_backend_that_a_gpu_takes(name: str, sglang: SimpleNamespace, server: SimpleNamespace) -> None:
+    """Hopper's for prompts, where there is one."""
+    test_batches(name, sglang, server, "auto", "cuda")
+
+
 GRAPHS = {
     name: BATCHES[name] for name in ("decode", "decode, page 1", "verify", "draft extend", "fp8, scaled", "extend")
 }
 
 
-@each_backend("attention", but=("reference",))
+@each_backend("attention", but=("reference", "hopper"))
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_captured_pass_holds_for_other_batches(name: str, sglang: SimpleNamespace, impl: str, device: str) -> None:
     """Two requests more than the batch, lengths of 1 at capture, and another batch replayed before."""
