@@ -30,7 +30,7 @@ def fault(seed: Patch) -> Patch:
 
 def with_windows(monkeypatch: pytest.MonkeyPatch, change: Callable[[Window], Window]) -> None:
     of_sequence = Window.for_sequence
-    monkeypatch.setattr(Window, "for_sequence", lambda self, b: change(of_sequence(self, b)))
+    monkeypatch.setattr(Window, "for_sequence", lambda self, b, rows: change(of_sequence(self, b, rows)))
 
 
 def with_problems(monkeypatch: pytest.MonkeyPatch, change: Callable[[Problem], Problem]) -> None:
@@ -51,6 +51,18 @@ def a_window_one_too_long(patch: pytest.MonkeyPatch) -> None:
 @fault
 def a_window_one_too_short(patch: pytest.MonkeyPatch) -> None:
     with_windows(patch, lambda w: replace(w, size=w.size - 1) if w.size else w)
+
+
+@fault
+def a_range_one_too_long(patch: pytest.MonkeyPatch) -> None:
+    one = torch.tensor([0, 1])
+    with_windows(patch, lambda w: w if w.bounds is None else replace(w, bounds=(w.bounds.long() + one)))
+
+
+@fault
+def a_range_begun_too_late(patch: pytest.MonkeyPatch) -> None:
+    one = torch.tensor([1, 0])
+    with_windows(patch, lambda w: w if w.bounds is None else replace(w, bounds=(w.bounds.long() + one)))
 
 
 @fault
@@ -94,14 +106,12 @@ def a_key_lost_at_a_split(patch: pytest.MonkeyPatch) -> None:
 
 @fault
 def a_dead_page_read(patch: pytest.MonkeyPatch) -> None:
-    """Masked, but NaN times 0 is NaN."""
+    """Its keys count as visible."""
     taken = cache.PagedKeys.slice
 
     def take(self: cache.PagedKeys, b: int, start: int, stop: int) -> cache.KeySlice:
         found = taken(self, b, start, stop)
-        v = found.v.clone()
-        v[:, ~found.live] = 0 if v.dtype == torch.int8 else torch.nan
-        return replace(found, v=v)
+        return replace(found, live=torch.ones_like(found.live))
 
     patch.setattr(cache.PagedKeys, "slice", take)
 

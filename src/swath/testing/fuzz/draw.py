@@ -18,6 +18,7 @@ import torch
 
 from swath.quant import GRANULARITIES, KVQuant
 from swath.testing.cases import Case
+from swath.testing.ranges import RULES
 
 CALLS_A_VARIANT = 1000
 """Numbers of a variant: the last three digits of a seed."""
@@ -190,7 +191,14 @@ def options(r: Random, made: Fields, _sizes: Sizes) -> Fields:
     }
 
 
-VARIANT: tuple[Draw, ...] = (operator, storage, heads, memory, values, queries, options)
+def ranges(r: Random, _made: Fields, _sizes: Sizes) -> Fields:
+    """Bounds of each row, in place of a window."""
+    if r.random() > 0.15:
+        return {}
+    return {"ranges": r.choice((*RULES, "random", "random")), "windowed": False, "causal": True}
+
+
+VARIANT: tuple[Draw, ...] = (operator, storage, heads, memory, values, queries, options, ranges)
 """What kernels are compiled for. Each draw sees what those before it made."""
 
 

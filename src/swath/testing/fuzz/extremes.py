@@ -23,7 +23,7 @@ def known_twists(extreme: bool) -> dict[str, Twist]:
 
 def sees_all(case: Case) -> bool:
     """Whether every key of a sequence with rows exists, wherever its rows may be put."""
-    return case.q_start is None and case.size is None
+    return case.q_start is None and case.size is None and not case.ranges
 
 
 @twist(0.3, lambda case: sees_all(case) and case.num_seqs > 0, EXTREMES)
@@ -63,7 +63,7 @@ def wild_caps(inputs: Inputs, r: Random) -> Inputs:
 
 def sees_itself(case: Case) -> bool:
     """Whether a row that stands on a key sees it, and no leading token."""
-    return case.size != 0 and case.global_tokens == 0
+    return case.size != 0 and case.global_tokens == 0 and not case.ranges
 
 
 @twist(0.15, lambda case: sees_itself(case) and case.softcap == 0 and case.compute == "float", EXTREMES)

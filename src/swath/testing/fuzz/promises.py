@@ -18,7 +18,7 @@ from swath.testing.fuzz.truth import exact, page_lists
 from swath.testing.fuzz.twists import VECTORS, build
 from swath.testing.fuzz.verdict import BrokenError, demand_within_budget, same_bits
 from swath.testing.inputs import Inputs
-from swath.testing.oracle import Truth, visible
+from swath.testing.oracle import Truth, inside, visible
 
 
 class Ran(NamedTuple):
@@ -194,6 +194,8 @@ def seen_by(inputs: Inputs, b: int) -> Tensor:
     first = kv_len - len(rows) if inputs.q_start is None else int(inputs.q_start[b])
     leading = inputs.global_tokens if isinstance(inputs.global_tokens, int) else int(inputs.global_tokens[b])
     p, k = (torch.arange(n, device=inputs.q.device) for n in (len(rows), keys))
+    if inputs.ranges is not None:
+        return inside(inputs.ranges.reshape(-1, 2)[rows.start : rows.stop], k, leading)
     return visible(first + p, k, case.size, leading, case.causal)
 
 

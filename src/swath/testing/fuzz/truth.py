@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from swath.testing.oracle import Truth, visible
+from swath.testing.oracle import Truth, inside, visible
 
 if TYPE_CHECKING:
     from swath.pages import PageTable
@@ -152,6 +152,7 @@ def exact(inputs: Inputs) -> Truth:
         None if inputs.q_start is None else inputs.q_start.tolist(),
         [leading] * len(kv_lens) if isinstance(leading, int) else leading.tolist(),
         scoring,
+        None if inputs.ranges is None else inputs.ranges.reshape(-1, 2),
     )
 
 
@@ -169,6 +170,7 @@ def truth_of(
     q_start: Sequence[int] | None,
     leading: Sequence[int],
     scoring: Scoring,
+    ranges: Tensor | None = None,
 ) -> Truth:
     """The truth of every row that a sequence owns.
 
@@ -178,25 +180,30 @@ def truth_of(
         kv_lens, q_start, leading: of each sequence; negative ones are allowed. No q_start: the rows are the last keys.
         bounds: sequence b owns the rows ``bounds[b] .. bounds[b + 1] - 1``.
         scoring: the other options.
+        ranges: [R, 2], the keys [lo, hi) of each row, where rows have bounds.
     """
     parts = []
     for b, (start, end) in enumerate(pairwise(bounds)):
         if start < end:
             first = max(kv_lens[b], 0) - (end - start) if q_start is None else q_start[b]
             alive = pool.live(b, kv_lens[b])
-            parts += _sequence(q, range(start, end), first, pool, b, alive, leading[b], scoring)
+            parts += _sequence(q, range(start, end), first, pool, b, alive, leading[b], scoring, ranges)
     if not parts:
-        parts = _sequence(q[:0], range(0), 0, pool, 0, q.new_ones(0, dtype=torch.bool), 0, scoring)
+        parts = _sequence(q[:0], range(0), 0, pool, 0, q.new_ones(0, dtype=torch.bool), 0, scoring, None)
     return Truth(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def _sequence(
-    q: Tensor, rows: range, first: int, pool: Pool, b: int, alive: Tensor, leading: int, scoring: Scoring
-) -> list[Truth]:
+    q: Tensor, rows: range, first: int, pool: Pool, b: int, alive: Tensor, leading: int, scoring: Scoring,
+    ranges: Tensor | None,
+) -> list[Truth]:  # fmt: skip
     """Rows of sequence ``b``, the first of which stands at position ``first``."""
     row = torch.arange(len(rows), device=q.device)
     positions = torch.arange(alive.shape[0], device=q.device)
-    seen = visible(first + row, positions, scoring.size, leading, scoring.causal) & alive
+    if ranges is None:
+        seen = visible(first + row, positions, scoring.size, leading, scoring.causal) & alive
+    else:
+        seen = inside(ranges[rows.start : rows.stop], positions, leading) & alive
     held = torch.nonzero(seen.any(0)).flatten()
     keys = pool.keys(b, held) if len(held) else _no_keys(pool)
     seen = seen[:, held]

@@ -27,7 +27,7 @@ Apply = Callable[[Inputs, Random], Inputs]
 HOSTILE = (-1, -2, -(2**31), 2**31 - 1, 2**30)
 """Entries that name no page of any pool here."""
 
-VECTORS = ("seq_lens", "cu_seqlens_q", "cu_seqlens_k", "q_start", "global_tokens", "sink", "q_scale")
+VECTORS = ("seq_lens", "cu_seqlens_q", "cu_seqlens_k", "q_start", "global_tokens", "sink", "q_scale", "ranges")
 """Small tensors of a call; some of them may be absent, or numbers."""
 
 
@@ -201,8 +201,11 @@ def late_rows(inputs: Inputs, r: Random) -> Inputs:
     q_scale = inputs.q_scale
     if q_scale is not None and q_scale.dim():
         q_scale = torch.cat([q_scale.new_full((n, *q_scale.shape[1:]), torch.nan), q_scale])
+    ranges = inputs.ranges
+    if ranges is not None:
+        ranges = torch.cat([ranges.new_tensor([[0, 2**31 - 1]] * n), ranges])
     nothing = torch.full((n, *q.shape[1:]), torch.nan, dtype=q.dtype, device=q.device)
-    return replace(inputs, q=_joined(nothing, q), q_scale=q_scale, cu_seqlens_q=cu + n)
+    return replace(inputs, q=_joined(nothing, q), q_scale=q_scale, cu_seqlens_q=cu + n, ranges=ranges)
 
 
 @twist(0.2, lambda case: case.dense)
