@@ -64,13 +64,20 @@ CACHES = {
 BATCHES |= {name: replace(batch, kv_cache_dtype=name) for name, batch in CACHES.items()}
 
 
-@each_backend("attention", but=("reference",))
+@each_backend("attention", but=("reference", "hopper"))
 @pytest.mark.parametrize("name", BATCHES)
 def test_batches(name: str, vllm: SimpleNamespace, impl: str, device: str) -> None:
     run(BATCHES[name], vllm, impl, device)
 
 
-@each_backend("attention", but=("reference",))
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches_on_the_backend_that_a_gpu_takes(name: str, vllm: SimpleNamespace) -> None:
+    """Hopper's for prompts, where there is one."""
+    run(BATCHES[name], vllm, "auto", "cuda")
+
+
+@each_backend("attention", but=("reference", "hopper"))
 @pytest.mark.parametrize("name", ["decode", "verify", "leading", "int8_per_token_head"])
 def test_a_captured_graph_holds_for_other_lengths(name: str, vllm: SimpleNamespace, impl: str, device: str) -> None:
     """Bounds of the longest context, lengths of 1 at capture, two requests of padding."""

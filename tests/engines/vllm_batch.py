@@ -15,8 +15,10 @@ from swath.pages import page_count
 from swath.testing import check_budget, oracle
 
 PAGE, HEADS, KV_HEADS, DIM = 16, 4, 2, 64
-POISON = 0x7F
+POISON = 0xFF
 """In every byte: NaN in float16, bfloat16, float32, e4m3 and e5m2; an int8 value whose token scale is NaN."""
+INT8_POISON = 0x80
+"""In every byte of an int8 cache without token scales, which can hold no NaN: the value furthest from 0."""
 NULL_PAGE = 0
 """Where vLLM's tables point for pages that were freed, and for requests that pad a captured graph."""
 
@@ -94,12 +96,12 @@ class Batch:
         return table.int()
 
 
-def cache_tensor(spec: Any, num_pages: int, layout: str, device: str) -> Tensor:
+def cache_tensor(spec: Any, num_pages: int, layout: str, device: str, poison: int = POISON) -> Tensor:
     """The tensor of one layer, [pages, kv heads, tokens, content], its bytes all poison; "B..." lie among others."""
     content = spec.state_content_size_bytes
     sizes = {"L": 2 if layout[0] == "B" else 1, "B": num_pages, "H": spec.num_kv_heads, "N": spec.block_size}
     sizes["C"] = content
-    pool = torch.full([sizes[axis] for axis in layout], POISON, dtype=torch.uint8, device=device)
+    pool = torch.full([sizes[axis] for axis in layout], poison, dtype=torch.uint8, device=device)
     one = pool.permute([layout.index(axis) for axis in "LBHNC"])[-1]
     return one.view(spec.dtype)
 
@@ -120,7 +122,8 @@ def run(batch: Batch, vllm: SimpleNamespace, impl: str, device: str, *, graph: b
     attention.layer = replace(attention.layer, impl=impl)
     layer = SimpleNamespace(_k_scale=SCALES["_k_scale"].to(device), _v_scale=SCALES["_v_scale"].to(device))
     last_page = max(int(slots.max()) for slots in batch.slots) // PAGE
-    kv = cache_tensor(spec, last_page + 1, batch.layout, device)
+    poison = INT8_POISON if batch.kv_cache_dtype == "int8" else POISON
+    kv = cache_tensor(spec, last_page + 1, batch.layout, device, poison)
     write(batch, attention, layer, kv)
     metadata = metadata_of(batch, vllm, spec, device, graph)
     rows = metadata.num_actual_tokens if graph else sum(batch.q_lens)
@@ -217,11 +220,13 @@ def check(batch: Batch, q: Tensor, out: Tensor, cache: PagedKV, sink: Tensor | N
     rows = sum(batch.q_lens)
     bounds = torch.tensor([0, *accumulate(batch.q_lens)])
     ranges = torch.tensor([x for b in range(len(batch.kv_lens)) for x in batch.ranges(b)]) if batch.spans else None
-    table = batch.table()
+    table, kv_lens = batch.table().to(q.device), torch.tensor(batch.kv_lens, device=q.device)
+    if ranges is not None:
+        ranges = ranges.to(q.device)
     truth = oracle.paged(
-        q[:rows], cache.k, cache.v, cache.k_scale, cache.v_scale, table, torch.tensor(batch.kv_lens),
-        cu_seqlens_q=bounds, size=batch.size, global_tokens=list(batch.leading) or 0, causal=batch.causal,
-        scale=DIM**-0.5, softcap=batch.softcap, sink=sink, ranges=ranges,
+        q[:rows], cache.k, cache.v, cache.k_scale, cache.v_scale, table, kv_lens, cu_seqlens_q=bounds.to(q.device),
+        size=batch.size, global_tokens=list(batch.leading) or 0, causal=batch.causal, scale=DIM**-0.5,
+        softcap=batch.softcap, sink=sink, ranges=ranges,
     )  # fmt: skip
     check_budget(out[:rows], None, truth, quantised=cache.quant.is_quantised)
     assert (out[rows:] == 7.0).all()

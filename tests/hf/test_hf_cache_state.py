@@ -118,7 +118,7 @@ def test_a_cache_of_fewer_layers_is_refused() -> None:
 def test_values_of_another_width_are_refused() -> None:
     cache, x = paged(make("llama", "swath")), torch.zeros(1, 2, 3, 8)
     key, value = cache.update(x, torch.zeros(1, 2, 3, 4), 0)
-    with pytest.raises(ValueError, match="value: wanted heads of 8 elements"):
+    with pytest.raises(ValueError, match="v: wanted a v_head_dim that is a multiple of 8"):
         attention_forward(Settings(), nn.Module(), x, key, value, None)
 
 
