@@ -206,13 +206,28 @@ def test_token_types_of_text_alone(gemma3: Any, length: int) -> None:
     assert torch.equal(greedy(ours, ids, new=8, past_key_values=PagedCache(ours.config), **options), theirs)
 
 
-def test_images_are_refused(gemma3: Any) -> None:
-    """Their tokens see each other in both directions, which is no window."""
-    ids = tokens(1, 12) % 50 + 2
+def of_images(ids: Tensor, *spans: tuple[int, int]) -> dict[str, Tensor]:
+    """Token types in which these ranges of tokens are images."""
     kinds = torch.zeros_like(ids)
-    kinds[:, 3:7] = 1
-    with pytest.raises(ValueError, match="a mask of another form"):
-        logits(with_swath(gemma3), ids, token_type_ids=kinds)
+    for begin, end in spans:
+        kinds[:, begin:end] = 1
+    return {"token_type_ids": kinds}
+
+
+@pytest.mark.parametrize("spans", [[(3, 7)], [(0, 8)], [(2, 6), (9, 19)]], ids=str)
+def test_images_see_all_of_themselves(gemma3: Any, spans: list[tuple[int, int]]) -> None:
+    """Their tokens see each other in both directions, also beyond the window of 5: a run of keys for each query."""
+    ids, ours = tokens(2, 24) % 50 + 2, with_swath(gemma3)
+    options = of_images(ids, *spans)
+    assert error(logits(ours, ids, **options), logits(gemma3, ids, **options)) < TOLERANCE
+    assert torch.equal(greedy(ours, ids, new=8, **options), greedy(gemma3, ids, new=8, **options))
+
+
+def test_images_over_a_paged_cache_are_refused(gemma3: Any) -> None:
+    """It frees pages as the window passes, and an image sees beyond it."""
+    ids, ours = tokens(1, 12) % 50 + 2, with_swath(gemma3)
+    with pytest.raises(ValueError, match="attention_mask: wanted a window over a PagedCache"):
+        greedy(ours, ids, past_key_values=PagedCache(ours.config), **of_images(ids, (3, 7)))
 
 
 @pytest.mark.parametrize("length", [3, 19, 40])

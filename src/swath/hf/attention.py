@@ -81,6 +81,8 @@ def attention_forward(
     band = _band(attention_mask, query.shape[0], query.shape[2], kv_len, sliding_window, causal, layer is not None)
     window = _effective_window(settings.override(getattr(module, "layer_idx", 0)), band)
     if layer is not None:
+        if window.bounds is not None:  # which keys they see later is not known, and so not which pages may be freed
+            raise bad_value("attention_mask", "a window over a PagedCache", "runs of keys (images, prefixes, chunks)")
         if window is band.window and band.says(layer.pages.window):
             window = layer.pages.window
         if not isinstance(band.q_column, Tensor) and band.q_column + band.q_len != kv_len:
@@ -154,6 +156,10 @@ def _effective_window(override: Window | None, band: BandMask) -> Window:
     """The override if there is one, as far as the cache still holds its keys; else the model's window."""
     if override is None:
         return band.window
+    if band.window.bounds is not None:
+        raise bad_value(
+            "window", "None for a layer whose queries see runs of keys (images, prefixes, chunks)", override
+        )
     if not band.window.causal:
         raise bad_value("window", "None for a layer that is not causal", override)
     if band.dropped:

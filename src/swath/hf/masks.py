@@ -16,7 +16,7 @@ from swath.hf.carried import CarriedMask
 from swath.hf.mask_functions import read
 from swath.window import Window
 
-REPRESENTABLE = "a causal, sliding or full mask with padding at the ends of the sequences"
+REPRESENTABLE = "a causal, sliding or full mask with padding at the ends, or keys in one run for each query"
 UNBROKEN = f"{REPRESENTABLE} (generate: pad on the left)", "padding between tokens"
 OTHER_FORM = REPRESENTABLE, "a mask of another form"
 
@@ -28,6 +28,9 @@ class BandMask:
     The batch is a rectangle of columns; the real tokens of sequence b are columns ``first[b] .. end[b] - 1``, and
     query row i stands in column ``q_column + i``. Distances between real tokens are the same with and without the
     padding, so positions count from ``first[b]``. Queries that are padding see what their position sees, or nothing.
+
+    A mask of another form, in which each query sees one run of columns (image tokens, prefixes, chunks), is a window of
+    bounds: [batch * q_len, 2], in columns, without padding.
 
     Args:
         window: who sees whom.
@@ -71,13 +74,13 @@ class BandMask:
 
     @classmethod
     def of_dense(cls, mask: Tensor, q_column: int | Tensor, guess: Window, dropped: int = 0) -> BandMask:
-        """From a 4-D mask, bool or additive [B, 1, q_len, kv_len]: the window is found from what it shows.
+        """From a 4-D mask, bool or additive [B, 1, q_len, kv_len]: a window or runs of keys, found from what it shows.
 
         A mask that is traced shows nothing yet: its window is taken to be ``guess``, and the trace checks that.
 
         Raises:
             TypeError, ValueError: another shape or dtype, a bias that is neither 0 nor minus infinity, a mask that
-                is no window with padding at the ends (RuntimeError, when it is traced and the trace runs).
+                is neither a window with padding at the ends nor runs (RuntimeError, when it is traced and the trace runs).
         """
         visible = _visible(mask)
         q_len, kv_len = visible.shape[1:]
@@ -90,18 +93,26 @@ class BandMask:
         for window in _windows_reaching(visible.any(0), q_pos[:, None] - k_pos):
             if torch.equal(window.mask(q_pos, k_pos) & real[:, None], visible):
                 return cls.of_padding(window, real, q_len, q_column, dropped)
-        raise bad_value("attention_mask", *OTHER_FORM)
+        rows = (q_pos >= 0) & (q_pos < kv_len)
+        stand_on = real[:, q_pos.clamp(0, max(kv_len - 1, 0))] & rows  # [B, q_len]: queries that are no padding
+        _require(visible.any(2) | ~stand_on, *OTHER_FORM)
+        window = Window(bounds=_runs(visible).flatten(0, 1))
+        return cls(window, len(visible), q_len, kv_len, q_column, dropped=dropped)
 
     def cut(self, sequences: range, rows: range, columns: range) -> BandMask:
         """The mask of some neighbouring sequences, rows and columns."""
-        padding, host_first, width = self.padding, self.host_first, len(columns)
+        padding, host_first, width, window = self.padding, self.host_first, len(columns), self.window
+        if window.bounds is not None:
+            runs = window.bounds.unflatten(0, (self.batch, self.q_len))
+            runs = runs[sequences.start : sequences.stop, rows.start : rows.stop] - columns.start
+            window = Window(bounds=runs.clamp(0, width).flatten(0, 1))
         if padding is not None:
             padding = (padding[:, sequences.start : sequences.stop] - columns.start).clamp(0, width)
         if host_first is not None:
             host_first = tuple(min(max(host_first[b] - columns.start, 0), width) for b in sequences)
         q_column = self.q_column + rows.start - columns.start
         dropped = self.dropped + columns.start
-        return BandMask(self.window, len(sequences), len(rows), width, q_column, padding, dropped, host_first)
+        return BandMask(window, len(sequences), len(rows), width, q_column, padding, dropped, host_first)
 
     @property
     def first(self) -> tuple[int, ...]:
@@ -118,8 +129,8 @@ class BandMask:
 
     def says(self, window: Window) -> bool:
         """Whether ``window`` shows the same keys: it is the mask's own, or neither hides a key by distance."""
-        if window == self.window:
-            return True
+        if window == self.window or self.window.bounds is not None:
+            return window == self.window
         plain = not isinstance(window.global_tokens, Tensor) and window.global_tokens == 0
         reach_all = all(w.size is None or w.size >= self.kv_len for w in (window, self.window))
         return plain and reach_all and window.causal == self.window.causal
@@ -238,6 +249,15 @@ def _windows_reaching(seen: Tensor, distance: Tensor) -> Iterator[Window]:
         yield Window(max(past, 0) + 1)
     yield Window(causal=False)
     yield Window(max(past, future, 0) + 1, causal=False)
+
+
+def _runs(visible: Tensor) -> Tensor:
+    """The columns [lo, hi) that each row sees, int32 [B, q_len, 2], of a mask whose rows have no gaps."""
+    low, count = visible.to(torch.int8).argmax(-1), visible.sum(-1)
+    runs = torch.stack([low, low + count], -1).to(torch.int32)
+    column = torch.arange(visible.shape[-1], device=visible.device)
+    _require((runs[..., :1] <= column) & (column < runs[..., 1:]) == visible, *OTHER_FORM)
+    return runs
 
 
 def _visible(mask: Tensor) -> Tensor:
