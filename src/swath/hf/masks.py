@@ -79,8 +79,8 @@ class BandMask:
         A mask that is traced shows nothing yet: its window is taken to be ``guess``, and the trace checks that.
 
         Raises:
-            TypeError, ValueError: another shape or dtype, a bias that is neither 0 nor minus infinity, a mask that
-                is neither a window with padding at the ends nor runs (RuntimeError, when it is traced and the trace runs).
+            TypeError, ValueError: another shape or dtype, a bias that is neither 0 nor minus infinity, a mask that is
+                neither a window with padding at the ends nor runs (RuntimeError, when it is traced and the trace runs).
         """
         visible = _visible(mask)
         q_len, kv_len = visible.shape[1:]
