@@ -23,6 +23,8 @@ def _pairs_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
         return SplitLaunch(64, 8, 3)  # four warps spill
     if block_m > 16:
         return SplitLaunch(64, 4 if F.padded else 2, 3, H200, resident=4)
+    if F.padded and F.page_size & (F.page_size - 1):
+        return SplitLaunch(64, 4, 3)  # two warps spill: a slot of such pages takes a division, and registers
     if short_run and F.head_dim <= 128:
         return SplitLaunch(32, 1, 2, H200, resident=8)
     return SplitLaunch(64, 2, 3, H200, resident=4)
