@@ -57,7 +57,7 @@ BAD = {
     "string rounds": (line(rounds_us=["1"]), "line 1, rounds_us: wanted a list of positive numbers"),
     "a fraction": (line(nbytes=1.5), "line 1, nbytes: wanted a number, got 1.5"),
     "another status": (line(status="odd"), "line 1, status: wanted one of ok, unable, refused, failed, got 'odd'"),
-    "another op": (line(op="sort"), "line 1, op: wanted one of decode, steps, prefill, mixed, got 'sort'"),
+    "another op": (line(op="sort"), "line 1, op: wanted one of decode, steps, prefill, mixed, serve, got 'sort'"),
     "no day": (line(date="yesterday"), "line 1, date: wanted a day as YYYY-MM-DD, got 'yesterday'"),
     "second": (line() + "\n" + line(us="1"), "line 2, us: wanted a positive number"),
 }

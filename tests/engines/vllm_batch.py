@@ -120,7 +120,8 @@ def run(batch: Batch, vllm: SimpleNamespace, impl: str, device: str, *, graph: b
         batch.kv_cache_dtype, batch.softcap or None, vllm.AttentionType.DECODER, None, sinks=sink,
     )  # fmt: skip
     attention.layer = replace(attention.layer, impl=impl)
-    layer = SimpleNamespace(_k_scale=SCALES["_k_scale"].to(device), _v_scale=SCALES["_v_scale"].to(device))
+    scales = {name: torch.tensor(scale, device=device) for name, scale in SCALES.items()}
+    layer = SimpleNamespace(**scales)
     last_page = max(int(slots.max()) for slots in batch.slots) // PAGE
     poison = INT8_POISON if batch.kv_cache_dtype == "int8" else POISON
     kv = cache_tensor(spec, last_page + 1, batch.layout, device, poison)
@@ -130,8 +131,9 @@ def run(batch: Batch, vllm: SimpleNamespace, impl: str, device: str, *, graph: b
     q = torch.full((rows + 3, HEADS, DIM), torch.nan, dtype=batch.dtype, device=device)
     q[: sum(batch.q_lens)] = torch.randn(sum(batch.q_lens), *q.shape[1:], device=device)
     out = torch.full_like(q[..., : batch.v_dim], 7.0)
-    one = SimpleNamespace(impl=attention, mm_prefix_clamp_sliding_window=batch.clamped, **SCALES)
-    config = config_of(rswa_window=batch.rswa, is_mm_prefix_lm=bool(batch.spans), one=one)
+    floats = {f"{name}_float": scale for name, scale in SCALES.items()}
+    one = SimpleNamespace(impl=attention, mm_prefix_clamp_sliding_window=batch.clamped, **scales, **floats)
+    config = config_of(rswa_window=batch.rswa, is_mm_prefix_lm=bool(batch.spans), dtype=batch.dtype, one=one)
     builder = vllm.backend.SwathBuilder(spec, ["one"], config, torch.device(device))
     step = builder.build_for_cudagraph_capture(metadata) if graph else builder.build(0, metadata)
     if graph:
@@ -155,11 +157,13 @@ def spec_of(vllm: SimpleNamespace, kv_cache_dtype: str, dtype: torch.dtype = tor
     )
 
 
-def config_of(rswa_window: int | None = None, is_mm_prefix_lm: bool = False, **layers: Any) -> SimpleNamespace:
+def config_of(
+    rswa_window: int | None = None, is_mm_prefix_lm: bool = False, dtype: torch.dtype = torch.bfloat16, **layers: Any
+) -> SimpleNamespace:
     """vLLM's configuration, as far as a builder reads it."""
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            rswa_window=rswa_window, max_model_len=512, dtype=torch.bfloat16, is_mm_prefix_lm=is_mm_prefix_lm
+            rswa_window=rswa_window, max_model_len=512, dtype=dtype, is_mm_prefix_lm=is_mm_prefix_lm
         ),
         scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=128),
         compilation_config=SimpleNamespace(static_forward_context=layers),
@@ -167,12 +171,8 @@ def config_of(rswa_window: int | None = None, is_mm_prefix_lm: bool = False, **l
     )
 
 
-SCALES = {
-    "_k_scale": torch.tensor(0.04),
-    "_v_scale": torch.tensor(0.03),
-    "_k_scale_float": 0.04,
-    "_v_scale_float": 0.03,
-}
+SCALES = {"_k_scale": 0.04, "_v_scale": 0.03}
+"""Static scales of a layer, by vLLM's names; it keeps each as a tensor and as a float."""
 STORED = {
     **dict.fromkeys(("fp8", "fp8_e4m3"), ("FP8_PER_TENSOR", torch.uint8)),
     "fp8_e5m2": ("FP8_PER_TENSOR", torch.uint8),
