@@ -113,3 +113,17 @@ def test_no_recompile_for_another_length_batch_or_window(prepare: Prepare, impl:
             for size in (1, 16, 50, 64, 333):
                 check(prepare(replace(first, kv_lens=lengths, q_lens=steps, size=size)), impl)
     assert variants() - before <= 4, "at most one variant for each of the four row tiles"
+
+
+FOUND = [
+    Case((-2, 193, 5), 20, group=3, page_size=64, quant=INT8_TOKEN, causal=False, spiked=True),
+    Case((-2, 193, 5), 20, group=3, page_size=64, quant=INT8_TOKEN, causal=False, spiked=True, unit="token"),
+    Case((0, 1, 64), 8, group=7, head_dim=256, quant=KVQuant(torch.int8, "head", "tensor"), compute="int8",
+         ranges="random", global_tokens=4, softcap=5.0, spiked=True),
+]  # fmt: skip
+"""Calls that were wrong on an H200 and right in the interpreter (docs/notes/reliability.md)."""
+
+
+@pytest.mark.parametrize("case", FOUND, ids=str)
+def test_what_was_wrong_on_a_gpu(case: Case, prepare: Prepare, impl: str) -> None:
+    check(prepare(case), impl)
