@@ -96,12 +96,12 @@ test-hf-newest: $(NEWEST)/bin/pip ## run the tests of the Transformers integrati
 	$(NEWEST)/bin/python -m pip list | grep -E '^(torch|transformers) '
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/hf $(ARGS)
 
-test-vllm: $(VLLM_STAMP) ## run the real vLLM on swath, on a CPU (2 GB to install; ten minutes)
+test-vllm: $(VLLM_STAMP) ## run the real vLLM on swath, on a CPU (3 GB to install; ten minutes)
 	OMP_NUM_THREADS=1 $(CALM) $(VLLM)/bin/python -m pytest -s tests/engines/real_vllm.py tests/engines/real_vllm_model.py \
 	  tests/engines/test_vllm.py $(ARGS)
 
 # Packages that only a GPU needs are stood in for: see tests/engines/no_gpu.
-test-sglang: $(SGLANG_STAMP) ## run the real SGLang on swath, on a CPU (1.5 GB to install; ten minutes)
+test-sglang: $(SGLANG_STAMP) ## run the real SGLang on swath, on a CPU (2 GB to install; ten minutes)
 	PYTHONPATH=$(CURDIR)/tests/engines/no_gpu $(CALM) \
 	  $(SGLANG)/bin/python -m pytest -s tests/engines/real_sglang.py tests/engines/test_sglang*.py $(ARGS)
 

@@ -31,6 +31,13 @@ def positions_of(
         num_tokens: S for [B, S], None for [B], as decode has it; with cu_seqlens_q T, the rows of q.
         cu_seqlens_q: [B + 1]; sequence b owns rows ``cu[b] .. cu[b + 1] - 1``.
         q_start: [B], position of each sequence's first row.
+
+    Returns:
+        Positions [B], [B, S] or [T], in the dtype of ``seq_lens``, or of ``q_start`` where it is given without
+        cu_seqlens_q.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
     check_ints("seq_lens", seq_lens, None, check_is_tensor("seq_lens", seq_lens).device)
     if cu_seqlens_q is None:
@@ -48,7 +55,7 @@ def positions_of(
 def sequence_of(rows: Tensor, cu_seqlens_q: Tensor) -> Tensor:
     """The sequence that has each of the rows: [0, 1, 1] for the rows 0, 1, 2 with cu_seqlens_q [0, 1, 3].
 
-    Rows past the last one's end count as its own.
+    Rows past the last sequence's end count as its own. The result is int64, shaped as ``rows``.
     """
     ends = cu_seqlens_q[1:].contiguous().to(rows.dtype)
     return torch.searchsorted(ends, rows, right=True).clamp(max=max(ends.shape[0] - 1, 0))
@@ -57,7 +64,8 @@ def sequence_of(rows: Tensor, cu_seqlens_q: Tensor) -> Tensor:
 def window(positions: Tensor, size: int) -> Tensor:
     """A causal window of ``size`` keys, the row's own included: what ``Window(size)`` shows.
 
-    With a size of 3 the rows at 0, 1 and 5 see [0, 1), [0, 2) and [3, 6).
+    With a size of 3 the rows at 0, 1 and 5 see [0, 1), [0, 2) and [3, 6). The result is [..., 2], in the dtype of
+    ``positions``.
     """
     p = _positions(positions)
     return _ranges((p - (check_count("size", size, "an int >= 1", least=1) - 1)).clamp(min=0), p + 1)
@@ -66,7 +74,8 @@ def window(positions: Tensor, size: int) -> Tensor:
 def chunked(positions: Tensor, size: int) -> Tensor:
     """Causal attention within chunks of ``size`` positions (Llama 4).
 
-    With a size of 4 the rows at 2, 3, 4 and 6 see [0, 3), [0, 4), [4, 5) and [4, 7).
+    With a size of 4 the rows at 2, 3, 4 and 6 see [0, 3), [0, 4), [4, 5) and [4, 7). The result is [..., 2], in the
+    dtype of ``positions``.
     """
     p = _positions(positions)
     size = check_count("size", size, "an int >= 1", least=1)
@@ -83,6 +92,12 @@ def prefix(positions: Tensor, prefix_lens: Tensor, *, cu_seqlens_q: Tensor | Non
         positions: of the rows.
         prefix_lens: [B], keys of each sequence's prefix.
         cu_seqlens_q: [B + 1], where positions are [T].
+
+    Returns:
+        Bounds [..., 2], in the dtype of ``positions``.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
     p = _positions(positions)
     check_ints("prefix_lens", prefix_lens, None, p.device)
@@ -109,8 +124,15 @@ def blocks(
         spans: [B, R, 2], the ranges [begin, end) of keys of each sequence's spans, which do not overlap; [0, 0) is no
             span.
         size: keys of a causal window; None is no window.
-        whole: under a window, a row sees its span from its begin on (Gemma 3), or from the window's begin on (Gemma 4).
+        whole: under a window a row sees all of its span, as in Gemma 3; False: only what lies after the window's begin,
+            as in Gemma 4.
         cu_seqlens_q: [B + 1], where positions are [T].
+
+    Returns:
+        Bounds [..., 2], in the dtype of ``positions``.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
     p = _positions(positions)
     check_int_dtype("spans", check_is_tensor("spans", spans))
@@ -133,7 +155,8 @@ def shard(bounds: Tensor, rank: int, world_size: int, *, interleave: int = 1) ->
     keys follow one another in its cache. Every rank attends to its own keys, and ``merge_states`` joins the results.
 
     Of 2 ranks that hold every other key, the range [3, 8) is [2, 4) to rank 0, which holds 0, 2, 4, 6, and [1, 4) to
-    rank 1, which holds 1, 3, 5, 7. Lengths and leading tokens go by ``own_tokens``.
+    rank 1, which holds 1, 3, 5, 7. For lengths and counts of leading tokens there is ``own_tokens``. The result has the
+    shape and dtype of ``bounds``.
     """
     check_int_dtype("bounds", check_is_tensor("bounds", bounds))
     return own_tokens(bounds, rank, world_size, interleave=interleave)

@@ -17,7 +17,7 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(eq=False, slots=True)
 class Problem:
-    """Queries, where their keys are, who sees whom, how scores are made, and where results go.
+    """Queries, where their keys are, which keys a query sees, how scores are made, and where results go.
 
     q: [B, Hq, D] (decode), [B, S, Hq, D] (every sequence has S query tokens), or [T, Hq, D] with cu_seqlens_q [B + 1].
     out: as q with rows of Dv (bf16 for fp8 queries); lse: None or fp32 as q without D. Both are written in place.

@@ -1,4 +1,4 @@
-"""Who sees whom: the only host code that knows the window rule (its device twin is device/window.py)."""
+"""Which keys a query sees: the only host code that knows the window rule (its device twin is device/window.py)."""
 
 from __future__ import annotations
 

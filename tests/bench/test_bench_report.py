@@ -186,6 +186,9 @@ def test_the_readmes_table_has_times_and_why_there_are_none() -> None:
     assert found[readme.LABELS[case]] == ["**221 us**", "640 us", "refused", "not run", "3.00 |"]
     assert found[readme.LABELS["mistral 16k"]] == ["not run", "3.09 ms", "not run", "not run", " |"]
     assert found[readme.LABELS["B64 8k p16"]] == ["**482 us**", "not run", "not run", "cannot", "2.00 |"]
+    # A peer that was not there has no column.
+    alone = readme.table([row(case, "swath-hopper", 220.94), row(case, "fa4", None)]).splitlines()
+    assert alone[0] == "|  | swath | FlashAttention-4 | ratio to the best peer |"
     caption = readme.caption(rows, "x.jsonl")
     for words in ("A GPU, driver 1, torch 2, Triton 3, swath 0 at abc, 2026-01-02", "FlashAttention-3 3.1", "x.jsonl"):
         assert words in caption

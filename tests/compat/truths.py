@@ -20,7 +20,7 @@ WINDOWS = [
 
 
 def seen_by(q_len: int, kv_len: int, causal: bool, window_size: tuple[int, int]) -> Tensor:
-    """Who sees whom, bool [q_len, kv_len]: the last query stands at the last key."""
+    """Which keys a query sees, bool [q_len, kv_len]: the last query stands at the last key."""
     left, right = window_size
     i, j = torch.arange(q_len)[:, None] + kv_len - q_len, torch.arange(kv_len)
     right = 0 if causal else right

@@ -20,9 +20,9 @@ compares this page with the tree.
 """
 
 CHANGES = {
-    "a mask: another rule of who sees whom": "a value of `Window`: the rule in `window.py`, its twin for kernels in "
-    "`backends/device/window.py`. Every backend asks these two. A mask that is a range of keys for each row is a "
-    "function in `bounds.py`",
+    "a mask: another rule of which keys a query sees": "a value of `Window`: the rule in `window.py`, its twin for "
+    "kernels in `backends/device/window.py`. Every backend asks these two. A mask that is a range of keys for each row "
+    "is a function in `bounds.py`",
     "a cache layout, a page table": "a value of `PagedKV` or `PageTable`: `cache.py`, `pages.py` and "
     "`backends/device/cache.py`; the layouts of other libraries in `vendors.py`",
     "a storage type, a granularity of scales": "a value of `KVQuant`: `quant.py` and `backends/device/quant.py`",

@@ -22,7 +22,7 @@ WINDOWS = st.builds(
 
 
 def matrix(window: Window, first: int, last: int, kv_len: int) -> torch.Tensor:
-    """Who sees whom by the independent formula."""
+    """Which keys a query sees by the independent formula."""
     p, k = torch.arange(first, last + 1), torch.arange(kv_len)
     return visible(p, k, window.size, window.global_tokens, window.causal)
 

@@ -1,4 +1,4 @@
-"""Positions, windows and counts to the ends of int32: who sees whom is what the rule says in whole numbers."""
+"""Positions, windows and counts to the ends of int32: queries see the keys that the rule says in whole numbers."""
 
 from __future__ import annotations
 

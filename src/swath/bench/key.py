@@ -4,7 +4,7 @@ from __future__ import annotations
 
 KEY = {
     "B64 8k p16": "64 sequences of 8,192 keys each (k is 1,024), over pages of 16",
-    "w1024, w1024+64": "a window of 1,024 keys, the query's own included; and 64 leading keys beside it",
+    "w1024, w1024+64": "a window of 1,024 keys, the query's own included; and 64 leading keys as well",
     "2k at 16k, 769+511": "2,048 query tokens at the end of 16,384 keys; 769 after 511 that are cached",
     "4 steps": "four query tokens of each sequence",
     "24/8, D96": "24 query heads over 8 kv heads of 96; 32/8 of 128 unless said",
@@ -12,7 +12,7 @@ KEY = {
     "full": "no window",
     "llama, mistral, gemma, gpt-oss": "prefill with the heads and the window of these models",
     "stream": "prefill under a window of 1,024 and 64 leading keys",
-    "ragged, mixed, sweep": "lengths that differ; chunks of prefill beside decodes; one number varied, for the plots",
+    "ragged, mixed, sweep": "lengths that differ; chunks of prefill among decodes; one number varied, for the plots",
     "000a, 000b": "mojo_opset's shapes under a window with leading tokens: decode, and prefill over int8",
     "001, 002": "mojo_opset's prefill over int8 without a window, and its n-step decode under one",
     "003": "aiter's shapes of paged decode",

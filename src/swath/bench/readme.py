@@ -48,14 +48,16 @@ def _held(rows: Iterable[Row]) -> set[str]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The table, Markdown: a case a line, with the time of swath's fastest backend and of each peer."""
+    """The table, Markdown: a case a line, with the time of swath's fastest backend and of each peer that was there."""
     cases = by_case(row for row in rows if row.case in LABELS)
-    lines = [["", "swath", *PEERS.values(), "ratio to the best peer"], ["---", *["---:"] * (len(PEERS) + 2)]]
+    there = [peer for peer in PEERS if any(row.provider == peer for found in cases.values() for row in found)]
+    names = [PEERS[peer] for peer in there]
+    lines = [["", "swath", *names, "ratio to the best peer"], ["---", *["---:"] * (len(there) + 2)]]
     for case, label in LABELS.items():
         found = cases.get(case, [])
         ours, best = sides(found)
         ratio = "" if ours is None or best is None else f"{advantage(ours, best):.2f}"
-        peers = [_cell([row for row in found if row.provider == peer]) for peer in PEERS]
+        peers = [_cell([row for row in found if row.provider == peer]) for peer in there]
         lines.append([label, "not run" if ours is None else f"**{in_words(ours.us, 3)}**", *peers, ratio])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

@@ -42,7 +42,7 @@ Device = Annotated[
 
 @app.command("list", cls=Command)
 def list_cases(match: Match = None, op: Op = None, tag: Tag = None, as_json: Json = False) -> None:
-    """Say which cases there are, their shapes and tags, how to read their names, and who is here to compute them."""
+    """Say which cases there are, their shapes and tags, how to read their names, and which libraries are here."""
     from rich.table import Table
 
     from swath.bench.cases import select
@@ -63,15 +63,21 @@ def list_cases(match: Match = None, op: Op = None, tag: Tag = None, as_json: Jso
     for case in cases:
         table.add_row(case.name, case.op, " ".join(case.tags), case.shape)
     out = console()
-    out.print(table, end="\n\n")
+    out.print(table)
+    out.print()
     key = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("in a name", "stands for"):
         key.add_column(name)
     for part, meaning in KEY.items():
         key.add_row(part, meaning)
-    out.print(key, end="\n\n")
+    out.print(key)
+    out.print()
+    installed = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("provider", "here"):
+        installed.add_column(name)
     for name, reason in missing.items():
-        out.print(f"{name}: {PROVIDERS[name].version or 'here' if reason is None else reason}")
+        installed.add_row(name, PROVIDERS[name].version or "yes" if reason is None else f"no: {reason}")
+    out.print(installed)
 
 
 @app.command(cls=Command)

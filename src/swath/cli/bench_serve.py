@@ -36,7 +36,7 @@ def serve(
         list[str] | None,
         typer.Argument(metavar="MODEL/CACHE/BACKEND", show_default="eleven", help="mistral-7b/bf16/swath, ..."),
     ] = None,
-    layers: Annotated[int, typer.Option(min=1, metavar="N", help="About so many layers, at most the model's own.")] = 8,
+    layers: Annotated[int, typer.Option(min=1, metavar="N", help="Layers, about; at most the model's own.")] = 8,
     budget: Annotated[
         float | None, typer.Option(min=0, metavar="SECONDS", help="Begin no job that may not end within this.")
     ] = None,

@@ -77,7 +77,7 @@ class Picture:
 
 
 def picture(window: Window, q_len: int, kv_len: int, q_start: int | None = None) -> Picture:
-    """Who sees whom: ``q_len`` queries from position ``q_start`` (None: they are the last keys), ``kv_len`` keys.
+    """Which keys queries see: ``q_len`` queries from position ``q_start`` (None: they are the last), ``kv_len`` keys.
 
     The rule is ``Window.mask``. The kinds of cells come from comparing windows: no limit at all, this one, and this
     one without its leading tokens.

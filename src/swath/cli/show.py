@@ -1,4 +1,4 @@
-"""``swath show``: draw who sees whom."""
+"""``swath show``: draw which keys each query sees."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def _band(
 def _band_without_mask(
     batch: int, q_len: int, kv_len: int, sliding_window: int | None, causal: bool, cached: bool
 ) -> BandMask:
-    """The model made no mask: no padding, and the layer's own keywords say who sees whom."""
+    """The model made no mask: no padding, and the layer's own keywords say which keys a query sees."""
     if not causal:
         if sliding_window is not None:
             raise bad_value("sliding_window", "None where attention is not causal and has no mask", sliding_window)

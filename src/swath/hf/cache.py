@@ -49,7 +49,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         page_size: tokens in a page: 1, 8 or a multiple of 16.
         window: replaces the windows of the model and of ``register``: a Window, or ``f(layer_idx)``; where it is
             None, the window given to ``register`` counts, else the model's.
-        chunk: where the window is bounded, long prompts go through in passes of so many tokens, so that their
+        chunk: where the window is bounded, long prompts go through in passes of this many tokens, so that their
             pages too are reused. Layers whose keys other layers read hold a prompt whole until the next call.
         leading_positions: where leading tokens (``Window(128, global_tokens=4)``) stand for queries far behind them.
             "text": where the text has them, so that a model meets distances beyond those it was trained on.

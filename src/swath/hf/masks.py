@@ -33,7 +33,7 @@ class BandMask:
     bounds: [batch * q_len, 2], in columns, without padding.
 
     Args:
-        window: who sees whom.
+        window: which keys a query sees.
         batch: sequences in the batch.
         q_len, kv_len: rows and columns of the mask.
         q_column: the column of the first query, an int or an int32 tensor without dimensions.

@@ -19,7 +19,7 @@ def append_kv(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor, *, imp
     """Write new tokens into their slots, in place.
 
     Token scales are computed (max|x| / 127 for int8, / 448 or / 57344 for fp8; 1 for a zero row) and written
-    beside the values; other granularities use the cache's static scale. Rounding is half to even, saturated.
+    with the values; other granularities use the cache's static scale. Rounding is half to even, saturated.
 
     Args:
         cache: the cache to write to.

@@ -79,7 +79,7 @@ def attention(
         k: [Tk, Hkv, D], v: [Tk, Hkv, Dv] with Dv <= D, in q's dtype; any strides with the last one 1.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 [B + 1]; sequence b owns rows ``cu[b] .. cu[b + 1] - 1``.
         max_q_len, max_kv_len: host bounds of the lengths, for the launch only; None: Tq and Tk.
-        window: who sees whom (see ``Window``); an int n is ``Window(n)``, None is full causal attention.
+        window: which keys a query sees (see ``Window``); an int n is ``Window(n)``, None is full causal attention.
         scale: multiplies q . k; None is ``D ** -0.5``.
         softcap: scores become ``softcap * tanh(s / softcap)``; 0 or inf is none.
         sink: [Hq] logits, bf16, fp16 or fp32, that join the softmax's denominator and nothing else (gpt-oss).

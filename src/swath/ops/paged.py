@@ -75,7 +75,7 @@ def paged_attention(
         seq_lens: [B], keys of each sequence; negative counts as 0.
         cu_seqlens_q: [B + 1]; sequence b owns query rows ``cu[b] .. cu[b + 1] - 1``.
         max_q_len, max_kv_len: host bounds of the lengths, for launch and scratch only; None: what the shapes allow.
-        window: who sees whom (see ``Window``); an int n is ``Window(n)``, None is full causal attention.
+        window: which keys a query sees (see ``Window``); an int n is ``Window(n)``, None is full causal attention.
         scale: multiplies q . k; None is ``D ** -0.5``.
         q_scale: fp32 scale of fp8 queries, [] or as q without D; None is 1.
         softcap: scores become ``softcap * tanh(s / softcap)``; 0 or inf is none.

@@ -45,7 +45,7 @@ class Case:
     Page table
         table: "rectangular", "flat", or "rows" of a larger one. unit: its entries are a "page" or a "token" each.
         index_dtype: of it, of lengths and of positions: int32 or int64.
-    Who sees whom
+    Which keys a query sees
         size, global_tokens (one per sequence where it is a tuple), max_global_tokens, causal: as ``Window``.
         ranges: "" or which bounds the rows have (``ranges.RULES``); their ``max_visible`` goes by ``bounds``.
     Scores
@@ -140,7 +140,7 @@ class Case:
 
     @property
     def window(self) -> Window:
-        """Who sees whom, where all sequences have as many leading tokens."""
+        """Which keys a query sees, where all sequences have as many leading tokens."""
         if not isinstance(self.global_tokens, int):
             raise bad_type("global_tokens", "an int here; leading(b) is for one sequence", "a count for each sequence")
         return Window(self.size, self.global_tokens, self.causal)

@@ -1,7 +1,7 @@
 """Attention in float64 from the mask formula alone.
 
-This file imports nothing from swath: it walks pages, applies scales and decides who sees whom by itself, so that a
-mistake in the library cannot hide in its own check.
+This file imports nothing from swath: it walks pages, applies scales and decides by itself which keys a query sees, so
+that a mistake in the library cannot hide in its own check.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Truth(NamedTuple):
 
 
 def visible(q_pos: Tensor, k_pos: Tensor, size: int | None, global_tokens: int, causal: bool) -> Tensor:
-    """Who sees whom, bool [Q, K]."""
+    """Which keys a query sees, bool [Q, K]."""
     p, k = q_pos.view(-1, 1), k_pos.view(1, -1)
     leading = k < global_tokens
     if size is None:
@@ -64,7 +64,7 @@ def visible(q_pos: Tensor, k_pos: Tensor, size: int | None, global_tokens: int, 
 
 
 def inside(bounds: Tensor, k_pos: Tensor, global_tokens: int) -> Tensor:
-    """Who sees whom by bounds [Q, 2], bool [Q, K]."""
+    """Which keys a query sees by bounds [Q, 2], bool [Q, K]."""
     low, end, k = bounds[:, :1].long(), bounds[:, 1:].long(), k_pos.view(1, -1)
     return ((low <= k) | (k < global_tokens)) & (k < end)
 

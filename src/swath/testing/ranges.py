@@ -1,4 +1,4 @@
-"""Bounds of query rows for tests, by name: who sees whom where a ``Case`` has ``ranges``.
+"""Bounds of query rows for tests, by name: which keys a query sees where a ``Case`` has ``ranges``.
 
 A rule takes the row's number in its sequence, its position p and the sequence's number of keys, and returns [lo, hi).
 """

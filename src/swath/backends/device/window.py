@@ -1,4 +1,4 @@
-"""Who sees whom, on the device: the twin of swath/window.py.
+"""Which keys a query sees, on the device: the twin of swath/window.py.
 
 ``lead`` is the count of leading tokens of a sequence, its ``global_tokens``.
 """
@@ -81,7 +81,7 @@ def view_of(seq, kv_len, window, F: tl.constexpr):
     """The view of a sequence's queries, of which there are some, over ``kv_len`` keys, which are all that may be seen.
 
     ``window``: the size, or the bounds of all rows. Queries before all keys or behind them are moved near, and their
-    windows are as much shorter: who sees whom stays, and no sum of what is returned overflows, whatever int32
+    windows are as much shorter: the same keys are seen, and no sum of what is returned overflows, whatever int32
     ``seq.q_start`` and ``window`` are.
     """
     if F.bounds:

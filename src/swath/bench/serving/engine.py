@@ -91,13 +91,13 @@ class Engine(Protocol):
         """Whether requests are unfinished."""
 
     def add(self, _prompt: Sequence[int], _new_tokens: int, /) -> None:
-        """Take a prompt, for exactly so many greedy tokens."""
+        """Take a prompt, to be answered by exactly ``_new_tokens`` greedy tokens."""
 
     def step(self) -> Mapping[str, int]:
         """Go on by one step; how many tokens came, by request."""
 
     def logprobs(self, _prompts: Sequence[Sequence[int]], _new_tokens: int, /) -> list[Logprobs]:
-        """The greedy answers to prompts that run together, so many tokens each."""
+        """The greedy answers to prompts that run together, ``_new_tokens`` each."""
 
     def watched(self, _look: Callable[[Call], None], /) -> AbstractContextManager[None]:
         """Within it the function sees every call of attention that runs outside CUDA graphs."""

@@ -17,7 +17,7 @@ from swath.ops.arguments import MAX_HEAD_DIM
 
 
 def takes_head_size(head_size: int) -> bool:
-    """Whether swath has heads of so many elements."""
+    """Whether swath takes heads of ``head_size`` elements."""
     return head_size % 8 == 0 and 0 < head_size <= MAX_HEAD_DIM
 
 

@@ -1,7 +1,8 @@
 """The float64 truth of a call, all heads of a sequence at once: fast enough for a hundred thousand calls.
 
 It computes what ``swath.testing.oracle`` computes, field by field, and like it walks pages and applies scales by
-itself. It takes the rule of who sees whom from there, and no code from the rest of swath. A test holds it to that one.
+itself. It takes the rule of which keys a query sees from there, and no code from the rest of swath. A test holds it to
+that one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ MOST_SCORES = 1 << 24
 
 @dataclass(frozen=True, eq=False)
 class Scoring:
-    """Who sees whom and how scores are made: the options of a call that are the same for all its sequences."""
+    """Which keys a query sees and how scores are made: the options of a call that are the same for all sequences."""
 
     size: int | None
     causal: bool
