@@ -33,19 +33,21 @@ def positions_of(
         q_start: [B], position of each sequence's first row.
 
     Returns:
-        Positions [B], [B, S] or [T], in the dtype of ``seq_lens``, or of ``q_start`` where it is given without
-        cu_seqlens_q.
+        Positions [B], [B, S] or [T], int32 or int64 as the tensors they come from.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
     check_ints("seq_lens", seq_lens, None, check_is_tensor("seq_lens", seq_lens).device)
+    if q_start is not None:
+        check_ints("q_start", q_start, seq_lens.shape[0], seq_lens.device)
     if cu_seqlens_q is None:
         steps = 1 if num_tokens is None else check_count("num_tokens", num_tokens, "an int >= 0 or None")
         first = seq_lens - steps if q_start is None else q_start
         rows = first[:, None] + torch.arange(steps, dtype=first.dtype, device=first.device)
         return rows[:, 0] if num_tokens is None else rows
     count = check_count("num_tokens", num_tokens, "T, the rows of q, where there is a cu_seqlens_q")
+    check_ints("cu_seqlens_q", cu_seqlens_q, seq_lens.shape[0] + 1, seq_lens.device)
     rows = torch.arange(count, dtype=seq_lens.dtype, device=seq_lens.device)
     cu = cu_seqlens_q.to(seq_lens.dtype)
     first = seq_lens - cu.diff() if q_start is None else q_start
@@ -165,11 +167,13 @@ def shard(bounds: Tensor, rank: int, world_size: int, *, interleave: int = 1) ->
 def own_tokens(count: Tensor, rank: int, world_size: int, *, interleave: int = 1) -> Tensor:
     """How many of the first ``count`` tokens of a context a rank holds; see ``shard``.
 
-    Of 7 tokens rank 0 of 2 holds 4, and rank 1 holds 3; dealt out 2 at a time, also 4 and 3.
+    Of 7 tokens rank 0 of 2 holds 4, and rank 1 holds 3; dealt out 2 at a time, also 4 and 3. ``count`` is an int32 or
+    int64 tensor of any shape, and the result is like it.
     """
     check_count("world_size", world_size, "an int >= 1", least=1)
     check_count("interleave", interleave, "an int >= 1", least=1)
     check_count("rank", rank, "an int >= 0", most=world_size - 1)
+    check_int_dtype("count", check_is_tensor("count", count))
     count = count.clamp(min=0)
     turn = interleave * world_size
     rounds = count.div(turn, rounding_mode="floor")

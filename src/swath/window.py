@@ -41,7 +41,7 @@ class Window:
         bounds: int32 or int64, shaped as q with ``[lo, hi)`` in place of heads and D: [B, 2], [B, S, 2] or [T, 2]. What
             is outside the sequence's keys is cut off, and a range that goes down is empty. ``swath.bounds`` makes
             those of image spans, chunks, prefixes and shards. ``size`` and ``causal`` keep their defaults.
-        max_visible: upper bound of ``hi - lo``, to choose launches by; None: not known. No result depends on it.
+        max_visible: upper bound of ``hi - lo``, to choose launches by; None: not known. It changes last bits at most.
 
     Raises:
         TypeError, ValueError: naming the field.

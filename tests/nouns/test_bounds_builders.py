@@ -110,6 +110,8 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "cu_seqlens_q": lambda p: bounds.prefix(p, p, cu_seqlens_q=p),
     "rank": lambda p: bounds.own_tokens(p, 2, 2),
     "num_tokens": lambda p: bounds.positions_of(p, cu_seqlens_q=p),
+    "q_start": lambda p: bounds.positions_of(p, q_start=p[:1]),
+    "count": lambda p: bounds.own_tokens(p.float(), 0, 2),
 }
 
 

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(cls=Group, help="Measure swath and its peers on this machine.", no_args_is_help=True)
 
-for command in (compare, plot, report, serve, tune):
-    app.command(cls=Command)(command)
-
 BOOKKEEPING = ("--output", "--resume", "--budget", "--commit")
 """Options that change no row."""
 ROUNDS, QUICK_ROUNDS, QUICK_SECONDS = 7, 3, 50.0
@@ -200,3 +197,7 @@ def _device(name: str | None) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise fail("--device cuda needs a GPU that torch can use; torch.cuda.is_available() is False")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+for command in (serve, compare, plot, report, tune):  # the order of ``swath bench --help``, after list and run
+    app.command(cls=Command)(command)

@@ -36,7 +36,7 @@ def serve(
         list[str] | None,
         typer.Argument(metavar="MODEL/CACHE/BACKEND", show_default="eleven", help="mistral-7b/bf16/swath, ..."),
     ] = None,
-    layers: Annotated[int, typer.Option(min=1, metavar="N", help="Layers, about; at most the model's own.")] = 8,
+    layers: Annotated[int, typer.Option(min=1, metavar="N", help="Layers, rounded to the model's period.")] = 8,
     budget: Annotated[
         float | None, typer.Option(min=0, metavar="SECONDS", help="Begin no job that may not end within this.")
     ] = None,
@@ -47,8 +47,9 @@ def serve(
 ) -> None:
     """Serve models with random weights on vLLM, and time prefill and decode with swath and with vLLM's own backends.
 
-    Models are mistral-7b, gpt-oss-20b and gemma-3-12b; caches bf16 and what vLLM calls fp8, int8_per_token_head and so
-    on; backends swath and vLLM's names. Before a job is timed, rows of its attention are held to float64.
+    Models are mistral-7b, gpt-oss-20b and gemma-3-12b. Caches are bf16 and vLLM's names, such as fp8 and
+    int8_per_token_head. Backends are swath and vLLM's names, such as FLASH_ATTN. Before a job is timed, rows of its
+    attention are held to float64.
     """
     with one_line_errors():
         wanted = [job_of(text, layers) for text in jobs or DEFAULT]

@@ -57,7 +57,7 @@ class PagedCache(Cache):  # type: ignore[misc]
             frequencies, whose tokens have consecutive positions, and for every ``quant``.
 
     After a call that failed, in the middle of the layers say, ``crop`` goes back to the tokens before it, or ``reset``
-    to none; until then calls are refused. Where ``crop``, ``reorder_cache`` or the like refuse, nothing has changed.
+    to none; until then calls are refused. When ``crop``, ``reorder_cache`` or the like raise, the cache is unchanged.
 
     Raises:
         TypeError, ValueError: naming the argument; a layer type that keeps no plain keys and values.

@@ -18,7 +18,7 @@ class Model:
     - depth: layers of the real model; period: layers after which the kinds of layers repeat
     - window: keys in the window of windowed layers
     - is_dense: no routing, so that nearly equal activations give nearly equal logits
-    - own: what its configuration has beside ``COMMON`` and the layers
+    - own: its configuration, without ``COMMON`` and what follows from the layers
     """
 
     name: str
@@ -32,7 +32,7 @@ class Model:
     own: dict[str, Any]
 
     def config(self, layers: int) -> dict[str, Any]:
-        """config.json of the model with so many layers.
+        """config.json of the model with ``layers`` layers.
 
         Raises:
             ValueError: the layers are no whole number of periods.
@@ -53,7 +53,7 @@ class Model:
         return f"{layers} of {self.depth} layers, {heads}, window {self.window}"
 
     def layers_near(self, wanted: int) -> int:
-        """Whole periods, about so many layers, and at least one period."""
+        """``wanted`` layers, rounded to whole periods, and at least one period."""
         return max(round(wanted / self.period), 1) * self.period
 
 
