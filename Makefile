@@ -37,6 +37,7 @@ DOCS_STAMP := $(VENV)/.stamp-docs
 RELEASE := .venv-release
 # An environment in which nothing is held back: releases newer than those we are tested with.
 NEWEST := .venv-newest
+NEWEST_HF := $(VENV)/transformers-newest
 PIP_NEWEST := $(NEWEST)/bin/python -m pip --disable-pip-version-check -qq
 
 # An engine brings the torch and Triton that it was made for, so it has an environment of its own.
@@ -88,13 +89,12 @@ test-newest: $(NEWEST)/bin/pip ## run the suite with the newest release of every
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -k triton $(INTERPRETED)
 
-test-hf-newest: $(NEWEST)/bin/pip ## run the tests of the Transformers integration with its newest release (short)
-	@echo "installing $(TORCH) and the newest Transformers into $(NEWEST)"
-	@$(PIP_NEWEST) install '$(TORCH)'
-	@$(PIP_NEWEST) install -e '.[hf]' pytest pytest-xdist hypothesis
-	@$(PIP_NEWEST) install --upgrade transformers
-	$(NEWEST)/bin/python -m pip list | grep -E '^(torch|transformers) '
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal tests/hf $(ARGS)
+# The newest Transformers lies beside the environment's and comes before it on the path: torch is not installed anew.
+test-hf-newest: $(DEV_STAMP) ## run the tests of the Transformers integration with its newest release (short)
+	@echo "installing the newest transformers into $(NEWEST_HF)"
+	@$(PIP) install --upgrade --target $(NEWEST_HF) transformers
+	PYTHONPATH=$(CURDIR)/$(NEWEST_HF) $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
+	PYTHONPATH=$(CURDIR)/$(NEWEST_HF) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/hf $(ARGS)
 
 test-vllm: $(VLLM_STAMP) ## run the real vLLM on swath, on a CPU (3 GB to install; ten minutes)
 	OMP_NUM_THREADS=1 $(CALM) $(VLLM)/bin/python -m pytest -s tests/engines/real_vllm.py tests/engines/real_vllm_model.py \
