@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from swath.checks import check_count, check_int_dtype, check_ints, check_is_tensor
+from swath.checks import check_count, check_int_dtype, check_ints, check_is_tensor, check_tensor
 from swath.errors import bad_value
+from swath.window import LARGEST_SIZE
 
 
 def positions_of(
@@ -47,7 +48,7 @@ def positions_of(
         rows = first[:, None] + torch.arange(steps, dtype=first.dtype, device=first.device)
         return rows[:, 0] if num_tokens is None else rows
     count = check_count("num_tokens", num_tokens, "T, the rows of q, where there is a cu_seqlens_q")
-    check_ints("cu_seqlens_q", cu_seqlens_q, seq_lens.shape[0] + 1, seq_lens.device)
+    _check_owners(cu_seqlens_q, seq_lens.shape[0], count, seq_lens.device)
     rows = torch.arange(count, dtype=seq_lens.dtype, device=seq_lens.device)
     cu = cu_seqlens_q.to(seq_lens.dtype)
     first = seq_lens - cu.diff() if q_start is None else q_start
@@ -70,7 +71,7 @@ def window(positions: Tensor, size: int) -> Tensor:
     ``positions``.
     """
     p = _positions(positions)
-    return _ranges((p - (check_count("size", size, "an int >= 1", least=1) - 1)).clamp(min=0), p + 1)
+    return _ranges((p - (_size(size) - 1)).clamp(min=0), p + 1)
 
 
 def chunked(positions: Tensor, size: int) -> Tensor:
@@ -79,8 +80,7 @@ def chunked(positions: Tensor, size: int) -> Tensor:
     With a size of 4 the rows at 2, 3, 4 and 6 see [0, 3), [0, 4), [4, 5) and [4, 7). The result is [..., 2], in the
     dtype of ``positions``.
     """
-    p = _positions(positions)
-    size = check_count("size", size, "an int >= 1", least=1)
+    p, size = _positions(positions), _size(size)
     return _ranges(p.div(size, rounding_mode="floor") * size, p + 1)
 
 
@@ -137,8 +137,8 @@ def blocks(
         TypeError, ValueError: naming the argument.
     """
     p = _positions(positions)
-    check_int_dtype("spans", check_is_tensor("spans", spans))
-    if spans.dim() != 3 or spans.shape[-1] != 2:
+    check_int_dtype("spans", check_tensor("spans", spans, 3, p.device))
+    if spans.shape[-1] != 2:
         raise bad_value("spans", "shape [B, R, 2]", tuple(spans.shape))
     begin, end = _by_row("spans", spans.to(p.dtype), p, cu_seqlens_q).unbind(-1)  # [..., R]
     inside = (begin <= p[..., None]) & (p[..., None] < end)
@@ -170,10 +170,10 @@ def own_tokens(count: Tensor, rank: int, world_size: int, *, interleave: int = 1
     Of 7 tokens rank 0 of 2 holds 4, and rank 1 holds 3; dealt out 2 at a time, also 4 and 3. ``count`` is an int32 or
     int64 tensor of any shape, and the result is like it.
     """
-    check_count("world_size", world_size, "an int >= 1", least=1)
-    check_count("interleave", interleave, "an int >= 1", least=1)
-    check_count("rank", rank, "an int >= 0", most=world_size - 1)
     check_int_dtype("count", check_is_tensor("count", count))
+    check_count("world_size", world_size, "an int >= 1", least=1, most=LARGEST_SIZE)
+    check_count("interleave", interleave, "an int >= 1", least=1, most=LARGEST_SIZE // world_size)
+    check_count("rank", rank, "an int >= 0", most=world_size - 1)
     count = count.clamp(min=0)
     turn = interleave * world_size
     rounds = count.div(turn, rounding_mode="floor")
@@ -187,10 +187,22 @@ def _positions(positions: Tensor) -> Tensor:
     return positions
 
 
+def _size(size: int) -> int:
+    return check_count("size", size, "an int >= 1", least=1, most=LARGEST_SIZE)
+
+
+def _check_owners(cu_seqlens_q: object, num_seqs: int, num_rows: int, device: torch.device) -> None:
+    """Check that cu_seqlens_q is one of ``num_seqs`` sequences, and that rows have one to belong to."""
+    check_ints("cu_seqlens_q", cu_seqlens_q, num_seqs + 1, device)
+    if num_seqs == 0 and num_rows > 0:
+        raise bad_value("cu_seqlens_q", f"a sequence or more for {num_rows} rows", "none")
+
+
 def _by_row(name: str, x: Tensor, positions: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
     """What each sequence has, x [B, ...], for each row: [..., ...]."""
     if cu_seqlens_q is not None:
-        check_ints("cu_seqlens_q", cu_seqlens_q, x.shape[0] + 1, positions.device)
+        check_tensor("positions", positions, 1)
+        _check_owners(cu_seqlens_q, x.shape[0], positions.shape[0], positions.device)
         return x[sequence_of(torch.arange(positions.shape[0], device=x.device), cu_seqlens_q)]
     if x.shape[0] != positions.shape[0]:
         raise bad_value(name, f"one for each of {positions.shape[0]} sequences (or cu_seqlens_q)", tuple(x.shape))

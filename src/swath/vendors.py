@@ -78,7 +78,7 @@ def dense_pages(k: Tensor, v: Tensor, page_size: int | None) -> tuple[Tensor, Te
         raise bad_value("k", "sequences that lie a whole number of keys apart", f"strides {k.stride()}")
     if keys_apart(v) != apart:
         raise bad_value("v", f"sequences that lie {apart} keys apart, as of k", f"strides {v.stride()}")
-    size = page_size_dividing(keys, apart) if page_size is None else page_size
+    size = page_size_dividing(keys, apart) if page_size is None else _page_size(page_size)
     if keys % size or apart % size:
         raise bad_value("page_size", f"a divisor of {keys} keys, {apart} apart", size)
     between = apart // size
@@ -89,6 +89,10 @@ def dense_pages(k: Tensor, v: Tensor, page_size: int | None) -> tuple[Tensor, Te
         pools.append(x.as_strided((count, heads, size, x.shape[3]), (size * step, x.stride(2), step, 1)))
     first = torch.arange(batch, dtype=torch.int32, device=k.device) * between
     return pools[0], pools[1], first[:, None] + torch.arange(keys // size, dtype=torch.int32, device=k.device)
+
+
+def _page_size(page_size: object) -> int:
+    return check_count("page_size", page_size, "an int >= 1 or None", least=1)
 
 
 def keys_apart(k: Tensor) -> int | None:

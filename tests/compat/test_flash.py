@@ -260,7 +260,7 @@ def test_one_split_is_the_same_alone(some: Any, device: str) -> None:
 def refusals(some: Any) -> dict[str, Callable[[], Any]]:
     q, k, cache = some(2, 1, 4, 32), some(2, 1, 2, 32), some(2, 50, 2, 32)
     lens = torch.tensor([3, 4], dtype=torch.int32, device=q.device)
-    cos = some(50, 8)
+    cos, one = some(50, 8), cache[:1].expand(2, -1, -1, -1)
 
     def over(**options: Any) -> Callable[[], Any]:
         arguments: dict[str, Any] = dict(k_cache=cache, v_cache=cache.clone(), cache_seqlens=lens)
@@ -271,15 +271,23 @@ def refusals(some: Any) -> dict[str, Callable[[], Any]]:
         "alibi_slopes": lambda: flash_attn_func(q, k, k, alibi_slopes=some(4)),
         "window_size": lambda: flash_attn_func(q, k, k, window_size=(3,)),
         "window_size ": lambda: flash_attn_func(q, k, k, window_size=(-2, 0)),
+        "window_size  ": lambda: flash_attn_func(q, k, k, window_size=3),  # type: ignore[arg-type]
         "causal": lambda: flash_attn_func(q, k, k, causal=1),
         "softcap": lambda: flash_attn_func(q, k, k, softcap=-1.0),
         "q": lambda: flash_attn_func(q.flatten(0, 1), k, k),
         "k": lambda: flash_attn_func(q, k[:1], k[:1]),
         "v": lambda: flash_attn_func(q, k, k[:, :, :1]),
         "k ": lambda: flash_attn_varlen_func(q[0], k, k, lens, lens, 1, 1),
+        "cu_seqlens_k": lambda: flash_attn_varlen_func(q[0], k[0], k[0], lens, None, 1, 1),  # type: ignore[arg-type]
+        "cu_seqlens_q": lambda: flash_attn_varlen_func(q[0], k[0], k[0], lens[:1], lens, 1, 1),
+        "max_seqlen_q": lambda: flash_attn_varlen_func(q[0], k[0], k[0], lens, lens, 1.0, 1),  # type: ignore[arg-type]
         "num_splits": over(num_splits=4),
         "alibi_slopes ": over(alibi_slopes=some(4)),
         "cache_seqlens": over(k=k, v=k, cache_seqlens=None),
+        "cache_seqlens ": over(cache_seqlens=3.7),  # not 3
+        "cache_seqlens  ": over(cache_seqlens=lens[:1]),
+        "cache_seqlens   ": over(cache_seqlens=lens.float()),
+        "window_size   ": over(window_size=None),
         "cache_batch_idx": over(cache_batch_idx=lens, block_table=lens[:, None]),
         "cache_leftpad": over(cache_leftpad=lens, block_table=lens[:, None]),
         "cache_batch_idx ": over(cache_batch_idx=lens[:1]),
@@ -292,6 +300,8 @@ def refusals(some: Any) -> dict[str, Callable[[], Any]]:
         "rotary_cos  ": over(k=k, v=k, rotary_cos=cos[:49], rotary_sin=cos[:49]),
         "k_cache": over(k_cache=cache[:1], v_cache=cache[:1]),
         "v_cache": over(v_cache=cache[:, :49]),
+        "k_cache  ": over(k=k, v=k, k_cache=one, v_cache=one),  # both sequences would write the same slots
+        "rotary_cos   ": over(k=k, v=k, rotary_cos=cos.int(), rotary_sin=cos.int()),
         "v_cache ": over(v_cache=LAYOUTS["heads outside"](cache)),
         "k_cache ": over(**dict.fromkeys(("k_cache", "v_cache"), LAYOUTS["odd distance"](cache))),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -145,6 +146,28 @@ def test_layers_share_the_windows_of_a_step() -> None:
     assert step.window(40) is step.window(40)
     assert step.window(40).global_tokens is inputs.global_tokens
     assert step.window(None).global_tokens == 0
+
+
+def step_with_span(**changed: Any) -> Step:
+    """Two sequences of 5 and 9 keys, two new tokens each; the first has an image in keys 2 to 4."""
+    lens = torch.tensor([5, 9], dtype=torch.int32)
+    spans = torch.tensor([[[2, 5]], [[0, 0]]], dtype=torch.int32)
+    return replace(Step(lens[:, None], lens, lens, num_tokens=4, max_q_len=2, max_kv_len=9, spans=spans), **changed)
+
+
+def test_spans_of_a_step() -> None:
+    """Bounds are shaped as q is given, whose rows stand where the step says; leading tokens stay visible."""
+    flat = [[1, 5], [2, 5], [5, 8], [6, 9]]
+    assert step_with_span().window(3).bounds.tolist() == [flat[:2], flat[2:]]
+    assert step_with_span(num_tokens=2, max_q_len=1).window(3).bounds.tolist() == [flat[1], flat[3]]
+    cu = torch.tensor([0, 2, 4], dtype=torch.int32)
+    assert step_with_span(cu_seqlens_q=cu).window(3).bounds.tolist() == flat
+    early = step_with_span(cu_seqlens_q=cu, q_start=torch.tensor([0, 1], dtype=torch.int32), global_tokens=1)
+    assert early.window(3).bounds.tolist() == [[0, 1], [0, 2], [0, 2], [0, 3]]
+    assert early.window(3).global_tokens == 1
+    assert early.window(None).global_tokens == 0
+    with pytest.raises(ValueError, match=r"^causal: wanted True where there are spans"):
+        step_with_span(causal=False).window(3)
 
 
 def test_a_step_appends_as_far_as_slots_go() -> None:

@@ -50,6 +50,9 @@ BATCHES = {
     ),
     "clamped images": Batch(q_lens=(5, 60), window=24, spans=((), ((3, 40),)), kv_lens=(70, 60), clamped=True),
     "images, no window": Batch(q_lens=(5, 60), spans=((), ((3, 40),)), kv_lens=(70, 60), padded=True),
+    "images, leading": Batch(
+        q_lens=(5, 60), rswa=24, leading=(20, 7), spans=((), ((3, 40),)), kv_lens=(70, 60), padded=True
+    ),
     "narrow values": Batch(q_lens=(1, 33, 4), v_dim=32, kv_cache_dtype="int8_per_token_head"),
     "float32": Batch(q_lens=(1, 33, 20), window=24, sink=True, dtype=torch.float32, layout="LBHNC"),
 }

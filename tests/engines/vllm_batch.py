@@ -69,7 +69,7 @@ class Batch:
         """Which keys of request b any of its new tokens sees, bool [kv_len]."""
         kv_len, leading = self.kv_lens[b], self.leading[b] if self.leading else 0
         if self.spans:
-            return oracle.inside(torch.tensor(self.ranges(b)), torch.arange(kv_len), 0).any(0)
+            return oracle.inside(torch.tensor(self.ranges(b)), torch.arange(kv_len), leading).any(0)
         rows = torch.arange(kv_len - self.q_lens[b], kv_len)
         return oracle.visible(rows, torch.arange(kv_len), self.size, leading, self.causal).any(0)
 

@@ -102,23 +102,33 @@ def test_the_worked_examples() -> None:
     assert [bounds.own_tokens(p(7), rank, 2, interleave=n).item() for n in (1, 2) for rank in (0, 1)] == [4, 3, 4, 3]
 
 
-WRONG: dict[str, Callable[[Tensor], Tensor]] = {
-    "positions": lambda p: bounds.window(p.float(), 4),
-    "size": lambda p: bounds.window(p, 0),
-    "prefix_lens": lambda p: bounds.prefix(p, p[:1]),
-    "spans": lambda p: bounds.blocks(p, torch.zeros(3, 2, dtype=torch.int32)),
-    "cu_seqlens_q": lambda p: bounds.prefix(p, p, cu_seqlens_q=p),
-    "rank": lambda p: bounds.own_tokens(p, 2, 2),
-    "num_tokens": lambda p: bounds.positions_of(p, cu_seqlens_q=p),
-    "q_start": lambda p: bounds.positions_of(p, q_start=p[:1]),
-    "count": lambda p: bounds.own_tokens(p.float(), 0, 2),
-}
+WRONG: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+    ("positions", lambda p: bounds.window(p.float(), 4)),
+    ("positions", lambda p: bounds.prefix(p[:, None], p[:1], cu_seqlens_q=p[:2])),
+    ("size", lambda p: bounds.window(p, 0)),
+    ("size", lambda p: bounds.window(p, 2**31)),  # beyond int32 it would wrap around
+    ("size", lambda p: bounds.chunked(p, 2**31)),
+    ("prefix_lens", lambda p: bounds.prefix(p, p[:1])),
+    ("spans", lambda p: bounds.blocks(p, torch.zeros(3, 2, dtype=torch.int32))),
+    ("spans", lambda p: bounds.blocks(p, torch.zeros(3, 1, 2, dtype=torch.int32, device="meta"))),
+    ("cu_seqlens_q", lambda p: bounds.prefix(p, p, cu_seqlens_q=p)),
+    ("cu_seqlens_q", lambda p: bounds.prefix(p, p[:0], cu_seqlens_q=p[:1])),
+    ("cu_seqlens_q", lambda p: bounds.positions_of(p, 3, cu_seqlens_q=p[:2])),  # one difference would go for all
+    ("cu_seqlens_q", lambda p: bounds.positions_of(p[:2], 3, cu_seqlens_q=p.float())),
+    ("cu_seqlens_q", lambda p: bounds.positions_of(p[:0], 3, cu_seqlens_q=p[:1])),
+    ("q_start", lambda p: bounds.positions_of(p, 2, q_start=p[:1])),
+    ("q_start", lambda p: bounds.positions_of(p, 2, q_start=p.float())),
+    ("rank", lambda p: bounds.own_tokens(p, 2, 2)),
+    ("count", lambda p: bounds.own_tokens(p.float(), 1, 2)),
+    ("interleave", lambda p: bounds.own_tokens(p, 1, 2**16, interleave=2**16)),
+    ("num_tokens", lambda p: bounds.positions_of(p, cu_seqlens_q=p)),
+]
 
 
-@pytest.mark.parametrize("argument", WRONG)
-def test_wrong_arguments_are_named(argument: str) -> None:
+@pytest.mark.parametrize(("argument", "call"), WRONG)
+def test_wrong_arguments_are_named(argument: str, call: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{argument}: wanted"):
-        WRONG[argument](torch.tensor([4, 5, 6], dtype=torch.int32))
+        call(torch.tensor([4, 5, 6], dtype=torch.int32))
 
 
 @pytest.mark.gpu

@@ -281,7 +281,9 @@ def test_from_dense_refuses_what_is_no_view() -> None:
             *[torch.nn.functional.pad(k.flatten(1), (0, 8))[:, :-8].view(k.shape)] * 2
         ),
         "page_size: wanted a divisor of 48 keys": lambda: PagedKV.from_dense(k, k, page_size=32),
+        "page_size: wanted an int >= 1 or None, got 0": lambda: PagedKV.from_dense(k, k, page_size=0),
+        "page_size: wanted an int >= 1 or None, got float": lambda: PagedKV.from_dense(k, k, page_size=8.0),  # type: ignore[arg-type]
     }
     for message, call in wrong.items():
-        with pytest.raises(ValueError, match=f"^{message}"):
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
             call()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from swath.cache import PagedKV
-from swath.checks import check_tensor, check_values
-from swath.compat.layout import append, cache_of, filled, is_regular, laid_flat, window_of, with_rows
+from swath.checks import check_int, check_ints, check_separate, check_tensor, check_values
+from swath.compat.layout import append, cache_of, filled, is_regular, laid_flat, lengths_of, window_of, with_rows
 from swath.compat.rotary import rotary_of
 from swath.errors import bad_value
 from swath.ops.attention import attention
@@ -126,7 +126,9 @@ def flash_attn_varlen_func(
     q = with_rows("q", q, 3)
     k, v = (with_rows(name, x, 3 if block_table is None else 4) for name, x in (("k", k), ("v", v)))
     check_values(v, k)
-    q_bound, kv_bound = (None if isinstance(x, Tensor) else x for x in (max_seqlen_q, max_seqlen_k))
+    check_ints("cu_seqlens_k", cu_seqlens_k, None, q.device)
+    check_ints("cu_seqlens_q", cu_seqlens_q, cu_seqlens_k.shape[0], q.device)
+    q_bound, kv_bound = _bound("max_seqlen_q", max_seqlen_q), _bound("max_seqlen_k", max_seqlen_k)
     capacity = k.shape[0] if block_table is None else check_tensor("block_table", block_table, 2).shape[1] * k.shape[1]
     window, shift = window_of(window_size, causal, capacity + q.shape[0])
     seq_lens = cu_seqlens_k.diff()
@@ -205,8 +207,8 @@ def flash_attn_with_kvcache(
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if cache_seqlens is None and (k is not None or cache_leftpad is not None):
         raise bad_value("cache_seqlens", "the keys in the cache, as k or cache_leftpad is given", None)
-    held = capacity if cache_seqlens is None else cache_seqlens
-    seq_lens = held if isinstance(held, Tensor) else filled(q.shape[0], held, q)
+    seq_lens = lengths_of(capacity if cache_seqlens is None else cache_seqlens, q)
+    window, shift = window_of(window_size, causal, capacity + q.shape[1])
     rotary = rotary_of(rotary_cos, rotary_sin, k, q.shape[3], capacity, rotary_interleaved)
     if rotary is not None and k is not None:
         q = rotary.turn(q, seq_lens, advance=causal or tuple(window_size) != (-1, -1))
@@ -214,8 +216,9 @@ def flash_attn_with_kvcache(
     if cache_leftpad is not None:
         seq_lens = seq_lens - cache_leftpad
     if k is not None or v is not None:
+        check_separate("k_cache", k_cache)
+        check_separate("v_cache", v_cache)
         seq_lens = append(cache, table, k, v, seq_lens)
-    window, shift = window_of(window_size, causal, capacity + q.shape[1])
     made = paged_attention(
         q, cache, table, seq_lens, window=window, scale=softmax_scale, softcap=softcap, sink=s_aux,
         q_start=None if shift is None else seq_lens.long().clamp(min=0) - q.shape[1] + shift,
@@ -229,4 +232,11 @@ def _refuse(dropout_p: float, alibi_slopes: Tensor | None) -> None:
     if dropout_p:
         raise bad_value("dropout_p", "0: swath does no training", dropout_p)
     if alibi_slopes is not None:
-        raise bad_value("alibi_slopes", "None: swath adds no bias to scores", f"shape {tuple(alibi_slopes.shape)}")
+        raise bad_value("alibi_slopes", "None: swath adds no bias to scores", type(alibi_slopes).__name__)
+
+
+def _bound(name: str, value: int | Tensor | None) -> int | None:
+    """A host bound of lengths; one that lies on the device is not read."""
+    if value is None or isinstance(value, Tensor):
+        return None
+    return check_int(name, value, "an int, a tensor or None")

@@ -12,7 +12,7 @@ from swath.checks import check_count, check_ints, check_tensor, check_values
 from swath.errors import bad_type, bad_value
 from swath.ops.append import append_kv
 from swath.ops.slots import slots
-from swath.pages import BlockTable, PageTable
+from swath.pages import LARGEST, BlockTable, PageTable
 from swath.vendors import keys_apart
 from swath.window import Window
 
@@ -28,12 +28,22 @@ def filled(length: int, value: int, like: Tensor) -> Tensor:
     return torch.full((length,), value, dtype=torch.int32, device=like.device)
 
 
+def lengths_of(cache_seqlens: object, q: Tensor) -> Tensor:
+    """Lengths [B] from ``cache_seqlens`` for q [B, ...]: those, or one int for all sequences."""
+    if isinstance(cache_seqlens, Tensor):
+        return check_ints("cache_seqlens", cache_seqlens, q.shape[0], q.device)
+    length = check_count("cache_seqlens", cache_seqlens, "an int >= 0 or a tensor [B]", most=LARGEST)
+    return filled(q.shape[0], length, q)
+
+
 def window_of(window_size: Sequence[int], causal: bool, reach: int) -> tuple[Window, int | None]:
     """The window, and how far queries are moved to the right for it: None for not at all.
 
     The keys ``p - left .. p + right`` are those of a causal window of ``left + right + 1`` keys at ``p + right``. No
     two positions of the call are ``reach`` or more apart, so that much is no limit.
     """
+    if not isinstance(window_size, (tuple, list)):
+        raise bad_type("window_size", "(left, right)", type(window_size).__name__)
     if len(window_size) != 2:
         raise bad_value("window_size", "(left, right)", tuple(window_size))
     left, right = (check_count("window_size", n, "two ints >= -1", least=-1) for n in window_size)
@@ -82,7 +92,7 @@ def cache_of(
     if block_table is not None:
         for name, x in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
             if x is not None:
-                raise bad_value(name, "None where there is a block_table", f"shape {tuple(x.shape)}")
+                raise bad_value(name, "None where there is a block_table", type(x).__name__)
         return PagedKV.from_nhd(k_cache, v_cache), check_tensor("block_table", block_table, 2)
     if not is_regular(k_cache, v_cache):
         name, x = ("k_cache", k_cache) if keys_apart(k_cache) is None else ("v_cache", v_cache)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swath.checks import check_alike, check_tensor
-from swath.errors import bad_value
+from swath.errors import bad_type, bad_value
 
 
 class Rotary(NamedTuple):
@@ -47,6 +47,8 @@ def rotary_of(
     if cos is None and sin is None:
         return None
     cos, sin = check_tensor("rotary_cos", cos, 2), check_tensor("rotary_sin", sin, 2)
+    if not cos.dtype.is_floating_point:
+        raise bad_type("rotary_cos", "cosines, floating point", cos.dtype)
     check_alike("rotary_sin", sin, "rotary_cos", cos)
     check_tensor("k", k, 4, cos.device)
     if cos.shape[0] < positions or 2 * cos.shape[1] > head_dim:

@@ -86,7 +86,7 @@ class Step:
         global_tokens, causal: of the layers' windows (see ``Window``).
         size: keys in the windows of all layers, in place of their own; None: each layer has its own.
         spans, whole_spans: None, or [B, R, 2], ranges of keys whose rows see all of them, also later keys, as
-            ``swath.bounds.blocks`` takes them: image spans. Attention is causal then, without leading tokens.
+            ``swath.bounds.blocks`` takes them: image spans. Attention is causal but for them.
     """
 
     block_table: BlockTable
@@ -114,16 +114,21 @@ class Step:
     def window(self, size: int | None) -> Window:
         """The window of layers that see ``size`` keys, the same object for all of them."""
         if size not in self._windows:
+            leading = 0 if size is None else self.global_tokens
             if self.spans is None:
-                made = Window(size, 0 if size is None else self.global_tokens, self.causal)
+                made = Window(size, leading, self.causal)
             else:
-                made = Window(bounds=self._bounds(size, self.spans))
+                made = Window(global_tokens=leading, bounds=self._bounds(size, self.spans))
             self._windows[size] = made
         return self._windows[size]
 
     def _bounds(self, size: int | None, spans: Tensor) -> Tensor:
-        """The keys of each row, [T, 2]."""
-        rows = bounds.positions_of(self.seq_lens, self.num_tokens, cu_seqlens_q=self.cu_seqlens_q)
+        """The keys of each row: shaped as q is given, with [lo, hi) in place of heads and D."""
+        if not self.causal:
+            raise bad_value("causal", "True where there are spans", False)
+        steps = None if self.max_q_len == 1 else self.max_q_len
+        count = steps if self.cu_seqlens_q is None else self.num_tokens
+        rows = bounds.positions_of(self.seq_lens, count, cu_seqlens_q=self.cu_seqlens_q, q_start=self.q_start)
         return bounds.blocks(rows, spans, size=size, whole=self.whole_spans, cu_seqlens_q=self.cu_seqlens_q)
 
     def append(self, layer: Layer, cache: PagedKV, k: Tensor, v: Tensor) -> None:
@@ -164,9 +169,10 @@ class Step:
         if self.cu_seqlens_q is None and steps > 1:
             q = q.unflatten(0, (-1, steps))
             out = None if out is None else out.unflatten(0, (-1, steps))
+        window = self.window(layer.size if self.size is None else self.size)
         options = dict(
-            cu_seqlens_q=self.cu_seqlens_q, max_q_len=steps, max_kv_len=self.max_kv_len,
-            window=self.window(self.size or layer.size), q_start=self.q_start, out=out, **layer.options,
+            cu_seqlens_q=self.cu_seqlens_q, max_q_len=steps, max_kv_len=self.max_kv_len, window=window,
+            q_start=self.q_start, out=out, **layer.options,
         )  # fmt: skip
         return (q, cache, self.block_table, self.seq_lens), options
 

@@ -96,13 +96,12 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
             num_tokens=m.num_actual_tokens, max_q_len=m.max_query_len, max_kv_len=m.max_seq_len,
             cu_seqlens_q=m.query_start_loc,
         )  # fmt: skip
-        if m.mm_req_doc_ranges and m.max_query_len > 1:
-            return self.with_spans(step, m.mm_req_doc_ranges)
-        if self.rswa_window is None or m.rswa_prefix_lens is None:
-            return step
-        num_seqs = m.seq_lens.shape[0]
-        self.leading[:num_seqs].copy_(m.rswa_prefix_lens[:num_seqs], non_blocking=True)
-        return self.with_leading(step)
+        if self.rswa_window is not None and m.rswa_prefix_lens is not None:
+            num_seqs = m.seq_lens.shape[0]
+            self.leading[:num_seqs].copy_(m.rswa_prefix_lens[:num_seqs], non_blocking=True)
+            step = self.with_leading(step)
+        spanned = m.mm_req_doc_ranges and m.max_query_len > 1
+        return self.with_spans(step, m.mm_req_doc_ranges) if spanned else step
 
     def with_spans(self, step: Step, ranges: Mapping[int, Sequence[tuple[int, int]]]) -> Step:
         """The step with the spans of images in prompts: first and last position of each, by request.
