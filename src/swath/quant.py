@@ -34,7 +34,7 @@ LARGEST: dict[torch.dtype, float] = {torch.int8: 127.0, torch.float8_e4m3fn: 448
 """The largest magnitude stored by each quantised dtype; int8 stays symmetric, so -128 is not used."""
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-"""Of a token's row: a smaller one would lose bits or be 0, by which nothing can be divided."""
+"""The smallest token scale. A smaller one would lose bits, or be 0, and rows are divided by it."""
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16)
 

@@ -179,7 +179,7 @@ def test_a_spelled_window_is_that_window(window: Window) -> None:
         (["--kv-len", 5000], "q_len x kv_len: wanted at most 16777216 cells to draw, got 25000000"),
         (["--chunk", 4, "--prefix", 3], "window: wanted one of --chunk, --prefix, --span and --shard"),
         (["--chunk", 4, "--window", 3], "window: wanted one of --chunk, --prefix, --span and --shard"),
-        (["--prefix", 4, "--no-causal"], "window: wanted no --flash, --mojo or --no-causal beside --chunk"),
+        (["--prefix", 4, "--no-causal"], "window: wanted no --flash, --mojo or --no-causal with --chunk"),
         (["--span", "4"], "span: wanted two integers, such as 2,5, got '4'"),
         (["--shard", "2,2"], "rank: wanted at most 1, got 2"),
         (["--png", "no/such/folder/x.png"], "--png: "),

@@ -101,7 +101,7 @@ def test_explain_in_json_is_the_librarys_explanation() -> None:
 
 
 def test_explain_takes_a_device_or_a_target() -> None:
-    assert failure("explain", "--target", "sm_90", "--device", "cpu") == "target: wanted no --device beside it, got cpu"
+    assert failure("explain", "--target", "sm_90", "--device", "cpu") == "target: wanted no --device with it, got cpu"
     assert failure("explain", "--target", "sm_1").startswith("target: wanted one of 'sm_80', ")
 
 

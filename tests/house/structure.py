@@ -28,7 +28,7 @@ CHANGES = {
     "a storage type, a granularity of scales": "a value of `KVQuant`: `quant.py` and `backends/device/quant.py`",
     "a serving engine": "an adapter in `engines/` that turns the engine's tensors into the nouns and calls `ops/`",
     "a GPU": "launch rows in `backends/triton/heuristics/`; where Triton's own kernels are not fast enough, a folder "
-    "beside `backends/hopper/` that hands its tiles to Triton's planner",
+    "next to `backends/hopper/` that hands its tiles to Triton's planner",
     "an operator": "a file in `ops/`, and a module of its name in each backend: [adding an operator](adding-an-op.md)",
 }
 

@@ -63,7 +63,7 @@ class CpuClock:
         )
 
     def extra_bytes(self, run: Run) -> int | None:
-        """Memory that one call takes beside its result; None where it is not counted."""
+        """Memory that one call takes on top of its result; None where it is not counted."""
         del run
         return None
 

@@ -55,7 +55,7 @@ class Row:
     - shape: the case in words; version: of the provider's package
     - reason: why there is no time; graph_error: why the call was not timed as a CUDA graph
     - error, budget_used: of the rows that the gate looked at
-    - host_us: the host's share of an eager call; extra_bytes: memory that a call takes beside its result
+    - host_us: the host's share of an eager call; extra_bytes: memory that a call takes on top of its result
     - launch: of a backend of swath, the kernels and their settings in words
     """
 

@@ -89,7 +89,7 @@ def ask(op: str, case: Case, device: str | None, target: str | None) -> Answer:
         name = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
         return Answer(_describe(op, case) | {"device": name}, explain(op, *args, **options))
     if device is not None:
-        raise bad_value("target", "no --device beside it", device)
+        raise bad_value("target", "no --device with it", device)
     check_choice("target", target, tuple(GPUS))
     num_sms, names = GPUS[target]
     with interpreting(False), cuda_is(Target(target, num_sms)), without_data():

@@ -14,7 +14,7 @@ from swath.errors import bad_value
 
 
 def write_all(files: Mapping[Path, bytes | str]) -> None:
-    """Write every file beside its place, and only then put all in their places.
+    """Write every file next to its place, and only then put all in their places.
 
     Raises:
         OSError: naming the file that cannot be written.
@@ -35,7 +35,7 @@ def write_all(files: Mapping[Path, bytes | str]) -> None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """What goes wrong with the file beside ``path`` is said of ``path``."""
+    """Errors about the file next to ``path`` name ``path``."""
     try:
         yield
     except OSError as error:

@@ -101,7 +101,7 @@ def _window(size: int | None, global_tokens: int, causal: bool, flash: str | Non
 
 def _check_alone(causal: bool, flash: str | None, mojo: str | None) -> None:
     if not causal or flash is not None or mojo is not None:
-        raise bad_value("window", "no --flash, --mojo or --no-causal beside --chunk, --prefix, --span, --shard", "one")
+        raise bad_value("window", "no --flash, --mojo or --no-causal with --chunk, --prefix, --span, --shard", "one")
 
 
 def _pair(name: str, text: str, wanted: str, allow_none: bool) -> tuple[int | None, int | None]:

@@ -59,7 +59,7 @@ class CarriedMask(BlockMask):
         return CarriedMask(self.band, device)
 
     def contiguous(self) -> CarriedMask:
-        """The mask: ``generate`` asks for it beside static caches."""
+        """The mask: ``generate`` asks for it with static caches."""
         return self
 
     def __getitem__(self, index: Any) -> CarriedMask:

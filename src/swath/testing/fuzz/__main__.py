@@ -25,7 +25,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m swath.testing.fuzz", description="random calls of swath's functions against float64"
     )
     add = parser.add_argument
-    add("--calls", type=int, help="how many (1000, or no limit beside --minutes)")
+    add("--calls", type=int, help="how many (1000, or no limit with --minutes)")
     add("--minutes", type=float, help="stop after so long")
     add("--backend", choices=("auto", *BACKENDS), default="auto", help="triton without a GPU runs in its interpreter")
     add("--seed", type=int, default=0, help="of the first call; 1000 x variant + number")

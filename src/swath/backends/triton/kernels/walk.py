@@ -20,7 +20,7 @@ from swath.backends.device.softmax import FLOOR, lazy_softmax, online_softmax, s
 from swath.backends.device.window import Reach, interior_of, seen_by_some, visible
 
 BEYOND = tl.constexpr(0x7FFFFFFF)
-"""A place after all that any row may see. The mask takes it for keys of dead pages."""
+"""A place after every key that a row may see. Keys of dead pages are put there, so that the mask hides them."""
 
 
 class Walk(NamedTuple):
