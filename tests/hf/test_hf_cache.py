@@ -355,9 +355,11 @@ def test_another_batch_is_refused() -> None:
     [
         ({"quant": "int4"}, "quant"),
         ({"page_size": 20}, "page_size"),
+        ({"page_size": 16.0}, "page_size"),
         ({"chunk": 0}, "chunk"),
         ({"window": Window(4, causal=False)}, "window"),
         ({"window": 4}, "window"),
+        ({"window": Window(bounds=torch.zeros(2, 2, dtype=torch.int32))}, "window.bounds"),
     ],
 )
 def test_arguments_are_checked(options: dict[str, Any], argument: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
+from swath.checks import check_int
 from swath.errors import bad_type, bad_value
 from swath.hf.layer import ON_THE_HOST, PagedLayer
 from swath.hf.leading import leaves_leading
@@ -75,7 +76,7 @@ class PagedCache(Cache):  # type: ignore[misc]
     ) -> None:
         self._config = config.get_text_config(decoder=True)
         check_window_choice(window)
-        check_page_size(page_size)
+        check_page_size(check_int("page_size", page_size, "an int"))
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
             raise bad_value("chunk", "an int >= 1", repr(chunk))
         if leading_positions not in ("text", "cache"):

@@ -38,6 +38,8 @@ def check_window_choice(window: object) -> None:
             raise bad_value("window", "a causal window", window)
         if isinstance(window.global_tokens, Tensor):
             raise bad_type("window.global_tokens", "an int, which fits every batch", "a tensor")
+        if window.bounds is not None:
+            raise bad_value("window.bounds", "None: rows of one batch are no others'", "a tensor")
     elif window is not None and not callable(window):
         raise bad_type("window", "a Window, a function of the layer index, or None", type(window).__name__)
 
