@@ -181,6 +181,7 @@ def test_a_spelled_window_is_that_window(window: Window) -> None:
         (["--chunk", 4, "--window", 3], "window: wanted one of --chunk, --prefix, --span and --shard"),
         (["--prefix", 4, "--no-causal"], "window: wanted no --flash, --mojo or --no-causal with --chunk"),
         (["--span", "4"], "span: wanted two integers, such as 2,5, got '4'"),
+        (["--span", "5,2"], "span: wanted A,B with 0 <= A < B, got 5,2"),
         (["--shard", "2,2"], "rank: wanted at most 1, got 2"),
         (["--png", "no/such/folder/x.png"], "--png: "),
     ],

@@ -68,6 +68,9 @@ class Ranges:
         under = "" if size is None else f", size={size}"
         if self.spans:
             spans = [_pair("span", text) for text in self.spans]
+            for begin, end in spans:
+                if not 0 <= begin < end:
+                    raise bad_value("span", "A,B with 0 <= A < B", f"{begin},{end}")
             each = torch.tensor(spans).expand(len(p), -1, -1)
             return f"bounds.blocks(positions, spans={spans}{under})", bounds.blocks(p, each, size=size)
         rank, world_size = _pair("shard", str(self.shard))
