@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
+from machine_code import flaws
 
 from conftest import plan_for
 from swath import KVQuant, PagedKV, PageTable, Window
@@ -251,6 +252,7 @@ def _compiled(variant: Variant, arch: str) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         "spills": _amd_spills(kernel) if arch.startswith("gfx") else _spills(said.getvalue()),
         "barriers": sorted({int(number) for number in barriers}),  # that Triton chose: ours are in registers
+        "flaws": flaws(kernel.asm) if "ptx" in kernel.asm else [],
         "serialised": "wgmma.mma_async instructions are serialized" in said.getvalue(),
     }
 

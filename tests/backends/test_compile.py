@@ -52,6 +52,8 @@ def test_kernels_compile(arch: str, part: int, all_variants: bool) -> None:
     assert not over, over
     spilled = [r for r in results if r["spills"] > MAX_SPILL_BYTES]
     assert not spilled, spilled
+    flawed = [r for r in results if r["flaws"]]
+    assert not flawed, flawed
     if arch == hopper.ARCH:
         from swath.backends.gluon.pipeline import NamedBarriers
 

@@ -60,9 +60,7 @@ class Runner(Generic[H]):
 
 
 def why_not(problem: Problem) -> str | None:
-    """Needs Triton and a GPU, or the interpreter; and sums that came out right on a GPU."""
-    if problem.compute == "int8" and problem.window.bounds is not None and problem.q.device.type == "cuda":
-        return "compute='int8' under bounds of rows, whose results were wrong on an H200; compute='float' is right"
+    """Needs Triton and a GPU, or the interpreter."""
     return why_no_triton(problem.q.device)
 
 

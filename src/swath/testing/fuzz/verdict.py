@@ -50,7 +50,7 @@ class Verdict:
     used: float = 0.0
 
 
-PARTIAL = ("hopper", "triton")
+PARTIAL = ("hopper",)
 """Backends that may refuse calls; the others take every one."""
 
 

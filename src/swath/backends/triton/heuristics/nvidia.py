@@ -47,8 +47,7 @@ def tile_row(F: Features, short_window: bool) -> TileLaunch:
     """Prefill; ``short_window``: it is a few tiles wide."""
     if F.fp32:
         return TileLaunch(16, 16, 8 if F.bounds else 4, 1)  # four warps spill where bounds of rows take registers
-    # Tiles whose token scales were copied a tile ahead had wrong sums on an H200, with Triton 3.6 and pages of 64 keys
-    # or more; with one stage they are right.
+    # With more, the LLVM of Triton 3.6 mixed two lanes of the columns' numbers (docs/notes/reliability.md).
     stages = 1 if "token" in (F.k_fold, F.v_fold) else 2
     if F.head_dim > 256:  # 64 rows spill where anything else takes registers
         return TileLaunch(32 if F.quantised or F.bounds or F.softcap else 64, 32, 8, stages)

@@ -71,11 +71,15 @@ def split_rows(work: Work, steps: int) -> int:
     With split_size they must not depend on the batch: a row's bits would. Over 8-bit keys 32 are most: 8 steps of
     groups of 4 over int8 took 386 us so, 461 in programs of 16 rows; with wide heads they are more than the registers
     hold. In a mixed batch most sequences have one token: programs for the rows of more find none, and return.
+
+    int8 products under bounds have 32 at most, too: 64 are multiplied by a warp group, and ptxas of CUDA 12.8 lost the
+    address of V there (docs/notes/reliability.md).
     """
     F, problem = work.features, work.problem
-    if F.fp32 or is_mixed(problem) or problem.split_size is not None or (F.pairs and F.head_dim > 128):
+    few = F.pairs or (F.compute_int8 and F.bounds)
+    if F.fp32 or is_mixed(problem) or problem.split_size is not None or (few and F.head_dim > 128):
         return 16
-    return next((m for m in (16, 32) if steps * F.group <= m), 32 if F.pairs else 64)
+    return next((m for m in (16, 32) if steps * F.group <= m), 32 if few else 64)
 
 
 def keys_in_sight(problem: Problem, queries: int) -> int:
