@@ -226,7 +226,7 @@ def test_a_run_leaves_a_table_json_and_a_plot(tiny_dir: Path, tmp_path: Path) ->
 
 
 def test_long_texts_add_rows(tiny_dir: Path, tmp_path: Path) -> None:
-    """Where the text has so many tokens; the picture goes without these rows."""
+    """If the text is long enough. The picture leaves these rows out."""
     (tmp_path / "text").write_text("some words of a text " * 8)
     for path, rows in ((None, 12), (tmp_path / "text", 10)):
         budget = replace(BUDGET, before=2048)

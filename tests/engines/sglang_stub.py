@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum, IntEnum, auto
 from importlib.util import find_spec
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from stub_modules import module_of
 from torch import Tensor, nn
 
 INSTALLED = find_spec("sglang") is not None
@@ -239,21 +240,10 @@ def installed(modules: dict[str, tuple[str, ...]] = MODULES) -> Iterator[None]:
     before = dict(sys.modules)
     for path, names in modules.items():
         for name in names:
-            setattr(_module(path), name, globals()[name])
+            setattr(module_of(path), name, globals()[name])
     try:
         yield
     finally:
         for name in sys.modules.keys() - before.keys():
             if name.startswith(("sglang", "swath.engines.sglang.")):
                 del sys.modules[name]
-
-
-def _module(path: str) -> ModuleType:
-    """The module of this name, and the packages around it."""
-    if path not in sys.modules:
-        sys.modules[path] = ModuleType(path)
-        sys.modules[path].__path__ = []
-        parent, _, name = path.rpartition(".")
-        if parent:
-            setattr(_module(parent), name, sys.modules[path])
-    return sys.modules[path]

@@ -59,7 +59,7 @@ class Batch:
     def slots(self) -> list[Tensor]:
         """Where each request's tokens are, int64 [kv_len]."""
         pages = [page_count(n, PAGE) for n in self.kv_lens]
-        ids = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(3)) + 1  # page 0 is nobody's
+        ids = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(3)) + 1  # page 0 belongs to no request
         own = ids.split(pages)
         return [
             (page[:, None] * PAGE + torch.arange(PAGE)).flatten()[:n] for page, n in zip(own, self.kv_lens, strict=True)

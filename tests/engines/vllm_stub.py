@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
+from stub_modules import module_of
 from torch import Tensor
 
 INSTALLED = find_spec("vllm") is not None
@@ -209,22 +209,11 @@ def installed() -> Iterator[None]:
     before = dict(sys.modules)
     for path, names in MODULES.items():
         for name in names:
-            setattr(_module(path), name, globals()[name])
-    _module("vllm.envs").VLLM_BATCH_INVARIANT = False  # type: ignore[attr-defined]
+            setattr(module_of(path), name, globals()[name])
+    module_of("vllm.envs").VLLM_BATCH_INVARIANT = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
         for name in sys.modules.keys() - before.keys():
             if name.startswith(("vllm", "swath.engines.vllm")):
                 del sys.modules[name]
-
-
-def _module(path: str) -> ModuleType:
-    """The module of this name, and the packages around it."""
-    if path not in sys.modules:
-        sys.modules[path] = ModuleType(path)
-        sys.modules[path].__path__ = []
-        parent, _, name = path.rpartition(".")
-        if parent:
-            setattr(_module(parent), name, sys.modules[path])
-    return sys.modules[path]

@@ -1,4 +1,4 @@
-"""Attention with positions counted inside the cache, naively: the truth for ``PagedCache(leading_positions="cache")``.
+"""Attention with positions counted inside the cache, done naively: the judge of ``leading_positions="cache"``.
 
 The rotary embedding of a model is switched off, so that its attention is handed queries and keys without positions.
 For each query the keys that it sees are put one after another, rotated by the model's own functions to 0, 1, 2, ...,

@@ -91,7 +91,7 @@ class Features:
 
 
 def block_of(columns: int) -> int:
-    """Columns of a tile that holds rows of so many."""
+    """Columns of a tile that holds rows of ``columns`` elements: a power of two, at least 16."""
     return max(16, 1 << (columns - 1).bit_length())
 
 

@@ -36,7 +36,7 @@ from swath.target import Target
 
 REDUCE_CHUNK = 16
 REDUCE_COLUMNS = 256
-"""Of the output that a warp of a reduce has at most: so many columns of a chunk fill its registers."""
+"""The most output columns of a warp of a reduce: with them, a chunk fills its registers."""
 DEQUANTISE_TOKENS = 16
 
 H = TypeVar("H", bound=Heuristics)
