@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from compile_variants import TARGETS, _Driver
 from conftest import python_environment
 from swath import KVQuant, PagedKV
 from swath.backends.triton import append, merge
+from swath.backends.triton.kernels.append import append_kernel
 from swath.problem import AppendCase, MergeCase
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -38,15 +40,19 @@ def appends() -> list[AppendCase]:
     return cases
 
 
-def main() -> None:
-    """Compile them all for the target of the command line."""
+def stand_on(arch: str) -> None:
+    """Let Triton compile for a target that need not be here."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    arch = sys.argv[1]
     target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
     triton.runtime.driver.set_active(_Driver(target))
     triton.knobs.compilation.always_compile = True
+
+
+def main() -> None:
+    """Compile them all for the target of the command line."""
+    stand_on(sys.argv[1])
     for case in appends():
         for call in append._plan(case).calls:  # ``warm`` would load them too, for which there is no GPU
             call.compile(append._operands(case))
@@ -56,11 +62,50 @@ def main() -> None:
             merge.warm(MergeCase(out, lse, out, lse, out, lse, base2))
 
 
-@pytest.mark.parametrize("arch", TARGETS)
-def test_kernels_compile(arch: str) -> None:
-    command = [sys.executable, "-c", "import test_compile_others; test_compile_others.main()", arch]
+def at_once() -> None:
+    """Compile appends of ``in_threads``, each asked for twice: once each, all loaded, and the code is the same."""
+    from triton import compiler
+    from triton.runtime import _async_compile
+
+    from swath.ops.explain import in_threads
+
+    stand_on("sm_90")
+    loaded = []
+    compiler.CompiledKernel.run = property(lambda kernel: loaded.append(kernel))  # there is no GPU to load them on
+    cases = appends()[:4]
+    here = threading.get_ident()
+    compiling, compile_here = [], compiler.compile
+    compiler.compile = lambda *args, **more: compiling.append(threading.get_ident()) or compile_here(*args, **more)
+    with in_threads(torch.device("cpu")):
+        for case in cases * 2:
+            append.warm(case)
+        assert not loaded
+    assert here not in compiling
+    assert len(loaded) == len({kernel.hash for kernel in loaded}) == len(cases)
+    append.warm(cases[0])
+    assert loaded[-1] in loaded[:-1]
+    assert len(compiling) == len(cases)
+
+    append_kernel.compile = lambda *args, **more: 1 // 0
+    with pytest.raises(ZeroDivisionError), in_threads(torch.device("cpu")):
+        append.warm(appends()[5])
+    assert _async_compile.active_mode.get() is None
+
+
+def run(call: str, *args: str) -> None:
+    """A function of this module in a process of its own, whose Triton stands on another target."""
+    command = [sys.executable, "-c", f"import test_compile_others; test_compile_others.{call}()", *args]
     environment = python_environment()
     environment["PYTHONPATH"] += f":{Path(__file__).parent}:{Path(__file__).parents[1]}"
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_kernels_compile(arch: str) -> None:
+    run("main", arch)
+
+
+def test_kernels_compile_in_threads() -> None:
+    run("at_once")

@@ -11,7 +11,7 @@ from torch import Tensor
 from swath.cache import PagedKV
 from swath.engines.common import Layer, Step
 from swath.ops.append import append_kv
-from swath.ops.explain import warmup
+from swath.ops.explain import in_threads, warmup
 from swath.ops.paged import paged_attention
 from swath.ops.signature import cache_look
 
@@ -83,25 +83,19 @@ def warm(
     for layer, cache, num_q_heads in layers:
         sink = None if layer.sink is None else layer.sink.dtype
         with torch.no_grad():
-            kind = (
-                layer.numbers,
-                sink,
-                cache_look(cache),
-                num_q_heads,
-                dtype,
-                traffic,
-                step_of(1, 2, 2, 2).spans is None,
-            )
+            spanned = step_of(1, 2, 2, 2).spans is not None
+            kind = (layer.numbers, sink, cache_look(cache), num_q_heads, dtype, traffic, spanned)
         if kind in _warmed:
             continue
         _warmed.add(kind)
-        for sizes in traffic.shapes():
-            step = step_of(*sizes)
-            q = torch.empty(step.num_tokens, num_q_heads, cache.head_dim, dtype=dtype, device=cache.k.device)
-            arguments, options = step.call(layer, q, cache, q.new_empty(*q.shape[:-1], cache.v_head_dim))
-            warmup(paged_attention, *arguments, **options, impl=layer.impl)
-            calls += 1
-        warmup(append_kv, cache, *new_tokens(cache, dtype))
+        with in_threads(cache.k.device):
+            for sizes in traffic.shapes():
+                step = step_of(*sizes)
+                q = torch.empty(step.num_tokens, num_q_heads, cache.head_dim, dtype=dtype, device=cache.k.device)
+                arguments, options = step.call(layer, q, cache, q.new_empty(*q.shape[:-1], cache.v_head_dim))
+                warmup(paged_attention, *arguments, **options, impl=layer.impl)
+                calls += 1
+            warmup(append_kv, cache, *new_tokens(cache, dtype))
     return calls
 
 

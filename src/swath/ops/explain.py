@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
+
+import torch
 
 from swath import dispatch
 from swath.dispatch import Explanation
@@ -17,6 +23,8 @@ from swath.ops.paged import PAGED_ATTENTION
 OPERATORS: dict[str, Operator[Any]] = {x.name: x for x in (ATTENTION, PAGED_ATTENTION, APPEND_KV, MERGE_STATES)}
 OPS = tuple(OPERATORS)
 """Names of the public functions that have backends."""
+MOST_THREADS = 16
+"""More of them wait for Python's lock, which the compiler's front end holds: a third of the time of a kernel."""
 
 
 def explain(op: str | Callable[..., Any], *args: Any, impl: str = "auto", **kwargs: Any) -> Explanation:
@@ -50,6 +58,30 @@ def warmup(op: str | Callable[..., Any], *args: Any, impl: str = "auto", **kwarg
     operator = _resolve(op)
     case = operator.prepare(*args, **kwargs)
     dispatch.choose(operator.module, case, impl).warm(case)
+
+
+@contextmanager
+def in_threads(device: torch.device) -> Iterator[None]:
+    """Within it ``warmup`` of calls on a GPU only begins to compile; at its end all kernels are compiled and loaded.
+
+    What several calls need is compiled once. Errors of the compiler are raised at the end.
+    """
+    from triton import AsyncCompileMode
+
+    def begin() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS), initializer=begin) as pool:
+        with AsyncCompileMode(pool, ignore_errors=True) as mode:  # they are raised below, where the mode is left
+            yield
+            compiling = list(mode.raw_futures)
+        list(pool.map(_load, compiling))
+
+
+def _load(compiling: Future[Any]) -> None:
+    """Load a kernel, and build its launcher."""
+    attrgetter("run")(compiling.result())
 
 
 def _resolve(op: str | Callable[..., Any]) -> Operator[Any]:

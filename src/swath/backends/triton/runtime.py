@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton import knobs
+from triton import FutureKernel, knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -130,11 +130,12 @@ class Plan:
         """Compile every kernel and its launcher, and load both, without running or allocating anything.
 
         Triton builds a launcher and loads the kernel when ``run`` is first asked for: a tenth of a second for each.
+        What is left to threads of a compiler (see ``swath.ops.explain.in_threads``) is loaded by them.
         """
         operands = {**operands, **self.scratch.tensors("meta")}
         for call in self.calls:
             compiled = call.compile(operands)
-            if compiled is not None:  # as from the interpreter
+            if compiled is not None and not isinstance(compiled, FutureKernel):  # None is from the interpreter
                 attrgetter("run")(compiled)
 
     def __str__(self) -> str:
