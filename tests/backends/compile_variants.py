@@ -70,6 +70,7 @@ HEADS = [
     ("decode", "bf16", "192/128", "size", "sink+lse", "16"),
     ("dense", "bf16", "192/128", "none", "plain", "16"),
     ("long ragged", "int8 channel", "192/128", "size", "plain", "apart 16"),
+    ("ragged", "bf16", "256/128", "size+count", "sink+lse", "flat 16"),
 ]
 """The largest heads, and values that are narrower than keys, or lie otherwise in memory, with every kernel."""
 

@@ -45,6 +45,25 @@ CASES = {
     "positions given": replace(LONG, q_start=(0, 200, -60, 10), size=300),
     "fp16 of 64": replace(LONG, dtype=torch.float16, head_dim=64),
     "bf16 of 256": replace(LONG, head_dim=256, size=300),
+    "192/128": replace(LONG, head_dim=192, v_head_dim=128),
+    "192/128 under a window, packed heads": replace(
+        LONG, head_dim=192, v_head_dim=128, group=8, size=128, sink="fp32", global_tokens=3
+    ),
+    "192/128, pages of 16 and holes": replace(PAGED, head_dim=192, v_head_dim=128, size=1100, holes=True),
+    "192/128, int8 pages": replace(
+        PAGED, head_dim=192, v_head_dim=128, quant=KVQuant(torch.int8, "channel"), bounds="tight"
+    ),
+    "192/128, soft cap, sink and LSE": replace(
+        LONG, head_dim=192, v_head_dim=128, dtype=torch.float16, softcap=5.0, sink="fp32"
+    ),
+    "192/64": replace(LONG, head_dim=192, v_head_dim=64, causal=False),
+    "256/128": replace(LONG, head_dim=256, v_head_dim=128),
+    "256/128, a uniform batch": replace(
+        PAGED, kv_lens=(300, 1300, 150), q_lens=150, head_dim=256, v_head_dim=128, page_size=48
+    ),
+    "256/64, window and leading keys": replace(LONG, head_dim=256, v_head_dim=64, size=200, global_tokens=70),
+    "128/64": replace(LONG, head_dim=128, v_head_dim=64, tail=30),
+    "128/64 over pages of 8": replace(PAGED, head_dim=128, v_head_dim=64, page_size=8, size=333, layout="apart"),
     "packed heads": replace(ONCE, sink="q"),
     "one pass, few keys": replace(ONCE, kv_lens=(3, 15, 130, 40, 0), q_lens=(3, 15, 130, 17, 9)),
     "one pass, window of 5": replace(ONCE, size=5),

@@ -48,6 +48,7 @@ HOPPER = [
     Case((300, 200, 40), (300, 0, 20), tail=30, group=8, size=64, page_size=544),
     Case((300, 90), (200, 60), group=4, quant=INT8_CHANNEL, size=150, global_tokens=20),
     Case((-2, 193, 5), (20, 33, 60), head_dim=256, layout="nhd"),
+    Case((-2, 193, 5), (20, 33, 60), head_dim=192, v_head_dim=128),
 ]
 CALLS = [("triton", case) for case in TRITON] + [("hopper", case) for case in HOPPER]
 

@@ -17,9 +17,9 @@ pytestmark = pytest.mark.parametrize("impl", ["triton"], indirect=True)
 
 
 @triton.jit
-def order_kernel(out, m_blocks, kv_len, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+def order_kernel(out, m_blocks, kv_len, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, COLUMNS: tl.constexpr):
     i = tl.program_id(0)
-    m_block, head = scheduler.in_section(i, m_blocks, kv_len, HEADS, KV_HEADS, HEAD_DIM)
+    m_block, head = scheduler.in_section(i, m_blocks, kv_len, HEADS, KV_HEADS, COLUMNS)
     tl.store(out + 2 * i, m_block)
     tl.store(out + 2 * i + 1, head)
 
@@ -27,7 +27,7 @@ def order_kernel(out, m_blocks, kv_len, HEADS: tl.constexpr, KV_HEADS: tl.conste
 def order(device: str, m_blocks: int, kv_len: int, heads: int, kv_heads: int, beyond: int = 0) -> list[tuple[int, int]]:
     """The m-block and head of each tile of a sequence, and of ``beyond`` more m-blocks past its own."""
     out = torch.full(((m_blocks + beyond) * heads, 2), -1, dtype=torch.int32, device=device)
-    order_kernel[(len(out),)](out, m_blocks, kv_len, heads, kv_heads, 128)
+    order_kernel[(len(out),)](out, m_blocks, kv_len, heads, kv_heads, 2 * 128)
     return [(m_block, head) for m_block, head in out.tolist()]
 
 

@@ -16,6 +16,7 @@ SHAPES = {
     "512": Case(head_dim=512),
     "512/256": Case(head_dim=512, v_head_dim=256),
     "192/128": Case(head_dim=192, v_head_dim=128),
+    "256/64": Case(head_dim=256, v_head_dim=64),
     "264/8 apart": Case(head_dim=264, v_head_dim=8, layout="apart"),
     "64 apart": Case(layout="apart"),
 }

@@ -46,6 +46,18 @@ def stages_of(PIPE, C):
 
 
 @gluon.constexpr_function
+def columns_of(PIPE, C):
+    """The columns of a row in the pipeline "k", "v" or "q"."""
+    return C.F.value.v_head_dim if PIPE == "v" else C.F.value.head_dim
+
+
+@gluon.constexpr_function
+def blocks_of(PIPE, C):
+    """TMA boxes side by side in a row of the pipeline "k", "v" or "q"."""
+    return columns_of(PIPE, C) // BOX_COLUMNS.value
+
+
+@gluon.constexpr_function
 def named_barrier(PIPE, C):
     """The named barrier of the first stage of the pipeline "k", "v" or "q"; its other stages follow."""
     return NamedBarriers.OURS + {"k": 0, "v": C.stages, "q": 2 * C.stages}[PIPE]
@@ -58,7 +70,7 @@ def barriers_suffice(C):
 
 
 class Pipeline(NamedTuple):
-    """A pipeline in shared memory."""
+    """A pipeline in shared memory, with an element type and a number of columns of its own (``columns_of``)."""
 
     stages: gl.shared_memory_descriptor  # the buffers: TMA boxes, or by ``as_tiles`` whole tiles
     full: gl.shared_memory_descriptor  # an mbarrier a stage
@@ -90,7 +102,7 @@ class PipelineState(NamedTuple):
 
     index: gl.tensor  # of the stage
     phase: gl.tensor
-    tile: gl.shared_memory_descriptor  # where a stage is one tile
+    tile: gl.shared_memory_descriptor  # where a stage is one tile; of q and K a tuple of its blocks of columns
     full: gl.shared_memory_descriptor
 
 
@@ -101,6 +113,24 @@ def pipeline_state(pipe, count):
     index = count % STAGES
     tile, full = pipe.stages.index(index), pipe.full.index(index)
     return PipelineState(index, (count // STAGES) & 1, tile, full)
+
+
+@gluon.jit
+def key_state(pipe, count, C: gl.constexpr):
+    """The state of the pipeline of K for its ``count``-th tile, in blocks of columns."""
+    index = count % C.stages
+    blocks, full = blocks_at(pipe, index, C), pipe.full.index(index)
+    return PipelineState(index, (count // C.stages) & 1, blocks, full)
+
+
+@gluon.jit
+def blocks_at(pipe, index, C: gl.constexpr):
+    """The tile ``index`` of q or K as a tuple of its blocks of columns, each [rows, columns]."""
+    BLOCKS: gl.constexpr = C.F.head_dim // pipe.stages.shape[2]
+    blocks = gl.tuple((pipe.stages.index(index * BLOCKS),))
+    for i in gl.static_range(1, BLOCKS):
+        blocks += (pipe.stages.index(index * BLOCKS + i),)
+    return blocks
 
 
 @gluon.jit
@@ -171,34 +201,35 @@ def with_narrow_tile(pipe, blocks: gl.constexpr, keys: gl.constexpr, rows: gl.co
 
 
 @gluon.jit
-def as_tiles(pipe, tiles: gl.constexpr, rows: gl.constexpr, C: gl.constexpr):
-    """The same pipeline as wgmma reads it, [tiles, rows, head_dim].
+def as_tiles(pipe, tiles: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr):
+    """The same pipeline as wgmma reads it, [tiles, rows, columns].
 
     A tile in shared memory is its columns 0 to 63 of all rows, then its columns 64 to 127 of all rows, and so on. Each
-    such block of columns is a run of TMA boxes.
+    such block of columns is a run of TMA boxes. Where the columns are no power of two, blocks are tiles of their own.
     """
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, C.F.head_dim], pipe.stages.dtype)
-    stages = reinterpret(pipe.stages, pipe.stages.dtype, [tiles, rows, C.F.head_dim], LAYOUT)
+    WIDTH: gl.constexpr = columns if columns & (columns - 1) == 0 else BOX_COLUMNS
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, WIDTH], pipe.stages.dtype)
+    stages = reinterpret(pipe.stages, pipe.stages.dtype, [tiles * (columns // WIDTH), rows, WIDTH], LAYOUT)
     return Pipeline(stages, pipe.full)
 
 
 @gluon.constexpr_function
-def keys_of(boxes, barriers, C):
+def keys_of(boxes, barriers, blocks):
     """The keys of a tile in a pipeline whose ``stages`` and ``full`` have these shapes."""
-    return boxes[0] * boxes[1] * boxes[2] // (barriers[0] * C.F.value.head_dim)
+    return boxes[0] * boxes[1] // (barriers[0] * blocks)
 
 
 @gluon.jit
 def query_state(pipe, count, WG: gl.constexpr, C: gl.constexpr):
     """The state of the q pipeline for the ``count``-th work tile; ``tile``: the rows of one MMA warpgroup."""
     state = pipeline_state(pipe, count)
-    tiles = as_tiles(pipe, C.q_stages * C.consumers, CONSUMER_ROWS, C).stages
-    return PipelineState(state.index, state.phase, tiles.index(state.index * C.consumers + WG), state.full)
+    tiles = as_tiles(pipe, C.q_stages * C.consumers, CONSUMER_ROWS, C.F.head_dim)
+    return PipelineState(state.index, state.phase, blocks_at(tiles, state.index * C.consumers + WG, C), state.full)
 
 
 @gluon.jit
 def query_box(index, WG: gl.constexpr, block: gl.constexpr, pipe, desc, C: gl.constexpr):
     """The TMA box with a block of 64 columns of an MMA warpgroup's rows in a stage of the q pipeline."""
-    BLOCKS: gl.constexpr = C.F.head_dim // BOX_COLUMNS
+    BLOCKS: gl.constexpr = blocks_of("q", C)
     box = pipe.stages.index((index * C.consumers + WG) * BLOCKS + block)
     return reinterpret(box, desc.dtype, desc.block_type.shape, desc.layout)

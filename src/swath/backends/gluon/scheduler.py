@@ -114,7 +114,7 @@ def work_tile_of(t, batch, C: gl.constexpr):
         m_block, head = i // HEADS, HEADS - 1 - i % HEADS
     else:
         m_blocks = num_m_blocks(b, first_block, batch.cu_q, batch.steps, POSITIONS)
-        m_block, head = in_section(i, m_blocks, kv_len, HEADS, C.F.kv_heads, C.F.head_dim)
+        m_block, head = in_section(i, m_blocks, kv_len, HEADS, C.F.kv_heads, C.F.head_dim + C.F.v_head_dim)
     q_begin = m_block * POSITIONS
     used = owned & (q_begin < seq.q_len) & takes(b, seq.q_len, batch.claimed)
     q_start = start_near(seq.q_start, seq.q_len, kv_len, batch.window)
@@ -130,13 +130,15 @@ SECTION_BYTES = tl.constexpr(16 << 20)
 
 
 @triton.jit
-def in_section(i, m_blocks, kv_len, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+def in_section(i, m_blocks, kv_len, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, COLUMNS: tl.constexpr):
     """The m-block and the head of the ``i``-th tile of a sequence that has ``m_blocks`` of each head.
+
+    ``COLUMNS``: of a row of K and of V together.
 
     Heads are taken in sections. A section's keys stay in the L2 cache while all m-blocks of its heads are worked on;
     FlashAttention-3 has this order too. Tiles past those of the sequence get m-blocks past its own.
     """
-    kv_heads = SECTION_BYTES // (4 * HEAD_DIM) // tl.maximum(kv_len, 1)
+    kv_heads = SECTION_BYTES // (2 * COLUMNS) // tl.maximum(kv_len, 1)
     width = tl.minimum(tl.maximum(kv_heads, 1), KV_HEADS) * (HEADS // KV_HEADS)
     first = tl.minimum(i // (m_blocks * width), (HEADS - 1) // width) * width
     i -= first * m_blocks

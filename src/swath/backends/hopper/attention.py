@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 NAME = "hopper"
 ARCH = "sm_90"
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 128, 192, 256)
+V_HEAD_DIMS = (64, 128, 256)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -55,8 +56,8 @@ def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
         return "bounds of each row; it computes which keys a row sees from a window"
     if problem.head_dim not in HEAD_DIMS:
         return f"head_dim {problem.head_dim}; it has {', '.join(map(str, HEAD_DIMS))}"
-    if problem.v_head_dim != problem.head_dim:
-        return f"v_head_dim {problem.v_head_dim}; it has values as long as keys, here of {problem.head_dim}"
+    if problem.v_head_dim not in V_HEAD_DIMS:
+        return f"v_head_dim {problem.v_head_dim}; it has {', '.join(map(str, V_HEAD_DIMS))}"
     if problem.q.dtype not in (torch.bfloat16, torch.float16):
         return f"{problem.q.dtype} queries; it multiplies 16-bit values"
     if problem.keys.capacity + problem.q.shape[:-2].numel() > MOST_TOKENS:

@@ -14,15 +14,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from swath.backends.device.softmax import finish
-from swath.backends.gluon.compat import tma_store
+from swath.backends.gluon.compat import reinterpret, tma_store
 from swath.backends.gluon.pipeline import (
-    BOX_COLUMNS,
     CONSUMER_ROWS,
     Pipeline,
     at_named_barrier,
+    blocks_of,
     named_barrier,
+    pipeline_state,
     query_box,
-    query_state,
     stages_of,
 )
 from swath.backends.gluon.scheduler import q_coordinates
@@ -46,7 +46,7 @@ class Output(NamedTuple):
 @gluon.jit
 def epilogue(state, count, work, WG: gl.constexpr, output, batch, C: gl.constexpr):
     """Normalise and store the rows of an MMA warpgroup in the ``count``-th work tile: O = acc / l, LSE = m + log l."""
-    m, l, acc = state  # [M], [M], [M, D]
+    m, l, acc = state  # [M], [M], [M, Dv]
     q_begin = work.q_begin + WG * (CONSUMER_ROWS // C.pack)
     sink = None
     if output.lse is not None:
@@ -59,24 +59,34 @@ def epilogue(state, count, work, WG: gl.constexpr, output, batch, C: gl.constexp
         q_index = q_begin + i // C.pack
         at = (work.q_row + q_index) * (C.F.kv_heads * C.F.group) + heads
         gl.store(output.lse + at, log_sum, mask=q_index < work.q_len)
-    o = (acc * of_rows(inverse, acc)[:, None]).to(output.out.dtype.element_ty)  # [M, D]
+    o = (acc * of_rows(inverse, acc)[:, None]).to(output.out.dtype.element_ty)  # [M, Dv]
     if output.desc is None:
-        store_by_threads(gl.convert_layout(o, store_layout(C.F.head_dim)), q_begin, work, output, batch, C)
+        store_by_threads(gl.convert_layout(o, store_layout(C.F.v_head_dim)), q_begin, work, output, batch, C)
     else:
-        stage = query_state(output.q_pipe, count, WG, C)
-        stage.tile.store(o)
+        index = pipeline_state(output.q_pipe, count).index
+        tile = output_tile(index, WG, output.q_pipe, C)
+        tile.store(o)
         fence_async_shared()
         # Rows past the last one of a uniform batch are out of the tensor's bounds, others are the next sequence's.
         if C.uniform or q_begin + CONSUMER_ROWS // C.pack <= work.q_len:
-            store_by_tma(stage.index, work, WG, output, C)
+            store_by_tma(index, work, WG, output, C)
         else:
-            store_by_threads(stage.tile.load(store_layout(C.F.head_dim)), q_begin, work, output, batch, C)
+            store_by_threads(tile.load(store_layout(C.F.v_head_dim)), q_begin, work, output, batch, C)
+
+
+@gluon.jit
+def output_tile(index, WG: gl.constexpr, q_pipe, C: gl.constexpr):
+    """Where an MMA warpgroup leaves its rows [M, Dv] for TMA: the first columns of its part of a stage of q."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONSUMER_ROWS, C.F.v_head_dim], q_pipe.stages.dtype)
+    BLOCKS: gl.constexpr = blocks_of("q", C)
+    first = q_pipe.stages.index((index * C.consumers + WG) * BLOCKS)
+    return reinterpret(first, q_pipe.stages.dtype, [CONSUMER_ROWS, C.F.v_head_dim], LAYOUT)
 
 
 @gluon.jit
 def store_by_tma(index, work, WG: gl.constexpr, output, C: gl.constexpr):
     """Start to store the rows in the stage ``index`` of the q pipeline."""
-    BLOCKS: gl.constexpr = C.F.head_dim // BOX_COLUMNS
+    BLOCKS: gl.constexpr = blocks_of("v", C)
     for block in gl.static_range(BLOCKS):
         box = query_box(index, WG, block, output.q_pipe, output.desc, C)
         tma_store(output.desc, q_coordinates(work, WG, block, C), box)
@@ -96,12 +106,12 @@ def release_stored_rows(count, C: gl.constexpr):
 
 @gluon.jit
 def store_by_threads(o, q_begin, work, output, batch, C: gl.constexpr):
-    """Store rows o [M, D] in ``store_layout``, from query position ``q_begin`` on, those that the sequence has."""
+    """Store rows o [M, Dv] in ``store_layout``, from query position ``q_begin`` on, those that the sequence has."""
     i = gl.arange(0, CONSUMER_ROWS, layout=gl.SliceLayout(1, o.type.layout))
     # A thread has two rows, 8 apart, as is known at compile time: one address serves both.
     fixed = i & 8
     own = i - fixed
-    column = gl.arange(0, C.F.head_dim, layout=gl.SliceLayout(0, o.type.layout))
+    column = gl.arange(0, C.F.v_head_dim, layout=gl.SliceLayout(0, o.type.layout))
     q_index, heads = q_begin + own // C.pack, q_heads(own, work.head, C)
     at = row_offsets(
         work.b, q_index, work.q_row + q_index, heads, output.seq_stride, output.token_stride, output.head_stride,
@@ -113,16 +123,16 @@ def store_by_threads(o, q_begin, work, output, batch, C: gl.constexpr):
 
 
 @gluon.constexpr_function
-def store_layout(head_dim):
-    """Rows [64, head_dim] with 16 bytes in a run for each thread, in the warps that wgmma leaves them in.
+def store_layout(columns):
+    """Rows [64, columns] with 16 bytes in a run for each thread, in the warps that wgmma leaves them in.
 
     Thread t of the four of a row has the columns 8 t to 8 t + 7, and again each 32 columns further on. Registers count
     those columns, then the row 8 further down; lanes count the four threads, then rows 0 to 7; warps are 16 rows apart.
     """
-    columns = [[0, 1 << i] for i in range(5, head_dim.bit_length() - 1)]
+    further = [[0, 1 << i] for i in range(5, columns.bit_length() - 1)]
     return gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], *columns, [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
-        [CONSUMER_ROWS.value, head_dim],
+        [[0, 1], [0, 2], [0, 4], *further, [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
+        [CONSUMER_ROWS.value, columns],
     )  # fmt: skip
 
 

@@ -23,12 +23,13 @@ from swath.backends.device.softmax import FLOOR, state_of_sink
 from swath.backends.device.window import View, interior_of, reach_of, rows_of, size_near
 from swath.backends.gluon.key_tiles import key_tiles_of
 from swath.backends.gluon.pipeline import (
-    BOX_COLUMNS,
     CONSUMER_ROWS,
     Descriptors,
     Pipelines,
     as_tiles,
     barriers_suffice,
+    blocks_of,
+    columns_of,
     consumer_release,
     consumer_wait,
     new_barriers,
@@ -48,10 +49,12 @@ from swath.backends.triton.kernels.walk import reach_in_list
 @gluon.jit
 def mma_warpgroup(WG: gl.constexpr, output, score_scales, pipes, batch, C: gl.constexpr):
     """An MMA warpgroup: 64 rows of every work tile of this program over all their keys."""
-    k, v = as_tiles(pipes.k, C.stages, C.block_n, C), as_tiles(pipes.v, C.stages, C.block_n, C)
+    D: gl.constexpr = columns_of("k", C)
+    DV: gl.constexpr = columns_of("v", C)
+    k, v = as_tiles(pipes.k, C.stages, C.block_n, D), as_tiles(pipes.v, C.stages, C.block_n, DV)
     if C.narrow_n > 0:
-        narrow_k = as_tiles(pipes.narrow_k, C.stages, C.narrow_n, C)
-        narrow_v = as_tiles(pipes.narrow_v, C.stages, C.narrow_n, C)
+        narrow_k = as_tiles(pipes.narrow_k, C.stages, C.narrow_n, D)
+        narrow_v = as_tiles(pipes.narrow_v, C.stages, C.narrow_n, DV)
         tiles = Pipelines(pipes.q, k, v, narrow_k, narrow_v, pipes.work)
         run_single_pass(WG, output, score_scales, tiles, batch, C)
     else:
@@ -67,7 +70,7 @@ def rereads_work(C):
     It does where registers are few: loops over heads of 64 have enough, and were 8 % slower so, in the same
     instructions.
     """
-    return C.narrow_n > 0 or C.F.value.head_dim > 128
+    return C.narrow_n > 0 or C.F.value.v_head_dim > 128
 
 
 @gluon.jit
@@ -87,7 +90,7 @@ def run_mainloop(WG: gl.constexpr, output, score_scales, pipes, batch, C: gl.con
             # Passed already: a block boundary, or ptxas finds the next rows after the wait for the product. The stage
             # is not loaded anew before these rows' results have left it.
             consumer_wait(query_state(pipes.q, work_count - 1, WG, C))
-        acc = warpgroup_mma_wait(0, deps=[values])  # [M, D]
+        acc = warpgroup_mma_wait(0, deps=[values])  # [M, Dv]
         consumer_release("v", kv_count - 1, C)
         if rereads_work(C):
             work = reread_work(work_count - 1, pipes.work, 4)
@@ -171,15 +174,16 @@ def hopper_tile_kernel(
     """The programs of a launch, as many as multiprocessors hold at once, share ``num_tiles`` work tiles."""
     C: gl.constexpr = config_of(F, LAUNCH)
     gl.static_assert(barriers_suffice(C), "each stage needs a named barrier, and a program has 16")
-    BLOCKS: gl.constexpr = C.F.head_dim // BOX_COLUMNS
-    q_pipe = new_pipeline(C.q_stages, C.consumers * BLOCKS, CONSUMER_ROWS, q_desc.dtype)
+    K_BLOCKS: gl.constexpr = blocks_of("k", C)
+    V_BLOCKS: gl.constexpr = blocks_of("v", C)
     BOXES: gl.constexpr = C.block_n // C.box_rows
-    k_pipe = new_pipeline(C.stages, BLOCKS * BOXES, C.box_rows, q_desc.dtype)
-    v_pipe = new_pipeline(C.stages, BLOCKS * BOXES, C.box_rows, q_desc.dtype)
+    q_pipe = new_pipeline(C.q_stages, C.consumers * K_BLOCKS, CONSUMER_ROWS, q_desc.dtype)
+    k_pipe = new_pipeline(C.stages, K_BLOCKS * BOXES, C.box_rows, k_desc.dtype)
+    v_pipe = new_pipeline(C.stages, V_BLOCKS * BOXES, C.box_rows, v_desc.dtype)
     narrow_k, narrow_v = None, None
     if C.narrow_n > 0:
-        narrow_k = with_narrow_tile(k_pipe, BLOCKS, C.narrow_n, C.narrow_rows)
-        narrow_v = with_narrow_tile(v_pipe, BLOCKS, C.narrow_n, C.narrow_rows)
+        narrow_k = with_narrow_tile(k_pipe, K_BLOCKS, C.narrow_n, C.narrow_rows)
+        narrow_v = with_narrow_tile(v_pipe, V_BLOCKS, C.narrow_n, C.narrow_rows)
     pipes = Pipelines(q_pipe, k_pipe, v_pipe, narrow_k, narrow_v, new_work_pipeline(C.consumers))
     descriptors = Descriptors(q_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc)
     cut_loaded = new_barriers(1, 1).index(0)

@@ -22,6 +22,8 @@ from swath.backends.gluon.pipeline import (
     BOX_COLUMNS,
     CONSUMER_ROWS,
     Pipeline,
+    blocks_of,
+    columns_of,
     keys_of,
     pipeline_state,
     producer_acquire,
@@ -128,27 +130,27 @@ def load_stage(count, cuts, loads, key_tiles, cut_loaded, C: gl.constexpr):
     state = pipeline_state(loads[0].pipe, count)
     producer_acquire("k" if cut_loaded is None else "v", count, C)
     if cut_loaded is None:
-        start_loads(state.index, loads, key_tiles, state.full, C)
+        start_loads("k", state.index, loads, key_tiles, state.full, C)
     else:
         cut = edge_cuts_a_box(loads[0].start, key_tiles, loads[0].pipe, C)
         for i in gl.static_range(1, len(loads)):
             cut |= edge_cuts_a_box(loads[i].start, key_tiles, loads[i].pipe, C)
         if cut:
-            start_loads(state.index, loads, key_tiles, cut_loaded, C)
+            start_loads("v", state.index, loads, key_tiles, cut_loaded, C)
             mbarrier.wait(cut_loaded, cuts & 1)
             cuts += 1
             for i in gl.static_range(len(loads)):
                 zero_unseen(state.index, loads[i].start, key_tiles, loads[i].pipe, C)
             producer_commit(state)
         else:
-            start_loads(state.index, loads, key_tiles, state.full, C)
+            start_loads("v", state.index, loads, key_tiles, state.full, C)
     return cuts
 
 
 @gluon.jit
 def load_q(count, work, q_desc, pipe, C: gl.constexpr):
     """Load the query rows of all MMA warpgroups."""
-    BLOCKS: gl.constexpr = C.F.head_dim // BOX_COLUMNS
+    BLOCKS: gl.constexpr = blocks_of("q", C)
     state = pipeline_state(pipe, count)
     producer_acquire("q", count, C)
     mbarrier.expect(state.full, C.consumers * CONSUMER_ROWS * C.F.head_dim * 2)
@@ -178,20 +180,20 @@ def box_pages(start, key_tiles, KEYS: gl.constexpr, WARPS: gl.constexpr, batch, 
 
 
 @gluon.jit
-def start_loads(index, loads, key_tiles, full, C: gl.constexpr):
+def start_loads(PIPE: gl.constexpr, index, loads, key_tiles, full, C: gl.constexpr):
     """Start to load the key tiles of the stage ``index``; the mbarrier ``full`` counts their bytes."""
-    mbarrier.expect(full, (C.block_n + C.narrow_n) * C.F.head_dim * 2)
+    mbarrier.expect(full, (C.block_n + C.narrow_n) * columns_of(PIPE, C) * 2)
     for i in gl.static_range(len(loads)):
-        start_boxes(index, loads[i], key_tiles, full, C)
+        start_boxes(PIPE, index, loads[i], key_tiles, full, C)
 
 
 @gluon.jit
-def start_boxes(index, load, key_tiles, full, C: gl.constexpr):
+def start_boxes(PIPE: gl.constexpr, index, load, key_tiles, full, C: gl.constexpr):
     """Start to load the TMA boxes of one key tile."""
     start, page, desc, pipe = load
-    BLOCKS: gl.constexpr = C.F.head_dim // BOX_COLUMNS
+    BLOCKS: gl.constexpr = blocks_of(PIPE, C)
     ROWS: gl.constexpr = pipe.stages.shape[1]
-    BOXES: gl.constexpr = keys_of(pipe.stages.shape, pipe.full.shape, C) // ROWS
+    BOXES: gl.constexpr = keys_of(pipe.stages.shape, pipe.full.shape, BLOCKS) // ROWS
     # Not static: what does not depend on i is then found once before it is unrolled, a fifth fewer instructions.
     for i in range(BOXES):
         pos = key_at(start + i * ROWS, key_tiles.walk, C.F)
@@ -212,9 +214,9 @@ def start_boxes(index, load, key_tiles, full, C: gl.constexpr):
 @gluon.jit
 def zero_unseen(index, start, key_tiles, pipe, C: gl.constexpr):
     """Set the rows of a loaded V tile that no query sees to zero."""
-    BLOCKS: gl.constexpr = C.F.head_dim // BOX_COLUMNS
+    BLOCKS: gl.constexpr = blocks_of("v", C)
     ROWS: gl.constexpr = 8
-    CHUNKS: gl.constexpr = keys_of(pipe.stages.shape, pipe.full.shape, C) // ROWS
+    CHUNKS: gl.constexpr = keys_of(pipe.stages.shape, pipe.full.shape, BLOCKS) // ROWS
     STAGES: gl.constexpr = pipe.full.shape[0]
     # A chunk is [8, 64]. A lane has 8 neighbouring columns of a row, in one register each: 0 to 7, 8 to 15, ... for
     # the 8 lanes of a row. The 4 rows of a warp's first pass are 0 to 3, then come 4 to 7.
@@ -236,7 +238,7 @@ def zero_unseen(index, start, key_tiles, pipe, C: gl.constexpr):
 def edge_cuts_a_box(start, key_tiles, pipe, C: gl.constexpr):
     """Whether an edge of the visible keys runs through a TMA box of a tile, not only between its boxes."""
     ROWS: gl.constexpr = pipe.stages.shape[1]
-    BOXES: gl.constexpr = keys_of(pipe.stages.shape, pipe.full.shape, C) // ROWS
+    BOXES: gl.constexpr = keys_of(pipe.stages.shape, pipe.full.shape, blocks_of("v", C)) // ROWS
     if BOXES <= 2:
         return edge_cuts(start, key_tiles, ROWS, C) | edge_cuts(start + (BOXES - 1) * ROWS, key_tiles, ROWS, C)
     else:  # a box a lane

@@ -4,7 +4,7 @@
 cores multiply the P of one key tile with its V, the warpgroup computes the softmax of the next one. ``attend_once``
 takes all keys of its rows in one pass, where one stage of the pipelines holds them.
 
-In comments on shapes, M is the 64 rows of the warpgroup, N the keys of a tile, D the head_dim.
+In comments on shapes, M is the 64 rows of the warpgroup, N the keys of a tile, D the head_dim, Dv that of values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 
 from swath.backends.device.softmax import exp_scores
 from swath.backends.gluon.key_tiles import key_tile, narrow_tile, num_masked
-from swath.backends.gluon.pipeline import CONSUMER_ROWS, consumer_release, consumer_wait, pipeline_state, query_state
+from swath.backends.gluon.pipeline import (
+    CONSUMER_ROWS,
+    consumer_release,
+    consumer_wait,
+    key_state,
+    pipeline_state,
+    query_state,
+)
 from swath.backends.hopper.epilogue import release_stored_rows
 from swath.backends.hopper.mask import masked_scores
 from swath.backends.hopper.softmax import (
@@ -57,7 +64,7 @@ def mainloop(kv_count, work_count, WG: gl.constexpr, rows, output, pipes, batch,
     ``kv_count`` key tiles and ``work_count`` work tiles went through the pipelines before.
     """
     key_tiles = rows.key_tiles
-    q, k = query_state(pipes.q, work_count, WG, C), pipeline_state(pipes.k, kv_count)
+    q, k = query_state(pipes.q, work_count, WG, C), key_state(pipes.k, kv_count, C)
     start, new_from = key_tile(0, key_tiles, C)
     consumer_wait(q)
     consumer_wait(k)
@@ -67,7 +74,7 @@ def mainloop(kv_count, work_count, WG: gl.constexpr, rows, output, pipes, batch,
         release_stored_rows(work_count - 1, C)
     s, scale = masked_scores(s, start, new_from, rows, batch, True, C)
     p, m, l, alpha = fragment_softmax(s, scale, rows.m, to_thread_sums(rows.l), C)  # [M, N], [M], [M, 4], [M]
-    acc = new_accumulator(C)  # [M, D]
+    acc = new_accumulator(C)  # [M, Dv]
     masked = gl.maximum(gl.where(rows.all_live, num_masked(key_tiles), key_tiles.walk.total), 1)
     p, state = overlap(1, masked, kv_count, p, (m, l, acc, alpha), q, rows, pipes, batch, True, C)
     p, state = overlap(masked, key_tiles.walk.total, kv_count, p, state, q, rows, pipes, batch, False, C)
@@ -86,16 +93,16 @@ def overlap(first, end, kv_count, p, state, q, rows, pipes, batch, MASKED: gl.co
 
     So p comes in, and goes out, before its product with V; and acc before its factor ``alpha``.
     """
-    m, l, acc, alpha = state  # [M], [M, 4], [M, D], [M]
+    m, l, acc, alpha = state  # [M], [M, 4], [M, Dv], [M]
     for j in range(first, end):
         start, new_from = key_tile(j, rows.key_tiles, C)
-        k, v = pipeline_state(pipes.k, kv_count + j), pipeline_state(pipes.v, kv_count + j - 1)
+        k, v = key_state(pipes.k, kv_count + j, C), pipeline_state(pipes.v, kv_count + j - 1)
         p16 = as_operand(p, acc, v.tile.dtype)  # [M, N]
         consumer_wait(k)
         scores = start_scores(q.tile, k.tile, C)  # [M, N] = [M, D] @ [D, N]
         acc = rescale_acc(acc, alpha)
         consumer_wait(v)
-        values = warpgroup_mma(p16, v.tile, acc, is_async=True)  # [M, D] += [M, N] @ [N, D]
+        values = warpgroup_mma(p16, v.tile, acc, is_async=True)  # [M, Dv] += [M, N] @ [N, Dv]
         s = warpgroup_mma_wait(1, deps=[scores])
         s, scale = masked_scores(s, start, new_from, rows, batch, MASKED, C)
         p, m, l, alpha = fragment_softmax(s, scale, m, l, C)
@@ -121,13 +128,13 @@ def attend_once(work_count, WG: gl.constexpr, rows, output, pipes, batch, C: gl.
     m, l, key_tiles = rows.m, rows.l, rows.key_tiles
     acc = new_accumulator(C)
     q = query_state(pipes.q, work_count, WG, C)
-    k_narrow, k = pipeline_state(pipes.narrow_k, work_count), pipeline_state(pipes.k, work_count)
+    k_narrow, k = key_state(pipes.narrow_k, work_count, C), key_state(pipes.k, work_count, C)
     v_narrow, v = pipeline_state(pipes.narrow_v, work_count), pipeline_state(pipes.v, work_count)
     consumer_wait(q)
     consumer_wait(k)
     narrow = start_scores(q.tile, k_narrow.tile, C)  # [M, narrow_n]
-    near = start_scores(q.tile, k.tile.slice(HALF, HALF), C)  # [M, HALF]
-    far = start_scores(q.tile, k.tile.slice(0, HALF), C)  # [M, HALF]
+    near = start_scores(q.tile, (k.tile[0].slice(HALF, HALF),), C)  # [M, HALF]
+    far = start_scores(q.tile, (k.tile[0].slice(0, HALF),), C)  # [M, HALF]
     narrow, near, far = warpgroup_mma_wait(0, deps=[narrow, near, far])
     consumer_release("k", work_count, C)
     if output.desc is None:
@@ -145,7 +152,7 @@ def attend_once(work_count, WG: gl.constexpr, rows, output, pipes, batch, C: gl.
     narrow, l_new = p_operand(narrow, scale, m_new, l_new, acc, DTYPE)
     l = l * gl.exp2(m - m_new) + sum_of_threads(l_new, m)  # [M]
     consumer_wait(v)
-    # [M, D] = [M, narrow_n] @ [narrow_n, D] + [M, HALF] @ [HALF, D] + [M, HALF] @ [HALF, D]
+    # [M, Dv] = [M, narrow_n] @ [narrow_n, Dv] + [M, HALF] @ [HALF, Dv] + [M, HALF] @ [HALF, Dv]
     values = warpgroup_mma(narrow, v_narrow.tile, acc, use_acc=False, is_async=True)
     values = warpgroup_mma(near, v.tile.slice(HALF, HALF), values, is_async=True)
     values = warpgroup_mma(far, v.tile.slice(0, HALF), values, is_async=True)
@@ -177,11 +184,14 @@ def score_layout(keys, C):
 
 @gluon.jit
 def start_scores(q, k, C: gl.constexpr):
-    """Start the product q @ k^T of query rows [M, D] with a key tile [N, D]."""
-    KEYS: gl.constexpr = k.shape[0]
+    """Start the product q @ k^T of query rows [M, D] with a key tile [N, D], both as tuples of blocks of columns."""
+    KEYS: gl.constexpr = k[0].shape[0]
     SCORES: gl.constexpr = score_layout(KEYS, C)
     zero = gl.full((CONSUMER_ROWS, KEYS), 0.0, gl.float32, layout=SCORES)
-    return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma(q[0], k[0].permute((1, 0)), zero, use_acc=False, is_async=True)
+    for i in gl.static_range(1, len(q)):
+        s = warpgroup_mma(q[i], k[i].permute((1, 0)), s, is_async=True)
+    return s
 
 
 @gluon.jit
@@ -197,6 +207,6 @@ def as_operand(p, acc, DTYPE: gl.constexpr):
 
 @gluon.jit
 def new_accumulator(C: gl.constexpr):
-    """acc [M, D] of rows before any key."""
-    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.F.head_dim, 16])
-    return gl.full((CONSUMER_ROWS, C.F.head_dim), 0.0, gl.float32, layout=VALUES)
+    """acc [M, Dv] of rows before any key."""
+    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.F.v_head_dim, 16])
+    return gl.full((CONSUMER_ROWS, C.F.v_head_dim), 0.0, gl.float32, layout=VALUES)

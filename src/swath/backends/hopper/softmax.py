@@ -53,7 +53,7 @@ def fragment_softmax(s, scale, m, l, C: gl.constexpr):
 
 @gluon.jit
 def rescale_acc(acc, alpha):
-    """acc [M, D] times the factors alpha [M] of a step. A warp whose factors are all 1 skips the multiplications."""
+    """acc [M, Dv] times the factors alpha [M] of a step. A warp whose factors are all 1 skips the multiplications."""
     VALUES: gl.constexpr = acc.shape[0] * acc.shape[1] // 128  # of a thread
     return gl.inline_asm_elementwise(
         rescale_ptx(VALUES), in_place(VALUES, "f"),
