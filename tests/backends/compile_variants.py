@@ -49,8 +49,10 @@ BOUNDS = [
     ("ragged", "bf16", "64", "bounds+count", "softcap", "wide 16"),
     ("long ragged", "int8 token", "128", "bounds+count", "plain", "16"),
     ("dense", "bf16", "128", "bounds+count", "plain", "16"),
+    ("many steps", "bf16", "64", "bounds nearby", "sink+lse", "16"),
+    ("dense", "bf16", "128", "bounds", "plain", "16"),
 ]
-"""Bounds of rows beside leading tokens."""
+"""Bounds of rows beside leading tokens, and ones that are promised to show few keys."""
 TABLES = [
     ("decode", "bf16", "128", "size+tensor", "plain", "tokens 16"),
     ("ragged", "fp16", "64", "size", "plain", "tokens 16"),
@@ -147,6 +149,7 @@ WINDOWS = {
     "both sides": Window(60, causal=False),
     "bounds": Window(),
     "bounds+count": Window(global_tokens=4),
+    "bounds nearby": Window(),
 }
 """Bounds are made for the queries."""
 
@@ -200,7 +203,8 @@ def with_bounds(window: Window, row: dict[str, str], q: torch.Tensor, ints: torc
     """The window with bounds for the rows of q, if the row asks for them."""
     if not row["window"].startswith("bounds"):
         return window
-    return replace(window, bounds=torch.zeros(*q.shape[:-2], 2, dtype=ints))
+    most = 128 if row["window"] == "bounds nearby" else None
+    return replace(window, bounds=torch.zeros(*q.shape[:-2], 2, dtype=ints), max_visible=most)
 
 
 def _cache(storage: str, granularity: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> PagedKV:

@@ -11,6 +11,7 @@ from swath import target
 from swath.backends.hopper import attention as hopper
 from swath.quant import KVQuant
 from swath.testing import Case, make
+from swath.testing.ranges import RULES
 
 pytestmark = pytest.mark.gpu
 
@@ -127,6 +128,36 @@ def test_against_the_truth(case: Case) -> None:
     out, lse = inputs.run("hopper", out=canary.out)
     inputs.check(out, lse)
     assert canary.broken() == 0
+
+
+NEAR = replace(PAGED, head_dim=64, group=8, bounds="tight")
+"""Rows that see few keys, as the caller promises: heads are packed, and programs small."""
+
+BOUNDS = {
+    "dense": LONG,
+    "pages, leading keys and sinks": replace(PAGED, global_tokens=70, sink="q"),
+    "256, soft cap": replace(LONG, head_dim=256, softcap=5.0),
+    "64, leading keys of each sequence": replace(LONG, head_dim=64, global_tokens=(0, 300, 5, 64)),
+    "promised, pages of 8": replace(NEAR, page_size=8),
+    "holes": replace(PAGED, holes=True),
+    "int8 pages": replace(PAGED, quant=KVQuant(torch.int8, "channel")),
+    "padding rows, wide integers": replace(PAGED, q_lens=(700, 0, 130, 1), tail=150, index_dtype=torch.int64),
+    "192/128": replace(LONG, head_dim=192, v_head_dim=128),
+}
+
+
+@pytest.mark.parametrize("ranges", RULES)
+@pytest.mark.parametrize("name", BOUNDS)
+def test_bounds_of_rows_against_the_truth(name: str, ranges: str) -> None:
+    test_against_the_truth(replace(BOUNDS[name], ranges=ranges))
+
+
+@pytest.mark.parametrize("ranges", ["window", "random"])
+def test_bounds_give_the_same_bits_in_every_launch(ranges: str) -> None:
+    inputs = make(replace(PAGED, ranges=ranges, global_tokens=5), "cuda")
+    first, _ = inputs.run("hopper")
+    for _ in range(50):
+        assert torch.equal(inputs.run("hopper")[0], first)
 
 
 BELOW_ZERO = {

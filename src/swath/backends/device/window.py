@@ -95,6 +95,15 @@ def view_of(seq, kv_len, window, F: tl.constexpr):
 
 
 @triton.jit
+def view_near(start, q_row, window, F: tl.constexpr):
+    """The view of a sequence's queries from ``start`` on, their ``start_near``; with bounds that is 0."""
+    if F.bounds:
+        return View(start, window + q_row.to(tl.int64) * 2)
+    else:
+        return View(start, size_near(window))
+
+
+@triton.jit
 def rows_of(first, last, p, view, kv_len, F: tl.constexpr):
     """The rows at positions ``first .. last``, whose numbers are in ``p``."""
     if F.bounds:
@@ -181,6 +190,49 @@ def interior_of(band, rows, F: tl.constexpr):
         elif F.window:
             stop = tl.minimum(stop, rows.first + rows.size)
     return start, stop
+
+
+class Sight(NamedTuple):
+    """What rows with bounds see together: their ``Band``, and the keys ``full_from .. full_to - 1`` that all of them
+    see. ``apart``: whether they may leave out keys between theirs.
+    """
+
+    lead: tl.tensor
+    left: tl.tensor
+    right: tl.tensor
+    full_from: tl.tensor
+    full_to: tl.tensor
+    apart: tl.tensor
+
+
+@triton.jit
+def sight_of(p, last, kv_len, lead, view, F: tl.constexpr):
+    """The sight of rows ``p`` [M], which have bounds. Rows are not apart if the windows of neighbours touch."""
+    low, end = bounds_of(p, last, kv_len, view)
+    rows = Rows(last, last, view.size, low, end)
+    band = band_of(rows, kv_len, lead, F)
+    full_from, full_to = interior_of(band, rows, F)
+    next_low, next_end = bounds_of(p + 1, last, kv_len, view)
+    apart = tl.maximum(low, next_low) > tl.minimum(end, next_end)
+    return Sight(band.lead, band.left, band.right, full_from, full_to, tl.max(apart.to(tl.int32), 0))
+
+
+@triton.jit
+def seen_bits(first, COUNT: tl.constexpr, low, end, lead):
+    """Which of ``COUNT`` keys from ``first`` on, at most 30, some row [M] with these bounds sees: a bit for each."""
+    start, stop = _bits_before(low - first, COUNT), _bits_before(end - first, COUNT)
+    leading = _bits_before(tl.minimum(lead, end) - first, COUNT)
+    return tl.reduce((stop & ~start) | leading, 0, _either)
+
+
+@triton.jit
+def _bits_before(count, COUNT: tl.constexpr):
+    return (1 << tl.minimum(tl.maximum(count, 0), COUNT)) - 1
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
 
 
 class Apart(NamedTuple):

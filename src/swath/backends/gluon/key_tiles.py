@@ -1,6 +1,7 @@
 """The key tiles of a work tile: which keys its rows see, and in which order their tiles are visited.
 
-Load warps and MMA warpgroups each work this out from the same ``WorkTile``, so that they agree without a message.
+Load warps and MMA warpgroups each work this out from the same ``WorkTile``, so that they agree without a message. What
+bounds of rows show together is in it: one warp reads them for all.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from swath.backends.device.window import View, band_of, rows_of, size_near
+from swath.backends.device.window import Band, band_of, interior_of, rows_of, view_near
 from swath.backends.gluon.scheduler import positions_of
 from swath.backends.triton.kernels.walk import Walk, interior_tiles, plan_walk
 
@@ -31,16 +32,23 @@ def key_tiles_of(work, batch, C: gl.constexpr):
     """The key tiles of a work tile; at least one."""
     POSITIONS: gl.constexpr = positions_of(C)
     kv_head = work.head if C.pack > 1 else work.head // C.F.group
-    first = work.q_start + work.q_begin
-    last = work.q_start + gl.minimum(work.q_begin + POSITIONS, work.q_len) - 1
-    view = View(work.q_start, size_near(batch.window))
-    rows = rows_of(first, last, first, view, work.kv_len, C.F)
-    band = band_of(rows, work.kv_len, work.lead, C.F)
+    if C.F.bounds:
+        band = Band(work.sight.lead, work.sight.left, work.sight.right)
+    else:
+        first = work.q_start + work.q_begin
+        last = work.q_start + gl.minimum(work.q_begin + POSITIONS, work.q_len) - 1
+        view = view_near(work.q_start, work.q_row, batch.window, C.F)
+        rows = rows_of(first, last, first, view, work.kv_len, C.F)
+        band = band_of(rows, work.kv_len, work.lead, C.F)
     KEYS: gl.constexpr = C.block_n + C.narrow_n
     walk = plan_walk(band, C.box_rows, key_align(C), KEYS)
     # Rows that see no key get one tile of zeros, which saves a branch for them.
     walk = Walk(walk.lead, walk.gap, gl.maximum(walk.total, 1))
-    interior, interior_end = interior_tiles(band, walk, rows, C.F, KEYS)
+    if C.F.bounds:
+        full_from, full_to = work.sight.full_from, work.sight.full_to
+    else:
+        full_from, full_to = interior_of(band, rows, C.F)
+    interior, interior_end = interior_tiles(full_from, full_to, walk, KEYS)
     return KeyTiles(work, kv_head, band, walk, interior, interior_end)
 
 

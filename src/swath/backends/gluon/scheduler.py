@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from swath.backends.device.cache import table_row
-from swath.backends.device.window import start_near
+from swath.backends.device.window import Sight, bounds_of, sight_of, start_near, view_near
 from swath.backends.gluon.pipeline import (
     BOX_COLUMNS,
     CONSUMER_ROWS,
@@ -54,6 +54,7 @@ class WorkTile(NamedTuple):
     Where the heads of a group are packed, ``head`` is a kv head, and the tile has the rows of its whole group.
     """
 
+    sight: gl.tensor  # of rows with bounds what they see together: a Sight; else ()
     head: gl.tensor
     b: gl.tensor  # the sequence
     q_begin: gl.tensor  # its first query position in the tile, counted from 0
@@ -110,18 +111,43 @@ def work_tile_of(t, batch, C: gl.constexpr):
     if C.F.page_size > 0:
         _, pages = table_row(batch.table, batch.table_index, b, batch.table_stride, batch.table_width, C.F)
     kv_len = keys_within(seq, pages, C.F)
-    if C.F.window:
+    if C.F.window and not C.F.bounds:
         m_block, head = i // HEADS, HEADS - 1 - i % HEADS
     else:
         m_blocks = num_m_blocks(b, first_block, batch.cu_q, batch.steps, POSITIONS)
         m_block, head = in_section(i, m_blocks, kv_len, HEADS, C.F.kv_heads, C.F.head_dim + C.F.v_head_dim)
     q_begin = m_block * POSITIONS
     used = owned & (q_begin < seq.q_len) & takes(b, seq.q_len, batch.claimed)
-    q_start = start_near(seq.q_start, seq.q_len, kv_len, batch.window)
+    q_start = q_begin * 0 if C.F.bounds else start_near(seq.q_start, seq.q_len, kv_len, batch.window)
     return WorkTile(
-        head, b, q_begin, gl.where(used, seq.q_len, 0), seq.q_row, q_start, gl.where(used, kv_len, 0), seq.kv_row,
+        (), head, b, q_begin, gl.where(used, seq.q_len, 0), seq.q_row, q_start, gl.where(used, kv_len, 0), seq.kv_row,
         lead_of(b, batch.lead, C.F),
     )  # fmt: skip
+
+
+@gluon.jit
+def with_sight(work, batch, C: gl.constexpr):
+    """The work tile, which has rows, with what their bounds show together."""
+    if C.F.bounds:
+        p, last, view = rows_in_tile(work, batch, C)
+        sight = sight_of(p, last, work.kv_len, work.lead, view, C.F)
+        return WorkTile(sight, *[work[i] for i in (1, 2, 3, 4, 5, 6, 7, 8, 9)])
+    else:
+        return work
+
+
+@gluon.jit
+def bounds_of_tile(work, batch, C: gl.constexpr):
+    """The bounds low, end of a work tile's rows, as a warp reads them: one of each position."""
+    p, last, view = rows_in_tile(work, batch, C)
+    return bounds_of(p, last, work.kv_len, view)
+
+
+@gluon.jit
+def rows_in_tile(work, batch, C: gl.constexpr):
+    """The positions of a work tile's rows, with bounds, for a warp, the last one there is, and their view."""
+    i = gl.arange(0, positions_of(C), layout=gl.BlockedLayout([1], [32], [1], [0]))
+    return work.q_begin + i, work.q_len - 1, view_near(work.q_start, work.q_row, batch.window, C.F)
 
 
 SECTION_BYTES = tl.constexpr(16 << 20)
@@ -155,7 +181,7 @@ def has_work(work, C: gl.constexpr):
 @gluon.jit
 def no_work(C: gl.constexpr):
     """What is published after the last work tile."""
-    return WorkTile(heads_of(C), 0, 0, 0, 0, 0, 0, 0, 0)
+    return WorkTile((), heads_of(C), 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 FETCH_ADD = gl.constexpr(
@@ -186,8 +212,11 @@ def publish_work(count, pipe, work):
     """First load warp: write the ``count``-th work tile for the other warps, as soon as its stage is free."""
     lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     value = lane * 0
-    for i in gl.static_range(len(work)):
-        value = gl.where(lane == i, work[i], value)
+    NUMBERS: gl.constexpr = len(work) - 1
+    for i in gl.static_range(NUMBERS):
+        value = gl.where(lane == i, work[1 + i], value)
+    for i in gl.static_range(len(work.sight)):
+        value = gl.where(lane == NUMBERS + i, work.sight[i], value)
     state = pipeline_state(pipe, count)
     mbarrier.wait(pipe.released.index(state.index), state.phase ^ 1)
     state.tile.store(value)
@@ -203,18 +232,29 @@ def get_work(count, pipe, WARPS: gl.constexpr, C: gl.constexpr):
     """
     state = pipeline_state(pipe, count)
     consumer_wait(state)
+    sight = get_sight(state.tile, WARPS, C)
     if loops_over_64(C):
         value = state.tile.load(gl.BlockedLayout([1], [32], [WARPS], [0]))
-        return WorkTile(*[element(value, i) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8)])
+        return WorkTile(sight, *[element(value, i) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8)])
     else:
-        return WorkTile(*[uniform(loaded_element(state.tile, i, WARPS)) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8)])
+        return WorkTile(sight, *[uniform(loaded_element(state.tile, i, WARPS)) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8)])
+
+
+@gluon.jit
+def get_sight(tile, WARPS: gl.constexpr, C: gl.constexpr):
+    """What a published work tile's rows see together, if they have bounds."""
+    if C.F.bounds:
+        return Sight(*[uniform(loaded_element(tile, i, WARPS)) for i in (9, 10, 11, 12, 13, 14)])
+    else:
+        return ()
 
 
 @gluon.jit
 def reread_work(count, pipe, WARPS: gl.constexpr):
-    """Read the ``count``-th work tile again and release it: its numbers took no registers in between."""
+    """Read the ``count``-th work tile again, but what its rows see, and release it: its numbers took no registers in
+    between."""
     tile = pipeline_state(pipe, count).tile
-    work = WorkTile(*[loaded_element(tile, i, WARPS) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8)])
+    work = WorkTile((), *[loaded_element(tile, i, WARPS) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8)])
     release_work(count, pipe)
     return work
 

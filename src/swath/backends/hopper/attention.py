@@ -52,8 +52,6 @@ def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
     if problem.max_q_len <= MAX_STEPS and not decodes_in_tiles(problem, num_sms):
         reason = f"at most {MAX_STEPS} query tokens a sequence: decode is the triton backend's"
         return f"{reason}, unless many sequences see about 1,024 keys or have many rows (16-bit caches, heads of 128)"
-    if problem.window.bounds is not None:
-        return "bounds of each row; it computes which keys a row sees from a window"
     if problem.head_dim not in HEAD_DIMS:
         return f"head_dim {problem.head_dim}; it has {', '.join(map(str, HEAD_DIMS))}"
     if problem.v_head_dim not in V_HEAD_DIMS:

@@ -192,8 +192,8 @@ def decodes_in_tiles(problem: Problem, num_sms: int) -> bool:
     and 64 sequences of 8,192 keys 495 and 494.
     """
     keys = problem.keys
-    if not isinstance(keys, PagedKeys) or problem.split_size is not None:
-        return False  # with split_size no bit may depend on how large the batch is
+    if not isinstance(keys, PagedKeys) or problem.split_size is not None or problem.window.bounds is not None:
+        return False  # with split_size no bit may depend on how large the batch is; bounds of rows are not measured
     if (problem.head_dim, problem.v_head_dim) != (128, 128):
         return False
     if heads_in_tile(problem, pays=True) == 1:

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from swath.backends.device.cache import load_entries, page_in_sight, pages_in_sight, pages_of, table_row
 from swath.backends.device.softmax import FLOOR, state_of_sink
-from swath.backends.device.window import View, interior_of, reach_of, rows_of, size_near
+from swath.backends.device.window import interior_of, reach_of, rows_of, view_near
 from swath.backends.gluon.key_tiles import key_tiles_of
 from swath.backends.gluon.pipeline import (
     CONSUMER_ROWS,
@@ -121,14 +121,25 @@ def next_rows(work_count, WG: gl.constexpr, sink, score_scales, pipes, batch, C:
     m, l = initial_state(i, work.head, sink, C)
     first = work.q_start + work.q_begin + WG * POSITIONS
     p = first + i // C.pack
-    own = rows_of(first, first + POSITIONS - 1, p, View(work.q_start, size_near(batch.window)), work.kv_len, C.F)
+    # Rows past the end have the bounds of the last one. After the last work tile there are no rows, but addresses.
+    last = gl.maximum(work.q_len - 1, 0) if C.F.bounds else first + POSITIONS - 1
+    view = view_near(work.q_start, work.q_row, batch.window, C.F)
+    own = rows_of(first, last, p, view, work.kv_len, C.F)
     reach = reach_in_list(reach_of(p, own, key_tiles.band, work.lead, C.F), key_tiles.walk)
-    full_from, full_to = interior_of(key_tiles.band, own, C.F)
+    full = seen_by_all(own, key_tiles, C)
     scale_log2, cap_log2 = score_scales
-    return QueryRows(
-        key_tiles, m, l, reach, full_from - key_tiles.walk.gap, full_to - key_tiles.walk.gap, scale_log2, cap_log2,
-        all_pages_live(key_tiles, batch, C),
-    )  # fmt: skip
+    all_live = all_pages_live(key_tiles, batch, C)
+    return QueryRows(key_tiles, m, l, reach, full, scale_log2, cap_log2, all_live)
+
+
+@gluon.jit
+def seen_by_all(rows, key_tiles, C: gl.constexpr):
+    """From where to where the list has keys that all rows see. With bounds nothing: see ``hide_outside_window``."""
+    if C.F.bounds:
+        return ()
+    else:
+        full_from, full_to = interior_of(key_tiles.band, rows, C.F)
+        return full_from - key_tiles.walk.gap, full_to - key_tiles.walk.gap
 
 
 @gluon.jit

@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from swath.backends.device.cache import load_entries, pages_of, slot_of, table_row
+from swath.backends.device.window import seen_bits
 from swath.backends.gluon.compat import reinterpret, tma_load
 from swath.backends.gluon.key_tiles import key_tile, key_tiles_of, narrow_tile
 from swath.backends.gluon.pipeline import (
@@ -31,6 +32,7 @@ from swath.backends.gluon.pipeline import (
     query_box,
 )
 from swath.backends.gluon.scheduler import (
+    bounds_of_tile,
     element,
     fetch_add,
     get_work,
@@ -39,6 +41,7 @@ from swath.backends.gluon.scheduler import (
     publish_work,
     q_coordinates,
     release_work,
+    with_sight,
     work_tile_of,
 )
 from swath.backends.triton.kernels.walk import key_at, seen_by_any
@@ -55,10 +58,11 @@ def load_qk_warp(descriptors, counter, pipes, batch, C: gl.constexpr):
     cuts = 0  # and stays 0: nothing of K is set to zero
     t = gl.program_id(0)
     while t < batch.num_tiles:
-        work = work_tile_of(t, batch, C)
+        found = work_tile_of(t, batch, C)
         if counter is not None:
             fetched = fetch_add(counter)
-        if work.q_len > 0:
+        if found.q_len > 0:
+            work = with_sight(found, batch, C)
             publish_work(work_count, pipes.work, work)
             key_tiles = key_tiles_of(work, batch, C)
             load_q(work_count, work, descriptors.q, pipes.q, C)
@@ -82,7 +86,10 @@ def load_v_warp(descriptors, cut_loaded, pipes, batch, C: gl.constexpr):
     release_work(work_count, pipes.work)
     while has_work(work, C):
         key_tiles = key_tiles_of(work, batch, C)
-        cuts = load_keys(kv_count, cuts, key_tiles, descriptors, cut_loaded, pipes, batch, C)
+        if C.F.bounds and work.sight.apart != 0:
+            cuts = load_keys(kv_count, cuts, key_tiles, descriptors, cut_loaded, pipes, batch, C, APART=True)
+        else:
+            cuts = load_keys(kv_count, cuts, key_tiles, descriptors, cut_loaded, pipes, batch, C)
         kv_count += key_tiles.walk.total
         work_count += 1
         work = get_work(work_count, pipes.work, 1, C)
@@ -99,10 +106,13 @@ class TileLoad(NamedTuple):
 
 
 @gluon.jit
-def load_keys(kv_count, cuts, key_tiles, descriptors, cut_loaded, pipes, batch, C: gl.constexpr):
+def load_keys(
+    kv_count, cuts, key_tiles, descriptors, cut_loaded, pipes, batch, C: gl.constexpr, APART: gl.constexpr = False
+):  # fmt: skip
     """Load K, or with the mbarrier ``cut_loaded`` V, of all key tiles of a work tile.
 
     ``kv_count`` key tiles were loaded before. Returns ``cuts`` plus the stages of V in which an edge cuts a box.
+    ``APART``: its rows, which have bounds, may leave out keys between theirs, so that any box may be cut.
     """
     desc, pipe, narrow_desc, narrow_pipe = descriptors.k, pipes.k, descriptors.narrow_k, pipes.narrow_k
     if cut_loaded is not None:
@@ -111,21 +121,22 @@ def load_keys(kv_count, cuts, key_tiles, descriptors, cut_loaded, pipes, batch, 
         start = narrow_tile(key_tiles, C)
         narrow = TileLoad(start, box_pages(start, key_tiles, C.narrow_n, 1, batch, C), narrow_desc, narrow_pipe)
         wide = TileLoad(0, box_pages(0, key_tiles, C.block_n, 1, batch, C), desc, pipe)
-        cuts = load_stage(kv_count, cuts, (narrow, wide), key_tiles, cut_loaded, C)
+        cuts = load_stage(kv_count, cuts, (narrow, wide), key_tiles, cut_loaded, batch, C, APART)
     else:
         start, _ = key_tile(0, key_tiles, C)
         page = box_pages(start, key_tiles, C.block_n, 1, batch, C)
         for j in range(key_tiles.walk.total):
             next_start, _ = key_tile(gl.minimum(j + 1, key_tiles.walk.total - 1), key_tiles, C)
             next_page = box_pages(next_start, key_tiles, C.block_n, 1, batch, C)
-            cuts = load_stage(kv_count + j, cuts, (TileLoad(start, page, desc, pipe),), key_tiles, cut_loaded, C)
+            loads = (TileLoad(start, page, desc, pipe),)
+            cuts = load_stage(kv_count + j, cuts, loads, key_tiles, cut_loaded, batch, C, APART)
             start = next_start
             page = next_page
     return cuts
 
 
 @gluon.jit
-def load_stage(count, cuts, loads, key_tiles, cut_loaded, C: gl.constexpr):
+def load_stage(count, cuts, loads, key_tiles, cut_loaded, batch, C: gl.constexpr, APART: gl.constexpr):
     """Load the key tiles that share a stage. A stage of V that an edge cuts is loaded, cleaned and then committed."""
     state = pipeline_state(loads[0].pipe, count)
     producer_acquire("k" if cut_loaded is None else "v", count, C)
@@ -135,12 +146,12 @@ def load_stage(count, cuts, loads, key_tiles, cut_loaded, C: gl.constexpr):
         cut = edge_cuts_a_box(loads[0].start, key_tiles, loads[0].pipe, C)
         for i in gl.static_range(1, len(loads)):
             cut |= edge_cuts_a_box(loads[i].start, key_tiles, loads[i].pipe, C)
-        if cut:
+        if APART or cut:
             start_loads("v", state.index, loads, key_tiles, cut_loaded, C)
             mbarrier.wait(cut_loaded, cuts & 1)
             cuts += 1
             for i in gl.static_range(len(loads)):
-                zero_unseen(state.index, loads[i].start, key_tiles, loads[i].pipe, C)
+                zero_unseen(state.index, loads[i].start, key_tiles, loads[i].pipe, batch, C, APART)
             producer_commit(state)
         else:
             start_loads("v", state.index, loads, key_tiles, state.full, C)
@@ -212,7 +223,7 @@ def start_boxes(PIPE: gl.constexpr, index, load, key_tiles, full, C: gl.constexp
 
 
 @gluon.jit
-def zero_unseen(index, start, key_tiles, pipe, C: gl.constexpr):
+def zero_unseen(index, start, key_tiles, pipe, batch, C: gl.constexpr, APART: gl.constexpr):
     """Set the rows of a loaded V tile that no query sees to zero."""
     BLOCKS: gl.constexpr = blocks_of("v", C)
     ROWS: gl.constexpr = 8
@@ -226,8 +237,12 @@ def zero_unseen(index, start, key_tiles, pipe, C: gl.constexpr):
     )
     for i in range(CHUNKS):
         pos = key_at(start + i * ROWS, key_tiles.walk, C.F)
-        if not all_seen(pos, pos + ROWS, key_tiles.band):
-            seen = seen_by_any(pos + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), key_tiles.band)
+        if APART or not all_seen(pos, pos + ROWS, key_tiles.band):
+            row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+            seen = seen_by_any(pos + row, key_tiles.band)
+            if APART:
+                low, end = bounds_of_tile(key_tiles.work, batch, C)
+                seen &= ((seen_bits(pos, ROWS, low, end, key_tiles.work.lead) >> row) & 1) != 0
             for block in gl.static_range(BLOCKS):
                 chunk = chunks.index((index * BLOCKS + block) * CHUNKS + i)
                 chunk.store(gl.where(seen[:, None], chunk.load(LAYOUT), 0.0))

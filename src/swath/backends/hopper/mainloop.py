@@ -41,15 +41,15 @@ from swath.backends.hopper.softmax import (
 class QueryRows(NamedTuple):
     """The 64 rows of an MMA warpgroup in a work tile: their keys, their state before any key, and whom they see.
 
-    All rows see the keys ``full_from .. full_to - 1`` of the list. ``all_live``: every page in sight is in the pool.
+    All rows see the keys ``full[0] .. full[1] - 1`` of the list; of rows with bounds each warp finds out for its own.
+    ``all_live``: every page in sight is in the pool.
     """
 
     key_tiles: gl.tensor
     m: gl.tensor  # [M]
     l: gl.tensor  # [M]
     reach: gl.tensor  # a Reach in places of the list of keys
-    full_from: gl.tensor
-    full_to: gl.tensor
+    full: gl.tensor
     scale_log2: gl.tensor
     cap_log2: gl.tensor
     all_live: gl.tensor

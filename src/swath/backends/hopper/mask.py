@@ -37,24 +37,43 @@ def masked_scores(
 @gluon.jit
 def hide_outside_window(s, start, FIRST: gl.constexpr, new_from, rows):
     """Scores with -inf outside the window. Its two edges are apart: few tiles are cut by both, some by none."""
-    low, full_from = rows.reach.low, rows.full_from
+    low = rows.reach.low
     if new_from is not None:
-        low, full_from = gl.maximum(low, new_from), gl.maximum(full_from, new_from)
+        low = gl.maximum(low, new_from)
+    if len(rows.full) > 0:
+        full_from, full_to = rows.full
+        if new_from is not None:
+            full_from = gl.maximum(full_from, new_from)
+    else:
+        full_from, full_to = over_warp(low, "max"), over_warp(rows.reach.end, "min")
     s = hide_side(s, True, start, FIRST, low, full_from)
-    return hide_side(s, False, start, FIRST, rows.reach.end, rows.full_to)
+    return hide_side(s, False, start, FIRST, rows.reach.end, full_to)
+
+
+@gluon.jit
+def over_warp(x, HOW: gl.constexpr):
+    """The maximum or minimum of x [M], integers, over the rows of a warp, of which each thread has two: [M]."""
+    return gl.inline_asm_elementwise(
+        "{ " + HOW + ".s32 $0, $2, $3; redux.sync." + HOW + ".s32 $0, $0, 0xffffffff; mov.b32 $1, $0; }",
+        "=r,=r,r,r", [x], dtype=gl.int32, is_pure=False, pack=2,
+    )  # fmt: skip
 
 
 @gluon.jit
 def hide_side(s, BELOW: gl.constexpr, start, FIRST: gl.constexpr, bound, full):
     """Scores with -inf for keys below ``bound`` [M] of their row, or from it on.
 
-    All rows see the keys from ``full`` on, or those before it. So only the columns up to ``full`` are looked at.
+    All rows see the keys from ``full`` on, or those before it; as [M] it is a number for the rows of each warp. So only
+    the columns up to ``full`` are looked at.
     """
     VALUES: gl.constexpr = s.shape[0] * s.shape[1] // 128
     bounds = less_own(bound, own_columns(s) + start, s)
+    full = full - start
+    if len(full.shape) > 0:
+        full = of_rows(full, s)[:, None]
     return gl.inline_asm_elementwise(
         hide_side_ptx(VALUES, BELOW, FIRST), in_place(VALUES, "rr"),
-        [s, bounds, gl.zeros_like(bounds) + (full - start)], dtype=gl.float32, is_pure=True, pack=VALUES,
+        [s, bounds, gl.zeros_like(bounds) + full], dtype=gl.float32, is_pure=True, pack=VALUES,
     )  # fmt: skip
 
 
@@ -83,9 +102,11 @@ def hide_outside_window_and_lead(s, start, new_from, rows, C: gl.constexpr):
 
     A causal row sees key x if (low <= x or x < lead) and x < end, any other row if low <= x < end or x < lead.
     """
-    low, end, _ = rows.reach  # of ``lead`` each row has its own; as one number for all rows it takes fewer registers
+    low, end, own_lead = rows.reach  # as one number for all rows ``lead`` takes fewer registers
     lead, right = rows.key_tiles.work.lead, rows.key_tiles.band.right
-    if C.F.causal:  # a gap in the list is no matter: every row's window ends beyond it
+    if C.F.bounds:  # a row whose window is empty may end before a gap in the list
+        s = keep_seen(s, SEEN, start, (low, end, own_lead, low * 0 + new_from))
+    elif C.F.causal:  # a gap in the list is no matter: every row's window ends beyond it
         s = keep_seen(s, SEEN_CAUSAL, start, (low, end, low * 0 + lead, low * 0 + new_from))
     else:
         s = keep_seen(s, SEEN, start, (low, end, low * 0 + gl.minimum(lead, right), low * 0 + new_from))

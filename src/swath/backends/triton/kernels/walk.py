@@ -84,9 +84,8 @@ def seen_by_any(pos, band):
 
 
 @triton.jit
-def interior_tiles(band, walk, rows, F: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Tiles ``begin .. end - 1`` of the list in which every row sees every key: they need no mask."""
-    start, stop = interior_of(band, rows, F)
+def interior_tiles(start, stop, walk, BLOCK_N: tl.constexpr):
+    """Tiles ``begin .. end - 1`` of the list that need no mask where every row sees the keys ``start .. stop - 1``."""
     begin = tl.minimum(tl.cdiv(tl.maximum(start - walk.gap, walk.lead), BLOCK_N), walk.total)
     end = tl.maximum(stop - walk.gap, 0) // BLOCK_N
     return begin, tl.maximum(tl.minimum(end, walk.total), begin)
@@ -102,7 +101,8 @@ def unmasked_tiles(keys, band, walk, rows, first_tile, end_tile, F: tl.constexpr
 
     They are the interior ones, if all of their pages are live; otherwise there are none.
     """
-    begin, end = interior_tiles(band, walk, rows, F, BLOCK_N)
+    start, stop = interior_of(band, rows, F)
+    begin, end = interior_tiles(start, stop, walk, BLOCK_N)
     begin = tl.minimum(tl.maximum(begin, first_tile), end_tile)
     end = tl.maximum(tl.minimum(end, end_tile), begin)
     if F.page_size > 0:
