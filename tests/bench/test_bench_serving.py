@@ -21,7 +21,7 @@ from typer import Exit
 
 import swath
 from swath.bench.results import Row, Served, append, read
-from swath.bench.serving import check, page, vllm
+from swath.bench.serving import check, page, sglang, vllm
 from swath.bench.serving.engine import Call, Job, Load, Logprobs
 from swath.bench.serving.job import in_process
 from swath.bench.serving.measure import measure
@@ -159,7 +159,8 @@ def test_jobs_that_fail_and_die_are_rows(capfd: pytest.CaptureFixture[str]) -> N
     def dies(*_: object) -> Any:
         os._exit(3)
 
-    rows = [in_process(a_job(), LOAD, start, "abc", "c", lambda _: None) for start in (raises, dies)]
+    runners = [SimpleNamespace(FORKS=True, prepare=lambda: "fake", start=start) for start in (raises, dies)]
+    rows = [in_process(a_job(), LOAD, runner, "abc", "c", lambda _: None) for runner in runners]
     assert [row.reason for row in rows] == ["ImportError: no engine", "its process ended with 3"]
     assert {row.status for row in rows} == {"failed"}
     assert rows[0].origin.command == "c"
@@ -195,6 +196,7 @@ def test_kernels_are_told_apart_by_their_names() -> None:
         "void cublasLt::splitKreduce_kernel<32>": "rest", "at::native::reduce_kernel<512>": "rest",
         "cutlass::device_kernel<flash::FlashAttnFwdSm90<X>>": "attention", "kernel_unified_attention": "attention",
         "void vllm::reshape_and_cache_flash_kernel<bf16>": "append", "nvjet_tst_128x256": "rest",
+        "_fwd_grouped_kernel_stage1": "attention", "void store_kvcache<2048>(Params)": "append",
     }  # fmt: skip
     assert {name: kind_of(name) for name in named} == named
     runs = [Kernel("split_kernel", 0, 4), Kernel("reduce_kernel", 3, 5), Kernel("append_kernel", 7, 8)]
@@ -224,8 +226,19 @@ def test_the_committed_page_has_the_committed_figures() -> None:
     assert page.with_table(text, found) == text, "run: swath bench report"
     assert page.with_table(text, {}) == text
     row = run(FakeEngine(), a_job())
-    newer = page.with_table(text, found | {"a.jsonl": [replace(row, origin=replace(ORIGIN, date="2099-01-01"))]})
-    assert "A GPU, driver 1, torch 2, Triton 3, swath 0 at abc, 2099-01-01, fake 1.0." in newer
+    newer = replace(row, version="vllm 9", origin=replace(ORIGIN, date="2099-01-01"))
+    assert "A GPU, driver 1, torch 2, Triton 3, swath 0 at abc, 2099-01-01, vllm 9." in page.with_table(
+        text, found | {"a.jsonl": [newer]}
+    )
+
+
+def test_each_engine_has_a_table_of_its_own() -> None:
+    row = replace(run(FakeEngine(), a_job()), origin=ORIGIN)
+    marks = "".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in page.MARKS.values())
+    made = page.with_table(marks, {"a.jsonl": [replace(row, version=name) for name in ("vllm 1", "sglang 2")]})
+    assert made.count("| mistral-7b 8 layers bf16 | swath |") == 2
+    assert made.index("vllm 1") < made.index("sglang 2")
+    assert page.with_table("", {"a.jsonl": [replace(row, version="another 1")]}) == ""
 
 
 def test_models_have_whole_periods_of_layers() -> None:
@@ -238,9 +251,11 @@ def test_models_have_whole_periods_of_layers() -> None:
 
 
 def test_wrong_jobs_are_named() -> None:
-    assert all(job_of(text, 8) for text in DEFAULT)
+    assert all(job_of(text, 8) for texts in DEFAULT.values() for text in texts)
+    assert job_of("mistral-7b:32/bf16/swath", 8).layers == 32
     assert "MODEL/CACHE/BACKEND" in failure("bench", "serve", "mistral-7b/bf16")
     assert "one of mistral-7b" in failure("bench", "serve", "mistral/bf16/swath")
+    assert "behind the colon" in failure("bench", "serve", "mistral-7b:all/bf16/swath")
 
 
 @pytest.mark.parametrize("ours", [True, False])
@@ -269,3 +284,79 @@ def test_rows_with_scales_in_them_are_not_misread() -> None:
     layer = SimpleNamespace(head_size=16)
     with pytest.raises(NotImplementedError, match="2 x 16"):
         vllm._rows(layer, torch.zeros(4, 2, 16, 40, dtype=torch.int8))
+
+
+# ---- SGLang --------------------------------------------------------------------------------------------------------
+
+
+def test_a_thread_has_its_turns() -> None:
+    said: list[str] = []
+
+    def run() -> None:
+        for i in range(2):
+            said.append(f"it {i}")
+            turns.give_back()
+        raise ValueError("no more")
+
+    turns = sglang.Turns(run)
+    for i in range(2):
+        turns.give()
+        said.append(f"we {i}")
+    assert said == ["it 0", "we 0", "it 1", "we 1"]
+    with pytest.raises(RuntimeError, match="has ended") as raised:
+        turns.give()
+    assert str(raised.value.__cause__) == "no more"
+
+
+def test_sglangs_jobs_are_what_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistral has no window there, and gpt-oss takes swath under the name of another backend only."""
+    import swath.engines.sglang as adapter
+
+    monkeypatch.setenv(adapter.STAND_IN, "")
+    registered: list[str] = []
+    monkeypatch.setattr(adapter, "register", lambda: registered.append(os.environ[adapter.STAND_IN]))
+    job = sglang.served(a_job())
+    assert job.model.config(8)["sliding_window"] is None
+    assert "no window" in job.model.in_words(8)
+    assert sglang.served(a_job(model="gpt-oss-20b")).model.window == 128
+    assert [sglang.registered(x) for x in (a_job("fa3"), job, a_job(model="gpt-oss-20b"))] == ["fa3", "swath", "triton"]
+    assert registered == ["", "triton"]
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_a_call_of_sglang_is_read_from_its_pools(windowed: bool) -> None:
+    """Slots of tokens become pages; a layer of the window's pool has numbers of its own, and pages may be left over."""
+    kv = torch.arange(3 * sglang.PAGE + 5).float().view(-1, 1, 1).repeat(1, 2, 16)
+    requests = torch.zeros(3, 4 * sglang.PAGE, dtype=torch.int32)
+    requests[1] = torch.arange(4 * sglang.PAGE) % (2 * sglang.PAGE) + sglang.PAGE
+    pool = SimpleNamespace(
+        get_kv_buffer=lambda _: (kv, kv), layers_mapping={0: (0, windowed)},
+        translate_loc_from_full_to_swa=lambda slots: slots - sglang.PAGE,
+    )  # fmt: skip
+    runner = SimpleNamespace(token_to_kv_pool=pool, req_to_token_pool=SimpleNamespace(req_to_token=requests))
+    layer = SimpleNamespace(
+        layer_id=0, tp_q_head_num=4, head_dim=16, v_head_dim=16, sliding_window_size=31 if windowed else -1, scaling=0.5
+    )
+    batch = SimpleNamespace(
+        seq_lens=torch.tensor([sglang.PAGE + 3]), req_pool_indices=torch.tensor([1]), extend_seq_lens=torch.tensor([3])
+    )
+    call = sglang._call(runner, layer, batch, torch.zeros(3, 64), torch.zeros(3, 64), None)
+    assert call.q.shape == call.out.shape == (3, 4, 16)
+    assert call.block_table.tolist() == ([[0, 1]] if windowed else [[1, 2]])
+    assert call.cu_seqlens_q.tolist() == [0, 3]
+    assert call.cache.k.shape[0] == 3
+    assert call.size == (32 if windowed else None)
+    batch.extend_seq_lens = None
+    assert sglang._call(runner, layer, batch, torch.zeros(1, 64), torch.zeros(1, 64), None).cu_seqlens_q.tolist() == [
+        0,
+        1,
+    ]
+
+
+def test_answers_of_sglang_have_the_chosen_token_first() -> None:
+    said = SimpleNamespace(
+        output_top_logprobs_idx=[[5, 7], [9, 2]], output_top_logprobs_val=[[-0.1, -2.0], [-0.3, -0.4]],
+        output_token_logprobs_val=[-2.0, -0.3],
+    )  # fmt: skip
+    answer = sglang._by_token(SimpleNamespace(logprob=said, output_ids=[7, 9]))
+    assert [list(step.items()) for step in answer] == [[(7, -2.0), (5, -0.1)], [(9, -0.3), (2, -0.4)]]

@@ -78,6 +78,22 @@ class Call:
     q_scale: Tensor | None = None
 
 
+class Runner(Protocol):
+    """How an engine is started: a module of this package."""
+
+    FORKS: bool
+    """Whether processes may be copied from one that has prepared."""
+
+    def prepare(self) -> str:
+        """Import the engine; it may be called again. Its name and release."""
+
+    def served(self, _job: Job, /) -> Job:
+        """The job as this engine serves it."""
+
+    def start(self, _job: Job, _load: Load, /) -> Engine:
+        """An engine for one job. The process is good for one."""
+
+
 class Engine(Protocol):
     """An engine that has started with one job's model, and takes requests in this process."""
 

@@ -16,7 +16,7 @@ class Model:
     """A decoder of real shape.
 
     - depth: layers of the real model; period: layers after which the kinds of layers repeat
-    - window: keys in the window of windowed layers
+    - window: keys in the window of windowed layers; None: there are none
     - is_dense: no routing, so that nearly equal activations give nearly equal logits
     - own: its configuration, without ``COMMON`` and what follows from the layers
     """
@@ -27,7 +27,7 @@ class Model:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
-    window: int
+    window: int | None
     is_dense: bool
     own: dict[str, Any]
 
@@ -50,7 +50,7 @@ class Model:
     def in_words(self, layers: int) -> str:
         """The shape."""
         heads = f"heads {self.num_q_heads}/{self.num_kv_heads}, D {self.head_dim}"
-        return f"{layers} of {self.depth} layers, {heads}, window {self.window}"
+        return f"{layers} of {self.depth} layers, {heads}, {f'window {self.window}' if self.window else 'no window'}"
 
     def layers_near(self, wanted: int) -> int:
         """``wanted`` layers, rounded to whole periods, and at least one period."""

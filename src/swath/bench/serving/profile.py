@@ -19,8 +19,17 @@ OURS = {
 }
 """swath's kernels, by their whole names: others have these within theirs."""
 PARTS = {
-    "append": ("reshape_and_cache", "kv_cache_update"),
-    "attention": ("flash", "unified_attention", "reduce_segments", "varlen_num_blocks", "scaled_fp8_quant"),
+    "append": ("reshape_and_cache", "kv_cache_update", "store_kvcache"),
+    "attention": (
+        "flash",
+        "unified_attention",
+        "reduce_segments",
+        "varlen_num_blocks",
+        "scaled_fp8_quant",
+        "_fwd_kernel",
+        "_fwd_grouped_kernel",
+        "num_kv_splits",
+    ),
 }
 """What the kernels of engines have within their names; the first that fits counts. (vLLM's reshape_and_cache_flash is
 no attention.) Queries that are quantised for attention count with it."""

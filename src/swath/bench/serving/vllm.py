@@ -19,6 +19,7 @@ import torch
 from swath.bench.machine import version_of
 from swath.bench.serving.engine import Call, Job, Load, Logprobs
 from swath.bench.serving.measure import MOST_GRAPHED, MOST_REQUESTS
+from swath.bench.serving.weights import make_weights
 from swath.cache import PagedKV
 from swath.engines.common import rows_cache
 
@@ -34,7 +35,9 @@ ENVIRONMENT = {
 CACHES = {"bf16": "auto"}
 """Names of caches that vLLM has other names for."""
 TOP = 5
-WEIGHTS_SEED = 7
+MOST_CACHE_BYTES = 88 << 30
+FORKS = True
+"""It is imported once, before the processes of jobs are copied from this one."""
 
 
 def prepare() -> str:
@@ -47,6 +50,11 @@ def prepare() -> str:
 
     register()
     return f"vllm {vllm.__version__}"
+
+
+def served(job: Job) -> Job:
+    """The job as it is."""
+    return job
 
 
 def start(job: Job, load: Load) -> VllmEngine:
@@ -75,27 +83,12 @@ def _platform(backend: str) -> dict[str, Any]:
 
 
 def cache_bytes(job: Job, load: Load) -> int:
-    """Room for all sequences of the decode, as if no layer had a window and all elements had 16 bits."""
+    """Room for all sequences of the decode, as if no layer had a window and all elements had 16 bits.
+
+    Deep models are given less, which is enough for them because most of their layers have windows.
+    """
     per_token = 4 * job.model.num_kv_heads * job.model.head_dim * job.layers
-    return per_token * (load.context + load.new_tokens) * (MOST_REQUESTS + 8)
-
-
-def make_weights(model: torch.nn.Module) -> None:
-    """Random weights that make attention uneven; vLLM's dummy ones are so small that all keys weigh the same."""
-    zero_centred = "gemma" in type(model).__name__.lower()
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(WEIGHTS_SEED)
-    for name, weights in sorted(model.named_parameters()):
-        if not weights.dtype.is_floating_point or weights.dtype.itemsize < 2:
-            continue
-        with torch.no_grad():
-            if "norm" in name:
-                weights.fill_(0.0 if zero_centred else 1.0)
-            elif name.endswith("sinks"):
-                weights.normal_(0.5, 1.0, generator=generator)
-            elif weights.dim() == 1 or "bias" in name:
-                weights.normal_(0.0, 0.02, generator=generator)
-            else:
-                weights.normal_(0.0, (1.5 if "qkv" in name else 1.0) / weights.shape[-1] ** 0.5, generator=generator)
+    return min(per_token * (load.context + load.new_tokens) * (MOST_REQUESTS + 8), MOST_CACHE_BYTES)
 
 
 class VllmEngine:
