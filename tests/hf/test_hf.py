@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("transformers", reason="the Transformers integration needs transformers")
@@ -314,8 +315,8 @@ def test_layers_without_a_mask() -> None:
     assert torch.equal(out, hf_attention.attention_forward(settings, module, x, x, x, band)[0])
     with pytest.raises(ValueError, match="a mask for 2 causal queries over 6 keys"):
         hf_attention.attention_forward(settings, module, x[:, :, :2], x, x, None)
-    with pytest.raises(ValueError, match="sliding_window"):
-        hf_attention.attention_forward(settings, module, x, x, x, None, sliding_window=3, is_causal=False)
+    both_ways, _ = hf_attention.attention_forward(settings, module, x, x, x, None, sliding_window=3, is_causal=False)
+    torch.testing.assert_close(both_ways, F.scaled_dot_product_attention(x, x, x).transpose(1, 2))  # as eager: all keys
     with pytest.raises(ValueError, match="1 sequences, 6 queries and 6 keys"):
         hf_attention.attention_forward(settings, module, x, x, x, band_mask(1, 6, 7))
 

@@ -223,13 +223,6 @@ def test_images_see_all_of_themselves(gemma3: Any, spans: list[tuple[int, int]])
     assert torch.equal(greedy(ours, ids, new=8, **options), greedy(gemma3, ids, new=8, **options))
 
 
-def test_images_over_a_paged_cache_are_refused(gemma3: Any) -> None:
-    """It frees pages as the window passes, and an image sees beyond it."""
-    ids, ours = tokens(1, 12) % 50 + 2, with_swath(gemma3)
-    with pytest.raises(ValueError, match="attention_mask: wanted a window over a PagedCache"):
-        greedy(ours, ids, past_key_values=PagedCache(ours.config), **of_images(ids, (3, 7)))
-
-
 @pytest.mark.parametrize("length", [3, 19, 40])
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 def test_windows_to_both_sides(side: str, length: int) -> None:

@@ -79,10 +79,9 @@ def attention_forward(
     layer = _paged_layer(key, value)
     kv_len = key.shape[2] if layer is None else layer.get_seq_length()
     band = _band(attention_mask, query.shape[0], query.shape[2], kv_len, sliding_window, causal, layer is not None)
+    band = band if layer is None or band.window.causal else band.with_runs(query.device)
     window = _effective_window(settings.override(getattr(module, "layer_idx", 0)), band)
     if layer is not None:
-        if window.bounds is not None:  # which keys they see later is not known, and so not which pages may be freed
-            raise bad_value("attention_mask", "a window over a PagedCache", "runs of keys (images, prefixes, chunks)")
         if window is band.window and band.says(layer.pages.window):
             window = layer.pages.window
         if not isinstance(band.q_column, Tensor) and band.q_column + band.q_len != kv_len:
@@ -142,9 +141,7 @@ def _band_without_mask(
     batch: int, q_len: int, kv_len: int, sliding_window: int | None, causal: bool, cached: bool
 ) -> BandMask:
     """The model made no mask: no padding, and the layer's own keywords say which keys a query sees."""
-    if not causal:
-        if sliding_window is not None:
-            raise bad_value("sliding_window", "None where attention is not causal and has no mask", sliding_window)
+    if not causal:  # eager attention shows all keys then, also in a layer that says a window (DiffusionGemma)
         return BandMask(Window(causal=False), batch, q_len, kv_len, 0)
     if q_len != kv_len and not cached:
         # Where the queries stand among keys of another number (a static cache's, say) only a mask could tell.

@@ -30,6 +30,9 @@ QUANTS = {
 }
 """Storage by name, all with one scale per token and head."""
 
+WINDOWED = "sliding_attention", "chunked_attention"
+"""Types of layers that keep the newest keys alone: a query in chunks sees none that is a chunk ago or more."""
+
 AFTER_FAILURE = "a cache of this model, all layers with the same tokens; crop or reset it after a call that failed"
 
 
@@ -37,7 +40,8 @@ class PagedCache(Cache):  # type: ignore[misc]
     """A cache of pages: old ones are reused once the window has passed them, and values may be int8 or fp8.
 
     Prefill and decode both read the pages. The model must run on an implementation that ``register`` made. Pad
-    batches on the left to generate. Layers may be full or sliding, each with its own window.
+    batches on the left to generate. Layers may be full, sliding or chunked, each with its own window. Images whose
+    tokens see each other, and prefixes, are read from pages as well: those of a call are held while it attends.
 
     A worked example: a model whose layers slide over 128 keys holds at most 9 pages of 16 tokens per sequence and
     layer while it decodes, however long the text.
@@ -229,15 +233,13 @@ class Kept:
 def _kept_by_layers(config: Any) -> list[Kept | None]:
     """What each layer keeps, from the configuration; None for a layer that reads another's keys, or has none."""
     layers = layer_types_and_windows(config)
-    unknown = sorted({kind for kind, _ in layers} - {"full_attention", "sliding_attention", "dummy"})
+    unknown = sorted({kind for kind, _ in layers} - {"full_attention", *WINDOWED, "dummy"})
     if unknown:
-        raise bad_value("config", "layers of full_attention or sliding_attention", ", ".join(unknown))
+        raise bad_value("config", f"layers of full_attention, {' or '.join(WINDOWED)}", ", ".join(unknown))
     last = {kind: layer_idx for layer_idx, (kind, _) in enumerate(layers)}
     shared = bool(getattr(config, "num_kv_shared_layers", None))
     return [
-        None
-        if kind == "dummy"
-        else Kept(Window(size if kind == "sliding_attention" else None), shared and last[kind] == i, kind)
+        None if kind == "dummy" else Kept(Window(size if kind in WINDOWED else None), shared and last[kind] == i, kind)
         for i, (kind, size) in enumerate(layers)
     ]
 

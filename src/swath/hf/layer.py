@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from swath.cache import PagedKV
-from swath.errors import bad_value
+from swath.errors import bad_type, bad_value
 from swath.hf.attention import Scoring
-from swath.hf.leading import attend_near, held_keys
+from swath.hf.leading import attend_near, held_keys, leaves_leading
 from swath.hf.masks import BandMask
 from swath.hf.pages import Pages, Pass
 from swath.hf.pools import magnitudes, rescale, static_scales
@@ -48,6 +48,19 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._place = len(pages.pools.stores)
         self._largest: list[Tensor] = []
         pages.pools.stores.append(None)
+
+    @property
+    def keys(self) -> Tensor:
+        """Nowhere in one piece.
+
+        Raises:
+            TypeError: a model reads what the layer stores by itself.
+        """
+        raise bad_type("past_key_values", "a cache of Transformers: the model reads its keys itself", "a PagedCache")
+
+    @keys.setter
+    def keys(self, _: None) -> None:
+        """Transformers sets it to None at first."""
 
     @property
     def store(self) -> PagedKV | None:
@@ -103,11 +116,12 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
         A layer that reads the keys of another may have queries for the newest of the tokens alone.
         """
-        if self.overrides and window.causal:
-            window = self.pages.window
-        if window != self.pages.window:
-            raise bad_value("past_key_values", f"a PagedCache made for {window}", self.pages.window)
+        if window.bounds is None:
+            window = self._own_window(window)
+        elif self.overrides:
+            raise bad_value("window", "None for a layer whose queries see runs of keys", self.pages.window)
         passes = self._passes_again(query.shape[2], keys) if self.new is None else self._passes_of(*self.new, band)
+        self._check_runs(passes, band)
         if self.store is None:
             raise RuntimeError("lazy_initialization made no pool")
         q = query.transpose(1, 2)
@@ -121,7 +135,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
                 out[:, part] = attend_near(q[:, part], self.store, p, window, self.rotary, scoring, impl)
                 continue
             paged_attention(
-                q[:, part], self.store, p.block_table, p.seq_lens, max_kv_len=p.max_kv_len, window=window,
+                q[:, part], self.store, p.block_table, p.seq_lens, max_kv_len=p.max_kv_len,
+                window=window if window.bounds is None else _rows_of(window, len(q), part),
                 out=out[:, part], impl=impl, **scoring,
             )  # fmt: skip
         self.forget(self.get_seq_length())
@@ -145,12 +160,34 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _passes_of(self, key: Tensor, value: Tensor, band: BandMask) -> list[Pass]:
         """The passes of new keys, with pages to store them in, and scales."""
-        passes = self.pages.extend(self.length, key.shape[2], band.first, key.device)
+        reach = () if band.host_runs is None else (band.host_runs[..., 1].amax(0) - self.length).tolist()
+        passes = self.pages.extend(self.length, key.shape[2], band.first, key.device, reach)
         if self.store is None:
             self.lazy_initialization(key, value)
         if self.store is not None and self.pages.tokens(self.length) < CALIBRATION_TOKENS:
             self._calibrate(self.store, [_without_padding(x, band, self.length) for x in (key, value)])
         return passes
+
+    def _own_window(self, window: Window) -> Window:
+        """The window that was given with the cache, or the mask's, which is no wider than what pages are kept for."""
+        held = self.pages.window
+        if self.overrides and window.causal:
+            return held
+        if window != held and not _is_part(window, held):
+            raise bad_value("past_key_values", f"a PagedCache made for {window}", held)
+        return window
+
+    def _check_runs(self, passes: list[Pass], band: BandMask) -> None:
+        """Whether rows that see runs of keys find them: none released before their pass, none stored after it."""
+        if band.host_runs is None:
+            return
+        first = torch.tensor(band.first)[:, None]
+        for p in passes:
+            low, end = band.host_runs[:, p.start : p.stop].unbind(-1)  # columns, [B, rows]
+            held = first + torch.tensor(p.held)[:, None]
+            if bool(((low < end) & ((low < held) | (end > p.stored))).any()):
+                wanted = f"keys in a window of {self.pages.window.size}, and behind it images of this call alone"
+                raise bad_value("attention_mask", wanted, "rows that see keys which are not held")
 
     def _passes_again(self, queries: int, keys: int) -> list[Pass]:
         """The passes of the newest call, for another layer that reads the same keys."""
@@ -175,6 +212,19 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         pages = torch.tensor(held, dtype=torch.long, device=store.k.device)
         for name, granularity in static.items():
             rescale(store, name, calibrate(largest[name == "v_scale"], store.quant.dtype, granularity), pages)
+
+
+def _is_part(window: Window, held: Window) -> bool:
+    """Whether queries see fewer of the newest keys than are held: those of their chunk, say."""
+    if window.size is None or held.size is None or not window.causal:
+        return False
+    return window.size <= held.size and not leaves_leading(window) and not leaves_leading(held)
+
+
+def _rows_of(window: Window, batch: int, part: slice) -> Window:
+    """The window of bounds [batch * rows, 2] of the rows ``part`` of each sequence: [batch, rows, 2]."""
+    bounds = cast(Tensor, window.bounds).unflatten(0, (batch, -1))
+    return Window(bounds=bounds[:, part])
 
 
 def _ones(granularity: str, num_kv_heads: int, head_dim: int, device: torch.device) -> Tensor | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ class BandMask:
     query row i stands in column ``q_column + i``. Distances between real tokens are the same with and without the
     padding, so positions count from ``first[b]``. Queries that are padding see what their position sees, or nothing.
 
-    A mask of another form, in which each query sees one run of columns (image tokens, prefixes, chunks), is a window of
-    bounds: [batch * q_len, 2], in columns, without padding.
+    A mask of another form, in which each query sees one run of keys (image tokens, prefixes, chunks), is a window of
+    bounds, [batch * q_len, 2] in positions.
 
     Args:
         window: which keys a query sees.
@@ -73,10 +73,13 @@ class BandMask:
         return cls(window, batch, q_len, kv_len, q_column, padding, dropped, tuple(host_first))
 
     @classmethod
-    def of_dense(cls, mask: Tensor, q_column: int | Tensor, guess: Window, dropped: int = 0) -> BandMask:
+    def of_dense(
+        cls, mask: Tensor, q_column: int | Tensor, guess: Window, dropped: int = 0, real: Tensor | None = None
+    ) -> BandMask:
         """From a 4-D mask, bool or additive [B, 1, q_len, kv_len]: a window or runs of keys, found from what it shows.
 
         A mask that is traced shows nothing yet: its window is taken to be ``guess``, and the trace checks that.
+        ``real``, bool [B, kv_len], tells real tokens from padding; None: a column that no query sees is padding.
 
         Raises:
             TypeError, ValueError: another shape or dtype, a bias that is neither 0 nor minus infinity, a mask that is
@@ -84,8 +87,8 @@ class BandMask:
         """
         visible = _visible(mask)
         q_len, kv_len = visible.shape[1:]
-        real = visible.any(1)  # [B, kv_len]
-        _require(real.any(1), "a key to see in every sequence", "a sequence with none")
+        _require(visible.flatten(1).any(1), "a key to see in every sequence", "a sequence with none")
+        real = visible.any(1) if real is None else real  # [B, kv_len]
         q_pos, k_pos = _positions(q_len, kv_len, q_column, mask.device)
         if is_tracing(mask):
             _require(guess.mask(q_pos, k_pos) & real[:, None] == visible, *OTHER_FORM)
@@ -96,23 +99,34 @@ class BandMask:
         rows = (q_pos >= 0) & (q_pos < kv_len)
         stand_on = real[:, q_pos.clamp(0, max(kv_len - 1, 0))] & rows  # [B, q_len]: queries that are no padding
         _require(visible.any(2) | ~stand_on, *OTHER_FORM)
-        window = Window(bounds=_runs(visible).flatten(0, 1))
-        return cls(window, len(visible), q_len, kv_len, q_column, dropped=dropped)
+        band = cls.of_padding(Window(), real, q_len, q_column, dropped)
+        runs = _runs(visible) - band.padding[0][:, None, None]  # type: ignore[index]
+        return replace(band, window=Window(bounds=runs.clamp(min=0).flatten(0, 1)))
 
     def cut(self, sequences: range, rows: range, columns: range) -> BandMask:
         """The mask of some neighbouring sequences, rows and columns."""
         padding, host_first, width, window = self.padding, self.host_first, len(columns), self.window
-        if window.bounds is not None:
-            runs = window.bounds.unflatten(0, (self.batch, self.q_len))
-            runs = runs[sequences.start : sequences.stop, rows.start : rows.stop] - columns.start
-            window = Window(bounds=runs.clamp(0, width).flatten(0, 1))
         if padding is not None:
             padding = (padding[:, sequences.start : sequences.stop] - columns.start).clamp(0, width)
+        if window.bounds is not None:
+            runs = self.columns_seen[sequences.start : sequences.stop, rows.start : rows.stop] - columns.start
+            first = 0 if padding is None else padding[0][:, None, None]
+            window = Window(bounds=(runs.clamp(0, width) - first).clamp(min=0).flatten(0, 1))
         if host_first is not None:
             host_first = tuple(min(max(host_first[b] - columns.start, 0), width) for b in sequences)
         q_column = self.q_column + rows.start - columns.start
         dropped = self.dropped + columns.start
         return BandMask(window, len(sequences), len(rows), width, q_column, padding, dropped, host_first)
+
+    def with_runs(self, device: torch.device) -> BandMask:
+        """The same mask by the bounds of each row: what pages are read by where a window reaches to both sides."""
+        q_pos, k_pos = _positions(self.q_len, self.kv_len, self.q_column, device)
+        visible = self.window.mask(q_pos, k_pos).expand(self.batch, -1, -1)
+        first = 0
+        if self.padding is not None:
+            first, end = self.padding.to(device)[..., None, None]  # [batch, 1, 1]
+            visible = visible & (k_pos >= first) & (k_pos < end)
+        return replace(self, window=Window(bounds=(_runs(visible) - first).clamp(min=0).flatten(0, 1)))
 
     @property
     def first(self) -> tuple[int, ...]:
@@ -126,6 +140,22 @@ class BandMask:
         if self.host_first is None:
             raise bad_value("past_key_values", "a cache of Transformers while tracing or compiling", "a PagedCache")
         return self.host_first
+
+    @property
+    def columns_seen(self) -> Tensor:
+        """Of a window of bounds: the columns [lo, hi) that each row sees, [batch, q_len, 2]."""
+        runs: Tensor = cast(Tensor, self.window.bounds).unflatten(0, (self.batch, self.q_len))
+        return runs if self.padding is None else runs + self.padding[0][:, None, None]
+
+    @property
+    def host_runs(self) -> Tensor | None:
+        """``columns_seen`` on the host, read once; None for other windows."""
+        if self.window.bounds is None:
+            return None
+        made: dict[str, Tensor] = self.__dict__.setdefault("_host_runs", {})
+        if not made:
+            made["runs"] = self.columns_seen.cpu()
+        return made["runs"]
 
     def says(self, window: Window) -> bool:
         """Whether ``window`` shows the same keys: it is the mask's own, or neither hides a key by distance."""
@@ -190,6 +220,8 @@ def band_mask(
     q_column = q_offset - kv_offset
     if isinstance(q_column, Tensor):
         q_column = q_column.to(torch.int32, copy=True)  # the cache counts on in the tensor that it gave
+    real = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    real = None if real is None else real[:, kv_offset : kv_offset + kv_length].bool()
     window = _window_of(mask_function)
     if window is None and torch.compiler.is_compiling():
         window = _window_named(local_size, bidirectional="allow_is_bidirectional_skip" in others)
@@ -197,12 +229,11 @@ def band_mask(
         _require(window.mask(q_pos, k_pos) == sdpa_mask(**written_out)[:, 0], *OTHER_FORM)
     if window is None:
         dense = sdpa_mask(**written_out, attention_mask=attention_mask)
-        return CarriedMask(BandMask.of_dense(dense, q_column, Window(), kv_offset), device)
-    real = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device) if real is None else real
+        return CarriedMask(BandMask.of_dense(dense, q_column, Window(), kv_offset, real), device)
     if real is None:
         band = BandMask(window, batch_size, q_length, kv_length, q_column, dropped=kv_offset)
     else:
-        real = real[:, kv_offset : kv_offset + kv_length].bool()
         band = BandMask.of_padding(window, real, q_length, q_column, kv_offset)
     return CarriedMask(band, device)
 

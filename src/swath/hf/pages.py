@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -24,12 +24,15 @@ class Pass:
     """One pass of new tokens through a layer: slots to write, then the table to read.
 
     start, stop: the columns of the call's new tokens that this pass takes.
+    held, stored: the first token of each sequence that is not released, and the columns that are stored by the end.
     slot_mapping: int64 [B * (stop - start)]. block_table: int32 [B, max_pages]. seq_lens: int32 [B].
     max_kv_len: the longest of seq_lens.
     """
 
     start: int
     stop: int
+    held: tuple[int, ...]
+    stored: int
     slot_mapping: Tensor
     block_table: Tensor
     seq_lens: Tensor
@@ -54,6 +57,21 @@ class Row:
     def length(self, columns: int) -> int:
         """Tokens of the sequence in its first ``columns`` columns."""
         return max(columns - self.padding, 0)
+
+
+def ends_of_passes(new: int, chunk: int, reach: Sequence[int] = ()) -> list[int]:
+    """Where passes over ``new`` columns end: each has ``chunk`` of them, and more where one reaches beyond that.
+
+    12 columns in chunks of 4, of which 3 to 5 see an image of the columns 3, 4 and 5, end at 6, 10 and 12.
+    """
+    ends = [0]
+    farthest = [*accumulate(reach, max)] or range(1, new + 1)
+    while ends[-1] < new:
+        end = min(ends[-1] + chunk, new)
+        while end < new and farthest[end - 1] > end:
+            end += 1
+        ends.append(end)
+    return ends[1:]
 
 
 class Pages:
@@ -109,12 +127,16 @@ class Pages:
         pages = {p for row in self._rows for p in row.pages[: page_count(row.length(columns), self.page_size)]}
         return sorted(pages - {FREED})
 
-    def extend(self, seen: int, new: int, padding: Sequence[int], device: torch.device) -> list[Pass]:
+    def extend(
+        self, seen: int, new: int, padding: Sequence[int], device: torch.device, reach: Sequence[int] = ()
+    ) -> list[Pass]:
         """Make room for ``new`` columns after the first ``seen``. The layers after the first get the same passes.
 
         Args:
             seen, new: columns that the calling layer held before, and those it adds.
             padding: columns before the first token of each sequence.
+            reach: of rows that see keys behind their own: the end of what each of the new columns sees, counted from
+                the first of them. No pass ends before that.
 
         Raises:
             ValueError: the batch or its padding is not that of the calls before.
@@ -124,7 +146,7 @@ class Pages:
         if self._columns != seen:
             raise bad_value("past_key_values", f"layers with {self._columns} tokens, as the first", seen)
         self._set_padding(padding)
-        bounds = [*range(0, new, self.chunk or new or 1), new]
+        bounds = [0, *ends_of_passes(new, self.chunk or new, reach)]
         self.passes = []
         passes = [self._one_pass(a, b, new, device) for a, b in pairwise(bounds)]
         self._columns, self.passes = seen + new, passes
@@ -205,7 +227,9 @@ class Pages:
         table = self._table_on(device)
         seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
         slot_mapping = slots(table, seq_lens, self.page_size, num_tokens=len(self._rows) * (stop - start))
-        return Pass(start, stop, slot_mapping, table, seq_lens, max(lengths))
+        held = tuple(row.passed * self.page_size for row in self._rows)
+        stored = self._columns + stop
+        return Pass(start, stop, held, stored, slot_mapping, table, seq_lens, max(lengths))
 
     def _release_passed(self, row: Row, position: int) -> None:
         """Release the pages that no query from ``position`` on can see."""

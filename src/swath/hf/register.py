@@ -22,10 +22,9 @@ def register(name: str = "swath", *, window: WindowChoice = None, impl: str = "a
     """Make swath selectable: ``attn_implementation=name`` or ``model.set_attn_implementation(name)``.
 
     Grouped heads, sliding windows, soft caps, sink logits (gpt-oss; local shards under tensor parallelism) and
-    padding on either side are honoured. Over caches of Transformers a mask may be any in which each query sees its keys
-    in one run; over a ``PagedCache`` and under ``torch.compile`` it is a causal, sliding or full window with padding at
-    the ends of the sequences. Other masks are refused with an error. For continuous batching
-    (``model.generate_batch``) see ``set_continuous_batching``.
+    padding on either side are honoured. A mask may be any in which each query sees its keys in one run; under
+    ``torch.compile`` it is a causal, sliding or full window with padding at the ends of the sequences. Other masks are
+    refused with an error. For continuous batching (``model.generate_batch``) see ``set_continuous_batching``.
 
     Args:
         name: the implementation's name. Registering a name again replaces it.

@@ -57,12 +57,13 @@ def gathered(cache: Any, layer_idx: int, slides: bool, key: Tensor, value: Tenso
         keys, values = cache.update(
             key, value, layer_idx, read_index=given["read_index"], write_index=given["write_index"]
         )
-        bounds, longest = given["cu_seq_lens_k"], given["max_seqlen_k"]
-        if isinstance(bounds, dict):  # by layer type, in models that have several
-            kind = "sliding_attention" if slides else "full_attention"
-            bounds, longest = bounds[kind], longest[kind]
-        return Batch(keys, values, bounds.int(), given["max_seqlen_q"], longest)
-    if cache is not None:
-        key, value = cache.update(key, value, layer_idx, given)
-    keys, values = (x[0].transpose(0, 1) for x in (key, value))
-    return Batch(keys, values, given["cu_seq_lens_k"].int(), given["max_length_q"], given["max_length_k"])
+        bounds, longest, max_q_len = given["cu_seq_lens_k"], given["max_seqlen_k"], given["max_seqlen_q"]
+    else:
+        if cache is not None:
+            key, value = cache.update(key, value, layer_idx, given)
+        keys, values = (x[0].transpose(0, 1) for x in (key, value))
+        bounds, longest, max_q_len = given["cu_seq_lens_k"], given["max_length_k"], given["max_length_q"]
+    if isinstance(bounds, dict):  # by layer type, in models that have several; the cache picks one since 5.24
+        kind = "sliding_attention" if slides else "full_attention"
+        bounds, longest = bounds[kind], longest[kind]
+    return Batch(keys, values, bounds.int(), max_q_len, longest)
