@@ -82,13 +82,13 @@ def same_strides(x: Tensor, y: Tensor) -> bool:
     return all(a == b for a, b, n in zip(x.stride(), y.stride(), x.shape, strict=True) if n > 1)
 
 
-def check_values(v: Tensor, k: Tensor) -> None:
+def check_values(v: Tensor, k: Tensor, name: str = "v", of: str = "k") -> None:
     """Values v [..., Dv] for the keys k [..., D], of their dtype; Dv is D or less."""
     if v.shape[:-1] != k.shape[:-1] or v.shape[-1] > k.shape[-1]:
         *leading, head_dim = k.shape
-        raise bad_value("v", f"shape [{', '.join(map(str, leading))}, at most {head_dim}], as k", tuple(v.shape))
+        raise bad_value(name, f"shape [{', '.join(map(str, leading))}, at most {head_dim}], as {of}", tuple(v.shape))
     if v.dtype != k.dtype:
-        raise bad_type("v", f"k's dtype {k.dtype}", v.dtype)
+        raise bad_type(name, f"{of}'s dtype {k.dtype}", v.dtype)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -157,6 +157,8 @@ def test_rounds_that_spread_get_a_warning() -> None:
     spread = row("B64 8k p16", "fa3", 500.0, rounds_us=[480.0, 500.0, 590.0])
     (said,) = unsteady([steady, spread, row("B64 8k p16", "vllm", None)])
     assert said.startswith("fa3: its rounds spread by 22%")
+    shown = case_table([steady, spread])  # the column has the warning's figure
+    assert [*shown.columns[2].cells] == ["18%", "22%"]
 
 
 @pytest.mark.parametrize(

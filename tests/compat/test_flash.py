@@ -303,6 +303,15 @@ def refusals(some: Any) -> dict[str, Callable[[], Any]]:
         "k_cache  ": over(k=k, v=k, k_cache=one, v_cache=one),  # both sequences would write the same slots
         "rotary_cos   ": over(k=k, v=k, rotary_cos=cos.int(), rotary_sin=cos.int()),
         "v_cache ": over(v_cache=LAYOUTS["heads outside"](cache)),
+        "softmax_scale": lambda: flash_attn_func(q, k, k, softmax_scale=float("nan")),
+        "s_aux": over(s_aux=some(3)),
+        "return_attn_probs": lambda: flash_attn_func(q, k, k, return_attn_probs=1),  # type: ignore[arg-type]
+        "return_softmax_lse": over(return_softmax_lse=1),
+        "max_seqlen_q ": lambda: flash_attn_varlen_func(q[0], k[0], k[0], lens, lens, -1, 1),
+        "max_seqlen_k": lambda: flash_attn_varlen_func(q[0], k[0], k[0], lens, lens, 1, -1),
+        "k   ": over(k=k[..., :16], v=k[..., :16]),
+        "v_cache  ": over(v_cache=cache.half()),
+        "k_cache   ": over(k_cache=cache.to(torch.int8), v_cache=cache.to(torch.int8)),  # without scales
         "k_cache ": over(**dict.fromkeys(("k_cache", "v_cache"), LAYOUTS["odd distance"](cache))),
     }
 

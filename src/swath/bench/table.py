@@ -83,7 +83,7 @@ class _Column:
 
 
 _TIME = _Column("", lambda row: row.us, is_time=True)
-_SPREAD = _Column("spread", lambda row: (row.us_p10_p90[-1] - row.us_p10_p90[0]) / row.us, ".1%")
+_SPREAD = _Column("spread", lambda row: row.spread, ".0%")
 _X_FLOOR = _Column("x floor", lambda row: row.x_floor, ".2f")
 _COLUMNS = (
     _TIME,

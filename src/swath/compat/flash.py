@@ -12,6 +12,7 @@ from swath.cache import PagedKV
 from swath.checks import check_int, check_ints, check_separate, check_tensor, check_values
 from swath.compat.layout import append, cache_of, filled, is_regular, laid_flat, lengths_of, window_of, with_rows
 from swath.compat.rotary import rotary_of
+from swath.compat.words import in_flash_words
 from swath.errors import bad_value
 from swath.ops.attention import attention
 from swath.ops.paged import LARGEST_SPLIT, paged_attention
@@ -20,6 +21,7 @@ FEW_QUERIES = 16
 """Query tokens of a sequence up to which dense keys are given as pages, which kernels cut into slices (decode)."""
 
 
+@in_flash_words(return_lse="return_attn_probs")
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -83,6 +85,7 @@ def flash_attn_func(
     return out if lse is None else (out, lse.view(q.shape[:3]).transpose(1, 2), None)
 
 
+@in_flash_words(return_lse="return_attn_probs", k_scale="k")
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -151,6 +154,7 @@ def flash_attn_varlen_func(
     return out, lse.transpose(0, 1), None
 
 
+@in_flash_words(return_lse="return_softmax_lse", k_scale="k_cache")
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,

@@ -86,9 +86,7 @@ def cache_of(
     block_table: Tensor | None,
 ) -> tuple[PagedKV, BlockTable]:
     """The cache as pages, and the table of ``batch`` sequences. The cache is a view."""
-    check_tensor("k_cache", k_cache, 4)
-    if check_tensor("v_cache", v_cache, 4).shape[:3] != k_cache.shape[:3]:
-        raise bad_value("v_cache", f"shape {tuple(k_cache.shape)}, as k_cache", tuple(v_cache.shape))
+    check_values(check_tensor("v_cache", v_cache, 4), check_tensor("k_cache", k_cache, 4), "v_cache", "k_cache")
     if block_table is not None:
         for name, x in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
             if x is not None:
@@ -121,8 +119,9 @@ def append(cache: PagedKV, table: BlockTable, k: Tensor | None, v: Tensor | None
     """Write k and v [B, S, Hkv, D] behind the ``seq_lens`` keys of each sequence, and return how many it has then."""
     k, v = (with_rows(name, x, 4) for name, x in (("k", k), ("v", v)))
     check_values(v, k)
-    if k.shape[0] != seq_lens.shape[0]:
-        raise bad_value("k", f"a batch of {seq_lens.shape[0]}", k.shape[0])
+    batch, num_kv_heads, head_dim = seq_lens.shape[0], cache.num_kv_heads, cache.head_dim
+    if (k.shape[0], *k.shape[2:]) != (batch, num_kv_heads, head_dim):
+        raise bad_value("k", f"shape [{batch}, S_new, {num_kv_heads}, {head_dim}]", tuple(k.shape))
     seq_lens = seq_lens + k.shape[1]
     where = slots(table, seq_lens, cache.page_size, num_tokens=k.shape[0] * k.shape[1])
     append_kv(cache, k.flatten(0, 1), v.flatten(0, 1), where)
