@@ -12,7 +12,7 @@ KERNELS := kernels>=0.16,<0.17
 SANITIZER ?= compute-sanitizer
 TOOL ?= memcheck
 # The Pythons that `make try-dist` installs the wheel with.
-PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
 # Passed on to the command that a target runs: make demo ARGS="--quick"
 ARGS ?=
 
