@@ -112,6 +112,7 @@ def test_what_the_backend_says_it_can_do(vllm: SimpleNamespace) -> None:
     backend = vllm.backend.SwathBackend
     assert backend.get_name() == vllm.AttentionBackendEnum.CUSTOM.name
     assert [n for n in (32, 60, 64, 96, 256, 512, 520) if backend.supports_head_size(n)] == [32, 64, 96, 256, 512]
+    assert [backend.get_preferred_block_size(n) for n in (16, 128)] == [64, 128]
     kinds = [kind for kind in vllm.AttentionType if backend.supports_attn_type(kind)]
     assert kinds == [vllm.AttentionType.DECODER]
     assert backend.supports_kv_cache_dtype("int8_per_token_head")

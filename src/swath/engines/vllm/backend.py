@@ -15,6 +15,9 @@ from swath.engines.vllm.impl import SwathImpl, takes_head_size
 from swath.engines.vllm.storage import STORAGE, WIDE
 from swath.errors import bad_value
 
+PREFERRED_PAGE = 64
+"""Tokens: Hopper fetches keys in boxes of at most so many, each of one page."""
+
 
 class SwathBackend(AttentionBackend):  # type: ignore[misc]  # vLLM ships no types
     """What it cannot do is refused here, or by a layer's constructor, while the engine starts."""
@@ -42,6 +45,11 @@ class SwathBackend(AttentionBackend):  # type: ignore[misc]  # vLLM ships no typ
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
         """Tokens in a page."""
         return [MultipleOf(16)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Tokens in a page, where the user does not say."""
+        return max(default_block_size, PREFERRED_PAGE)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
