@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import SmallClock
-from swath import KVQuant, Window
+from swath import KVQuant, Window, bounds
 from swath.bench import providers, results, run
 from swath.bench.case import BenchCase, Extend, Groups, LogUniform, UniformKeys, visible_pairs, work_of
 from swath.bench.cases import BY_NAME, CASES, select
@@ -19,9 +19,11 @@ from swath.bench.clock import GpuClock
 from swath.bench.gate import Gate
 from swath.bench.inputs import Inputs, make_inputs
 from swath.bench.machine import describe
+from swath.bench.masks import Chunks, Images
 from swath.bench.providers import PROVIDERS, Provider, choose
 from swath.bench.results import Timed
 from swath.target import interpreting
+from swath.testing.ranges import Rule
 
 CPU = torch.device("cpu")
 SMALL = BenchCase(
@@ -66,6 +68,28 @@ def test_work_of_narrow_values() -> None:
     assert work.flops == 2 * (192 + 128) * 4 * 30 * 31 // 2
     assert work.nbytes == 30 * (2 + 4) * (192 + 128) * 4, "two kv heads, four query heads"
     assert work.cache_bytes == 32 * 2 * (192 + 128) * 4
+
+
+@pytest.mark.parametrize("rule", [Chunks(8), Images(5, 12, 9), Images(5, 12)], ids=str)
+def test_work_counts_what_ranges_show(rule: Rule) -> None:
+    """By the bounds that ``swath.bounds`` makes of the same mask."""
+    groups = ((1, 9, 33), (1, 30, 30))
+    case = replace(SMALL, op="prefill", size=None, global_tokens=0, ranges=rule, draw=Groups(groups)).drawn(CPU)
+    pairs = keys = 0
+    for q_len, kv_len in ((9, 33), (30, 30)):
+        p = torch.arange(kv_len - q_len, kv_len)[None]
+        if isinstance(rule, Images):
+            spans = torch.tensor([[(7, 12), (19, 24), (31, min(36, kv_len))]])
+            made = bounds.blocks(p, spans, size=rule.size)
+        else:
+            made = bounds.chunked(p, 8)
+        assert [tuple(row) for row in made[0].tolist()] == case.ranges_of(case.kv_lens.index(kv_len))
+        mask = Window(bounds=made[0]).mask(p[0], torch.arange(kv_len))
+        pairs, keys = pairs + int(mask.sum()), keys + int(mask.any(0).sum())
+    work = work_of(case)
+    assert work.flops == 4 * 64 * 4 * pairs
+    assert work.nbytes == keys * 2 * 2 * 64 * 4 + 2 * 39 * 4 * 64 * 4
+    assert str(rule) in case.shape
 
 
 def test_floors_are_those_of_the_peers_page() -> None:
@@ -136,6 +160,8 @@ FORMS = {
     "sink": replace(SMALL, sink="q"),
     "odd sizes": replace(SMALL, head_dim=80, page_size=48, num_kv_heads=1, group=6),
 }
+FORMS["images"] = replace(FORMS["dense"], size=None, global_tokens=0, ranges=Images(5, 12, 9))
+FORMS["chunks"] = replace(FORMS["prefill"], size=None, global_tokens=0, ranges=Chunks(8))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -146,7 +172,8 @@ def test_providers_pass_the_gate(name: str, form: str) -> None:
         pytest.skip("the kernel needs a GPU, or TRITON_INTERPRET=1")
     reason = provider.why_not(case)
     if reason is not None:
-        assert form in {"torch": ("sink",), "scalar": ("dense",), "swath-cpu": ()}[provider.name]
+        ranges = ("images", "chunks")
+        assert form in {"torch": ("sink",), "scalar": ("dense", *ranges), "swath-cpu": ()}[provider.name]
         return
     inputs = inputs_of(case)
     verdict = Gate(inputs).check(provider.prepare(inputs)())
@@ -158,8 +185,9 @@ def test_the_gate_sees_what_is_wrong(form: str) -> None:
     case = FORMS[form]
     inputs = inputs_of(case)
     gate, good = Gate(inputs), PROVIDERS["swath-cpu"].prepare(inputs)()
-    fewer = replace(inputs.call.case, size=(case.size or 70) - 1)
-    off_by_one = replace(inputs, call=replace(inputs.call, case=fewer))
+    off_by_one = replace(inputs, call=replace(inputs.call, case=replace(inputs.call.case, size=(case.size or 70) - 1)))
+    if case.ranges:
+        off_by_one = replace(inputs, call=replace(inputs.call, ranges=inputs.call.ranges + torch.tensor([1, 0])))
     assert not gate.check(PROVIDERS["swath-cpu"].prepare(off_by_one)()).passed
     assert not gate.check(good * torch.nan).passed
     assert not gate.check(good.roll(1, -1)).passed

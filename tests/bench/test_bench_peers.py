@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from swath import KVQuant, PagedKV, Window, attention, paged_attention
+from swath import KVQuant, PagedKV, Window, attention, bounds, paged_attention
 from swath.bench.case import BenchCase, Groups
 from swath.bench.gate import Gate
 from swath.bench.inputs import make_inputs
+from swath.bench.masks import Chunks, Images
 from swath.bench.providers import PROVIDERS
 from swath.cache import PagedKeys
 from swath.pages import PageTable
@@ -34,6 +35,10 @@ FORMS |= {f"{name}, narrow": replace(FORMS[name], head_dim=192, v_head_dim=128) 
 FORMS["prefill, 512"] = replace(PREFILL, head_dim=512)
 FORMS["e4m3"] = replace(DECODE, quant=KVQuant(torch.float8_e4m3fn, "tensor"))
 FORMS["int8 token"] = replace(PREFILL, quant=KVQuant(torch.int8, "token"))
+FORMS["chunks"] = replace(PREFILL, size=None, ranges=Chunks(8))
+FORMS["chunks, dense"] = replace(DENSE, size=None, ranges=Chunks(8), draw=Groups(((1, 30, 30), (1, 33, 33))))
+FORMS["images"] = replace(PREFILL, size=None, ranges=Images(5, 12, 9))
+FORMS["images, dense"] = replace(DENSE, size=None, ranges=Images(5, 12))
 
 
 def flash_varlen(
@@ -73,8 +78,16 @@ def flash4_varlen(
 
 
 def unified(**o: Any) -> None:
-    """vLLM's: q_descale None, scales of a tensor as [B, Hkv], of tokens as [n, p, Hkv]."""
+    """vLLM's: q_descale None, scales of a tensor as [B, Hkv], of tokens as [n, p, Hkv], images [B, R, 2] to their last
+    key, chunks as large as the window."""
     window = Window.from_flash(o["window_size"][0], 0, causal=True) if o["window_size"] != (-1, -1) else Window()
+    cu, images = o["cu_seqlens_q"], o.get("mm_prefix_range")
+    p = bounds.positions_of(o["seqused_k"], o["q"].shape[0], cu_seqlens_q=cu)
+    if o.get("chunk_lookback", -1) == 0:
+        window = Window(bounds=bounds.chunked(p, o["window_size"][0] + 1))
+    if images is not None:
+        spans = images + torch.tensor([0, 1], dtype=torch.int32) * (images[..., 1:] > 0)
+        window = Window(bounds=bounds.blocks(p, spans, size=window.size, cu_seqlens_q=cu))
     scales: dict[str, Tensor] = {}
     mode = getattr(o.get("kv_quant_mode"), "name", None)
     if mode == "INT8_PER_TOKEN_HEAD":
@@ -218,10 +231,13 @@ def test_adapters_ask_for_the_case(name: str, form: str) -> None:
     reason = provider.why_not(case)
     if reason is not None:
         narrow, large = ("decode, narrow", "dense, narrow"), "prefill, 512"
+        ranges = ("chunks", "chunks, dense", "images", "images, dense")
         assert form in {
-            "fa3": ("e4m3", "int8 token", large), "fa4": ("e4m3", "int8 token", large, *narrow),
-            "flashinfer": ("int8 token", large, *narrow), "vllm": ("dense", "dense, full", *narrow),
-            "sglang": ("int8 token",),
+            "fa3": ("e4m3", "int8 token", large, "chunks", "images", "images, dense"),
+            "fa4": ("e4m3", "int8 token", large, *narrow, *ranges),
+            "flashinfer": ("int8 token", large, *narrow, *ranges),
+            "vllm": ("dense", "dense, full", *narrow, "chunks, dense", "images, dense"),
+            "sglang": ("int8 token", *ranges),
         }[name], reason  # fmt: skip
         return
     inputs = make_inputs(case.drawn(CPU), CPU)
@@ -229,14 +245,14 @@ def test_adapters_ask_for_the_case(name: str, form: str) -> None:
     assert verdict.passed, verdict
 
 
-@pytest.mark.parametrize("form", ["dense", "dense, full"])
+@pytest.mark.parametrize("form", ["dense", "dense, full", "images, dense"])
 def test_flex_masks_as_the_window_says(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.nn.attention import flex_attention as flex
 
     build = flex.create_block_mask
     monkeypatch.setattr(torch, "compile", lambda function, **_options: function)
     monkeypatch.setattr(flex, "create_block_mask", lambda *args, _compile, **options: build(*args, **options))
-    case = replace(FORMS[form], global_tokens=3)
+    case = replace(FORMS[form], global_tokens=0 if FORMS[form].ranges else 3)
     inputs = make_inputs(case.drawn(CPU), CPU)
     assert Gate(inputs).check(PROVIDERS["flex"].prepare(inputs)()).passed
 

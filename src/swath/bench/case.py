@@ -158,6 +158,8 @@ class BenchCase(Case):
             words.append(stored_name(self.storage))
         if self.size is not None:
             words.append(f"window {self.size}")
+        if self.ranges:
+            words.append(str(self.ranges))
         if self.global_tokens:
             words.append(f"{self.global_tokens} leading")
         if self.has_sink:
@@ -188,14 +190,25 @@ def work_of(case: Case) -> Work:
     """
     window, per_key = case.window, case.storage.bytes_per_token(case.num_kv_heads, case.head_dim, case.v_dim)
     pairs = keys = kept = 0
-    for q_len, kv_len in zip(case.row_counts, case.kv_lens, strict=True):
-        pairs += visible_pairs(window, kv_len - q_len, kv_len)
-        lead, left, right = window.key_ranges(kv_len - q_len, kv_len - 1, kv_len)
-        keys += lead + right - left
+    for b, (q_len, kv_len) in enumerate(zip(case.row_counts, case.kv_lens, strict=True)):
+        more_pairs, more_keys = _in_ranges(case, b) if case.ranges else _in_window(window, q_len, kv_len)
+        pairs, keys = pairs + more_pairs, keys + more_keys
         kept += 0 if case.dense else _kept_slots(window, kv_len, case.page_size)
     elements = case.num_q_heads * (case.head_dim + case.v_dim)
     rows = case.dtype.itemsize * sum(case.row_counts) * elements
     return Work(2 * elements * pairs, keys * per_key + rows, kept * per_key)
+
+
+def _in_window(window: Window, q_len: int, kv_len: int) -> tuple[int, int]:
+    """(query, key) pairs of a sequence, and keys that some query sees."""
+    lead, left, right = window.key_ranges(kv_len - q_len, kv_len - 1, kv_len)
+    return visible_pairs(window, kv_len - q_len, kv_len), lead + right - left
+
+
+def _in_ranges(case: Case, b: int) -> tuple[int, int]:
+    """The same of a sequence whose rows have bounds, which leave no keys out between them."""
+    ranges = case.ranges_of(b)
+    return sum(end - low for low, end in ranges), max(end for _, end in ranges) - min(low for low, _ in ranges)
 
 
 def visible_pairs(window: Window, first: int, kv_len: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from swath.bench.case import BenchCase, Draw, Extend, Groups, LogUniform, Op, UniformKeys
+from swath.bench.masks import Chunks, Images
 from swath.errors import bad_value
 from swath.quant import KVQuant
 from swath.testing.cases import DTYPES
@@ -125,6 +126,38 @@ def _shapes() -> Iterable[BenchCase]:
     yield _decode("mimo B128 16k D192/128 w128 sinks", 128, 16 * K, **local)
 
 
+LOCAL: dict[str, dict[str, Any]] = {
+    "64/8 w512": dict(heads=(64, 8), size=512),
+    "laguna 72/8 w512": dict(heads=(72, 8), size=512),
+    "step 96/8 w512": dict(heads=(96, 8), size=512),
+    "kolibri 48/4 w513": dict(heads=(48, 4), size=513),
+    "flint 32/4 w513 sinks": dict(heads=(32, 4), size=513, sink="q"),
+    "granite 20/4 w128 sinks": dict(heads=(20, 4), size=128, sink="q"),
+    "16/2 w2048": dict(heads=(16, 2), size=2048),
+    "muse 32/2 w2048": dict(heads=(32, 2), size=2048),
+    "muse 128/16 D64 w2048": dict(heads=(128, 16), size=2048, head_dim=64),
+    "inkling 64/16 w512": dict(heads=(64, 16), size=512),
+    "gemma 4 32/16 D256 w1024": dict(heads=(32, 16), size=1024, head_dim=256),
+}
+"""Windowed layers of models of 2026, by the numbers of their heads; groups of 8 beside those of 9, 12 and 16."""
+
+
+def _of_2026() -> Iterable[BenchCase]:
+    """Models of 2026: their windows, and their masks that are a range of keys for each row."""
+    for name, shape in LOCAL.items():
+        yield _prefill(f"{name}, 16k", 2, 16 * K, tags=("2026",), **shape)
+        yield _decode(f"{name}, B128 16k", 128, 16 * K, tags=("2026",), **shape)
+    gemma3: dict[str, Any] = dict(heads=(16, 8), head_dim=256, tags=("2026", "ranges"))
+    llama4: dict[str, Any] = dict(heads=(40, 8), ranges=Chunks(8 * K), tags=("2026", "ranges"))
+    for name, size in ((" w1024", 1024), ("", None)):
+        images = Images(256, 1024, size)
+        yield _prefill(f"gemma 3 images 16k{name}", 2, 16 * K, ranges=images, **gemma3)
+        yield _case(f"gemma 3 images, paged 2k at 16k{name}", "prefill", 4, 2 * K, 16 * K, ranges=images, **gemma3)
+    yield _prefill("gemma 3 16k w1024, no images", 2, 16 * K, size=1024, **gemma3)
+    yield _prefill("llama 4 chunks 16k", 2, 16 * K, **llama4)
+    yield _case("llama 4 chunks, paged 2k at 16k", "prefill", 4, 2 * K, 16 * K, **llama4)
+
+
 def _mixed() -> Iterable[BenchCase]:
     """Chunks of prefill beside decodes, as continuous batching makes them, and both parts alone."""
     chunks, decodes = (2, 2 * K, 16 * K), (62, 1, 16 * K)
@@ -238,7 +271,7 @@ def _cpu() -> Iterable[BenchCase]:
     yield _prefill("cpu prefill 1k w128", 1, K, size=128, tags=quick, **small)
 
 
-CASES = tuple(chain(_models(), _decodes(), _shapes(), _mixed(), _seeds(), _table(), _sweeps(), _cpu()))
+CASES = tuple(chain(_models(), _decodes(), _shapes(), _of_2026(), _mixed(), _seeds(), _table(), _sweeps(), _cpu()))
 """Every case of ``swath bench``. Those tagged "cpu" are for machines without a GPU, the others for GPUs."""
 BY_NAME = {case.name: case for case in CASES}
 

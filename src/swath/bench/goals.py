@@ -86,12 +86,25 @@ def _mixed() -> Iterable[Goal]:
         yield Goal(f"mixed batch{kind} against its parts", f"mixed 2 x 2k + 62 at 16k{kind}", parts, 1.15)
 
 
+def _groups() -> Iterable[Goal]:
+    """Groups of 9, 12 and 16 cost as much as groups of 8, 10 % apart: prefill for each pair, decode for each byte."""
+    for name, other, size in (
+        ("laguna 72/8 w512", "64/8 w512", 9),
+        ("step 96/8 w512", "64/8 w512", 12),
+        ("muse 32/2 w2048", "16/2 w2048", 16),
+    ):
+        most = 1.1 * size / 8  # as many times more pairs of the same keys
+        yield Goal(f"groups of {size} against 8, prefill", f"{name}, 16k", (f"{other}, 16k",), most)
+        yield Goal(f"groups of {size} against 8, decode", f"{name}, B128 16k", (f"{other}, B128 16k",), 1.1)
+
+
 GOALS = (
     Goal("paged against dense prefill", "paged 2k at 16k", ("2k at 16k dense",), 1.05),
     Goal("leading tokens against none", "stream 16k", ("stream 16k, no leading",), 1.08),
     Goal("int8 against bf16 prefill", "paged 2k at 16k int8 channel", ("paged 2k at 16k",), 1.08),
     Goal("int8 token against bf16 prefill", "paged 2k at 16k int8 token", ("paged 2k at 16k",), 1.08),
     *_mixed(),
+    *_groups(),
     *_seeds(),
     *_table(),
     Goal("cpu decode at 32k against 4k", "cpu B16 32k w1024", ("cpu B16 4k w1024",), 1.3),

@@ -11,6 +11,8 @@ KEY = {
     "int8 channel, fp8 e4m3": "how the cache is stored, and what a scale belongs to; 16 bits unless said",
     "full": "no window",
     "llama, mistral, gemma, gpt-oss": "prefill with the heads and the window of these models",
+    "laguna, step, muse ...": "windowed layers of models of 2026, by their heads",
+    "images, chunks": "bounds of rows: images of 256 tokens that see each other, chunks of 8,192 (Llama 4)",
     "stream": "prefill under a window of 1,024 and 64 leading keys",
     "ragged, mixed, sweep": "lengths that differ; chunks of prefill among decodes; one number varied, for the plots",
     "000a, 000b": "mojo_opset's shapes under a window with leading tokens: decode, and prefill over int8",

@@ -9,7 +9,7 @@ import torch
 
 from swath.errors import bad_type
 from swath.quant import KVQuant
-from swath.testing.ranges import RULES
+from swath.testing.ranges import RULES, Rule
 from swath.window import Window
 
 DTYPES = {
@@ -47,7 +47,8 @@ class Case:
         index_dtype: of it, of lengths and of positions: int32 or int64.
     Which keys a query sees
         size, global_tokens (one per sequence where it is a tuple), max_global_tokens, causal: as ``Window``.
-        ranges: "" or which bounds the rows have (``ranges.RULES``); their ``max_visible`` goes by ``bounds``.
+        ranges: "" or which bounds the rows have, by name (``ranges.RULES``) or as a rule; their ``max_visible`` goes by
+            ``bounds``.
     Scores
         scale (None is D^-0.5), softcap, sink ("none", "fp32" or "q": its dtype), gqa.
     Launch
@@ -80,7 +81,7 @@ class Case:
     global_tokens: int | tuple[int, ...] = 0
     max_global_tokens: int | None = None
     causal: bool = True
-    ranges: str = ""
+    ranges: str | Rule = ""
     scale: float | None = None
     softcap: float = 0.0
     sink: str = "none"
@@ -160,7 +161,8 @@ class Case:
 
     def ranges_of(self, b: int) -> list[tuple[int, int]]:
         """The bounds [lo, hi) of each query row of sequence ``b``."""
-        rule, first, kv_len = RULES[self.ranges], self.first_position(b), max(self.kv_lens[b], 0)
+        rule = RULES[self.ranges] if isinstance(self.ranges, str) else self.ranges
+        first, kv_len = self.first_position(b), max(self.kv_lens[b], 0)
         return [rule(i, first + i, kv_len) for i in range(self.row_counts[b])]
 
     def edges(self, b: int) -> list[int]:

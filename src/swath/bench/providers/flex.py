@@ -1,4 +1,4 @@
-"""torch's flex_attention, compiled, over dense keys: windows and leading tokens are a mask function of ours.
+"""torch's flex_attention, compiled, over dense keys: windows, leading tokens and bounds are a mask function of ours.
 
 The block mask, which a server would keep for as long as its lengths hold, is made beforehand. Sequences of different
 lengths lie end to end with a document mask in front of the window's rule.
@@ -17,7 +17,7 @@ from swath.bench.providers.provider import Provider, features, first_of
 
 
 def _why_not(case: BenchCase) -> str | None:
-    without_leading = features(case) if not case.global_tokens else None
+    without_leading = features(case, ranges=object) if not case.global_tokens else None
     return without_leading or first_of(
         (not case.dense, "has no paged keys of its own: tables are the caller's"),
         (case.has_sink, "has no sinks"),
@@ -30,11 +30,14 @@ def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
     device, case = inputs.q.device, inputs.case
     q_doc, q_pos = _owners(case.row_counts, case.kv_lens, device)
     k_doc, k_pos = _owners(case.kv_lens, case.kv_lens, device)
-    size, leading = case.size, case.global_tokens
+    size, leading, ranges = case.size, case.global_tokens, inputs.call.ranges
 
     def visible(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         p, k = q_pos[i], k_pos[j]
-        seen = (q_doc[i] == k_doc[j]) & (k <= p)
+        same = q_doc[i] == k_doc[j]
+        if ranges is not None:
+            return same & (ranges[i, 0] <= k) & (k < ranges[i, 1])
+        seen = same & (k <= p)
         return seen if size is None else seen & ((p - k < size) | (k < leading))
 
     total_q, total_k = inputs.q.shape[0], inputs.dense[0].shape[0]

@@ -63,18 +63,20 @@ def first_of(*reasons: tuple[bool, str]) -> str | None:
 
 
 def features(
-    case: BenchCase, *, sink: bool = False, stored: tuple[str, ...] = (), head_dim: int = 256, narrow: bool = False
-) -> str | None:
+    case: BenchCase, *, sink: bool = False, stored: tuple[str, ...] = (), head_dim: int = 256, narrow: bool = False,
+    ranges: type | tuple[type, ...] = (),
+) -> str | None:  # fmt: skip
     """The reason that most peers share.
 
-    No leading tokens, no sinks unless said, no 8-bit cache unless ``stored``, no heads beyond ``head_dim``, and no
-    values narrower than keys unless ``narrow``.
+    No leading tokens, no sinks unless said, no 8-bit cache unless ``stored``, no heads beyond ``head_dim``, no values
+    narrower than keys unless ``narrow``, and no bounds of rows but by rules of the types ``ranges``.
     """
     name = stored_name(case.storage)
     return first_of(
         (case.head_dim > head_dim, f"has heads of up to {head_dim}"),
         (case.v_dim != case.head_dim and not narrow, "has values as wide as keys only"),
         (case.global_tokens != 0, "has no leading tokens"),
+        (bool(case.ranges) and not isinstance(case.ranges, ranges), f"has no {case.ranges}"),
         (case.has_sink and not sink, "has no sinks"),
         (case.compute != "float", f"has no compute={case.compute!r}"),
         (case.storage.is_quantised and name not in stored, f"has no cache of {name}"),

@@ -24,6 +24,7 @@ def _why_not(case: BenchCase) -> str | None:
         (case.dense, "takes paged keys only"),
         (case.compute != "float", f"has no compute={case.compute!r}"),
         (case.v_dim != case.head_dim, "has values as wide as keys only"),
+        (bool(case.ranges), "has no bounds of rows"),
     )
 
 

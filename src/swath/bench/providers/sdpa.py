@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from swath.bench.case import BenchCase, Groups
 from swath.bench.inputs import Inputs
 from swath.bench.providers.provider import Provider, features, first_of
+from swath.window import Window
 
 FUSED = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
 MAX_PREPARED_BYTES = 24 << 30
@@ -66,7 +67,10 @@ def _one_sequence(inputs: Inputs, b: int) -> Callable[[], Tensor]:
     keys, values = (x.repeat_interleave(inputs.case.group, 1).transpose(0, 1)[None].contiguous() for x in (k, v))
     q_len, kv_len = inputs.case.row_counts[b], inputs.case.kv_lens[b]
     positions = torch.arange(kv_len, device=q.device)
-    mask = inputs.case.window.mask(positions[kv_len - q_len :], positions)
+    window, ranges = inputs.case.window, inputs.call.ranges
+    if ranges is not None:
+        window = Window(bounds=ranges.flatten(0, -2)[inputs.cu_q[b] : inputs.cu_q[b + 1]])
+    mask = window.mask(positions[kv_len - q_len :], positions)
     rows = q.transpose(0, 1)[None]
     return lambda: scaled_dot_product_attention(rows, keys, values, attn_mask=mask)[0].transpose(0, 1)
 

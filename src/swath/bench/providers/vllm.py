@@ -1,7 +1,8 @@
 """vLLM's Triton kernel, ``unified_attention``.
 
 ``window_size=(left, right)`` excludes the query's own key: a window of W visible keys is ``(W - 1, 0)``, none is
-``(-1, -1)``. Queries are the last keys. It cuts few sequences into 16 segments, as its server asks it to.
+``(-1, -1)``. Queries are the last keys. It cuts few sequences into 16 segments, as its server asks it to. Ranges of
+images include their last key; chunks are windows that look back on no chunk before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from swath.bench.case import BenchCase
 from swath.bench.inputs import Inputs
+from swath.bench.masks import Chunks, Images
 from swath.bench.providers.provider import Provider, features, first_of
 
 SEGMENTS = 16
@@ -22,7 +24,8 @@ MIN_PROGRAMS = 128
 
 
 def _why_not(case: BenchCase) -> str | None:
-    return features(case, sink=True, stored=("e4m3 tensor", "e4m3 token", "int8 token"), head_dim=512) or first_of(
+    stored = ("e4m3 tensor", "e4m3 token", "int8 token")
+    return features(case, sink=True, stored=stored, head_dim=512, ranges=(Chunks, Images)) or first_of(
         (case.dense, "takes paged keys only")
     )
 
@@ -31,12 +34,13 @@ def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
     case, out = inputs.case, torch.empty_like(inputs.q)
+    size = case.ranges.size if isinstance(case.ranges, Chunks | Images) else case.size
     k, v = inputs.nhd
     options: dict[str, Any] = dict(
         q=inputs.q, k=k, v=v, out=out, cu_seqlens_q=inputs.cu_q, max_seqlen_q=inputs.max_q,
         seqused_k=inputs.seq_lens, max_seqlen_k=inputs.max_kv, softmax_scale=case.head_dim**-0.5, causal=True,
-        window_size=(-1, -1) if case.size is None else (case.size - 1, 0), block_table=inputs.pages, softcap=0.0,
-        q_descale=None, sinks=inputs.sink, **_segments(inputs), **_scales(inputs),
+        window_size=(-1, -1) if size is None else (size - 1, 0), block_table=inputs.pages, softcap=0.0,
+        q_descale=None, sinks=inputs.sink, **_segments(inputs), **_scales(inputs), **_ranges(inputs),
     )  # fmt: skip
 
     def run() -> Tensor:
@@ -44,6 +48,18 @@ def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
         return out
 
     return run
+
+
+def _ranges(inputs: Inputs) -> dict[str, Any]:
+    rule = inputs.case.ranges
+    if isinstance(rule, Chunks):
+        return {"chunk_lookback": 0}
+    if not isinstance(rule, Images):
+        return {}
+    spans = [[(begin, end - 1) for begin, end in rule.spans(n)] for n in inputs.case.kv_lens]
+    most = max(map(len, spans))
+    padded = [row + [(0, 0)] * (most - len(row)) for row in spans]
+    return {"mm_prefix_range": torch.tensor(padded, dtype=torch.int32, device=inputs.q.device)}
 
 
 def _segments(inputs: Inputs) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def described(call: Call) -> Iterator[tuple[str, str]]:
         return
     yield "queries", "ragged" if case.ragged else "decode" if case.q_lens == 1 else "n-step"
     leading = "tensor" if isinstance(case.global_tokens, tuple) else "int" if case.global_tokens else "none"
-    yield "window", case.ranges or ("none" if case.size is None else "empty" if case.size == 0 else "sized")
+    yield "window", str(case.ranges) or ("none" if case.size is None else "empty" if case.size == 0 else "sized")
     yield "leading tokens", leading if case.max_global_tokens is None else "tensor, bounded"
     yield from (("causal", str(case.causal)), ("gqa", case.gqa), ("sink", case.sink), ("bounds", case.bounds))
     yield "soft cap", "yes" if case.softcap else "no"
