@@ -37,8 +37,8 @@ def stray_descriptors(sass: str) -> list[str]:
     """Products of a warp group that read shared memory where a reduction, or no instruction, says.
 
     Descriptors are followed back in the text to where their register was written. Where K and V lie at one address in
-    two layouts, as for int8 products, the ptxas of CUDA 12.8 lost the copy of it: products with V began where the
-    register pointed before. The ptxas of CUDA 12.9 kept it.
+    two layouts, as for int8 products or V narrower than K, the ptxas of CUDA 12.8 lost the copy of it: products with V
+    began where the register pointed before. The ptxas of CUDA 12.9 kept it.
     """
     lines = sass.splitlines()
     found = []
@@ -80,24 +80,25 @@ def disassembled(cubin: bytes) -> str:
 
 
 def flaws(asm: dict[str, Any]) -> list[str]:
-    """Both, of what Triton compiled for an NVIDIA target. Disassembling takes a second: only int8 products need it."""
+    """Both, of what Triton compiled for an NVIDIA target."""
     ptx = asm["ptx"]
-    stray = stray_descriptors(disassembled(asm["cubin"])) if re.search(r"wgmma\.mma_async.*s8\.s8", ptx) else []
+    stray = stray_descriptors(disassembled(asm["cubin"])) if "wgmma.mma_async" in ptx else []
     return lost_lanes(ptx) + stray
 
 
 def main() -> None:
     """Compile for an H200 the calls that were wrong on one; what is wrong with their kernels now, as JSON."""
     from compile_variants import stand_on
-    from test_gpu import FOUND
+    from test_gpu import FOUND, FOUND_DRAWN
 
     from conftest import plan_for
     from swath.backends.triton.arguments import operands_of
     from swath.ops import explain
     from swath.target import Target
     from swath.testing import make
+    from swath.testing.fuzz.twists import build
 
-    calls = [make(case) for case in FOUND]
+    calls = [make(case) for case in FOUND] + [build(call, "cpu") for call in FOUND_DRAWN]
     stand_on("sm_90")
     found = []
     for call in calls:

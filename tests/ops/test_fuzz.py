@@ -14,7 +14,7 @@ from options import DENSE, PAGED, in_pairs
 
 from swath import KVQuant, target
 from swath.testing import Case, Truth, make
-from swath.testing.fuzz import SIZES, Call, Settings, Tally, Verdict, call_of, draw, sweep, truth
+from swath.testing.fuzz import SIZES, Call, Settings, Tally, Verdict, call_of, draw, judge, sweep, truth
 from swath.testing.fuzz import __main__ as command
 from swath.testing.fuzz.promises import PROMISES
 from swath.testing.fuzz.shrink import shrunk
@@ -211,3 +211,35 @@ def test_a_process_that_dies_is_a_finding_and_the_rest_goes_on() -> None:
     assert (dead.call, dead.verdict) == (call_of(6000), Verdict("cpu", "end", "the process ended with exit code -11"))
     assert told == [str(early), str(dead)]
     assert (worker.finished, team.again, team.tally.calls) == (True, [(7, 10)], 5)
+
+
+SHARED = Case(
+    (14295,), 8, num_kv_heads=1, group=8, head_dim=16, dtype=torch.float32, layout="packed",
+    quant=KVQuant(torch.int8, "channel", "tensor"), compute="int8",
+)  # fmt: skip
+FEW_MAGNITUDES = Case(
+    (18, 6, -671398, 278, 33), 12, num_kv_heads=5, group=3, head_dim=512, page_size=80, dtype=torch.float8_e4m3fn,
+    quant=KVQuant(torch.int8, "head"), q_scale="token", size=81, global_tokens=(80, 3, 80, 1, 102),
+    max_global_tokens=109, compute="int8", bounds="loose", spiked=True,
+)  # fmt: skip
+FEW_MANTISSAS = Case(
+    (468,), (978,), num_kv_heads=1, group=1, head_dim=240, quant=KVQuant(torch.float8_e5m2, "tensor", "token"),
+    sink="fp32", spiked=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("impl", "call"),
+    [
+        ("cpu", Call("paged_attention", SHARED, 100002001, ("one-pool",))),
+        ("cpu", Call("paged_attention", FEW_MAGNITUDES, 3138279000)),
+        ("triton", Call("paged_attention", FEW_MANTISSAS, 2100030024)),
+    ],
+    indirect=["impl"],
+    ids=["cpu-keys-are-values", "cpu-few-magnitudes", "triton-few-mantissas"],
+)
+def test_errors_that_go_together_are_within_a_budget(impl: str, call: Call, device: str) -> None:
+    """Right calls that budgets refused: rounding errors of theirs are equal, and do not add in quadrature."""
+    verdict = judge(call, impl, device)
+    assert verdict.backend == impl
+    assert not verdict.fault, verdict.fault

@@ -11,6 +11,7 @@ from pools import in_a_large_pool
 from conftest import PORTABLE, Capture, Prepare, check, each_backend
 from swath import KVQuant, attention, paged_attention
 from swath.testing import Case, Inputs
+from swath.testing.fuzz import Call, judge
 
 INT8_TOKEN, INT8_CHANNEL = KVQuant(torch.int8, "token"), KVQuant(torch.int8, "channel")
 MIB = 2**20
@@ -120,10 +121,26 @@ FOUND = [
     Case((-2, 193, 5), 20, group=3, page_size=64, quant=INT8_TOKEN, causal=False, spiked=True, unit="token"),
     Case((0, 1, 64), 8, group=7, head_dim=256, quant=KVQuant(torch.int8, "head", "tensor"), compute="int8",
          ranges="random", global_tokens=4, softcap=5.0, spiked=True),
+    Case((156, 896), (1, 716), group=5, head_dim=8, quant=KVQuant(torch.int8, "tensor"), compute="int8"),
 ]  # fmt: skip
-"""Calls that were wrong on an H200 and right in the interpreter (docs/notes/reliability.md)."""
+"""Calls that were wrong on an H200, or did not compile for it, and right in the interpreter
+(docs/notes/reliability.md)."""
 
 
 @pytest.mark.parametrize("case", FOUND, ids=str)
 def test_what_was_wrong_on_a_gpu(case: Case, prepare: Prepare, impl: str) -> None:
     check(prepare(case), impl)
+
+
+NARROW = Case((488,), 385, num_kv_heads=1, group=8, v_head_dim=8, layout="padded", gqa="interleaved")
+FOUND_DRAWN = [
+    Call("paged_attention", case, 2200135012, ("odd-addresses",))
+    for case in (NARROW, replace(NARROW, ranges="prefix"), replace(NARROW, v_head_dim=32, ranges="prefix"))
+]
+"""The same, of calls that the fuzzer drew: narrow values at addresses that no asynchronous copy takes."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("call", FOUND_DRAWN, ids=lambda call: str(call.case))
+def test_gpu_what_was_drawn_wrong(call: Call) -> None:
+    assert not judge(call, "auto", "cuda").fault

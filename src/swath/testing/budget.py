@@ -3,7 +3,7 @@
 For an element t of the output, in the names of ``Truth`` (oracle.py), the budget is
 
     u |t| + (|t| + 4 quadrature) u (1 + Q) + 4 (|t| + quadrature) (score + sum) + a (4 v_norm + keys |t|) peak + rest
-    score = noise (u Q + D e) + 8 score_size e,   sum = (sqrt(keys) + 8) e
+    score = (noise + score_size / 4) u Q + noise D e + 8 score_size e,   sum = (sqrt(keys) + 8) e
 
 - ``u`` is half a unit in the last place of the 16-bit type (2^-8 bf16, 2^-11 fp16, 2^-24 for fp32), ``e`` that of
   fp32, D the products in a score, Q 1 for a quantised cache and 0 otherwise.
@@ -11,13 +11,16 @@ For an element t of the output, in the names of ``Truth`` (oracle.py), the budge
 - ``u (1 + Q)``: p is rounded to 16 bits before the product with V; so is a dequantised V. Where all p are equal, so
   are their errors: that part goes with |t|.
 - ``score``: scores are sums of D products in fp32; a dequantised K, or a q with K's scale folded in, is rounded to 16
-  bits before them. What follows (scale, soft cap, base 2) rounds in proportion to the score.
+  bits before them. fp8 has few mantissas, and equal ones under one scale have equal errors: that part goes with the
+  score. What follows (scale, soft cap, base 2) rounds in proportion to the score.
 - ``rest``: no float32 p is below 2^-126, nor an element below the smallest of its type. Where ``4 score`` is 1 or more,
   as at scores of millions, another key may have the largest score: v_norm, for any of the values may come out.
 - ``sum``: sums over the keys, running rescales, the exponential.
 - ``a``: p rounded in absolute steps: fp16, which holds p of a quantised cache too, has no values below 2^-24;
   ``compute="int8"`` keeps p in 127ths of the largest. There q too has 127ths of its largest element, which adds
   coarse_noise / 254 to the scores. fp32 and unquantised bf16 have no such step.
+- Where keys and values are one tensor, the error of one element of q moves scores as one column of the values goes.
+  ``compute="int8"`` adds 4 coarse_noise / 254 x shared / sqrt(D) there.
 
 The roundings of many terms add in quadrature (probabilistic rounding analysis, Higham and Mary, 2019): quadrature is
 the root of the sum of squares of p_j v_j, and 4 stands where a normal distribution has its standard deviations; up
@@ -54,6 +57,8 @@ def out_budget(truth: Truth, dtype: torch.dtype, *, quantised: bool = False, com
     has_fp16 = dtype == torch.float16 or (quantised and dtype == torch.bfloat16)
     step = _INT8_STEP if compute == "int8" else _FP16_STEP if has_fp16 else 0.0
     steps = step * (_DEVIATIONS * truth.v_norm + truth.keys[..., None] * t) * truth.peak[..., None]
+    if compute == "int8":
+        steps += _DEVIATIONS * step * (truth.coarse_noise / truth.products.sqrt())[..., None] * truth.shared
     rest = torch.finfo(dtype).tiny * 2 * u + _SMALLEST_P * truth.keys.sqrt()[..., None] * truth.v_norm
     rest += truth.v_norm.where(_DEVIATIONS * score_error >= 1, 0.0)
     return (u + e) * t + rounded_p + _DEVIATIONS * (t + truth.quadrature) * weights + steps + rest
@@ -70,7 +75,8 @@ def lse_budget(truth: Truth, dtype: torch.dtype, *, quantised: bool = False, com
 def _score_error(truth: Truth, dtype: torch.dtype, quantised: bool, compute: str) -> Tensor:
     """Of one score, [R, Hq]."""
     e = UNIT[torch.float32]
-    error = truth.noise * (UNIT[dtype] * quantised + truth.products * e) + 8 * truth.score_size * e
+    rounded_k = (truth.noise + truth.score_size / _DEVIATIONS) * UNIT[dtype] * quantised
+    error = rounded_k + truth.noise * truth.products * e + 8 * truth.score_size * e
     return error + truth.coarse_noise * _INT8_STEP if compute == "int8" else error
 
 

@@ -31,10 +31,12 @@ class Truth(NamedTuple):
     - products [R, 1]: how many products a score is the sum of, D
     - quadrature [R, Hq, Dv]: ``sqrt(sum_j (p_j v_j)^2)``
     - noise [R, Hq]: ``scale * max_j |q o k_j|``, the Euclidean norm of the element-wise product
-    - coarse_noise [R, Hq]: the same were every element of ``q x k_scale`` as large as the largest
+    - coarse_noise [R, Hq]: the same were every element of ``q x k_scale`` as large as the largest; times the root of
+      how many of them have one magnitude, as they do where q is fp8: their rounding errors are one
     - score_size [R, Hq]: the largest ``|s_j|``, capped where there is a soft cap
     - peak [R, Hq]: p of the largest score
     - v_norm [R, Hq, Dv]: ``sqrt(sum_j v_j^2)``
+    - shared [R, Hq, Dv]: ``sqrt(sum_j p_j v_j^2)`` where keys and values are one tensor, else 0
     """
 
     rows: Tensor
@@ -48,6 +50,18 @@ class Truth(NamedTuple):
     score_size: Tensor
     peak: Tensor
     v_norm: Tensor
+    shared: Tensor
+
+
+def repeats(x: Tensor) -> Tensor:
+    """How many elements of each row of x [..., D] have the same magnitude, on average."""
+    apart = x.abs().sort(-1).values.diff(dim=-1) > 0
+    return x.shape[-1] / (1.0 + apart.sum(-1))
+
+
+def are_shared(k: Tensor, v: Tensor) -> bool:
+    """Whether keys and values are one tensor."""
+    return k.numel() > 0 and k.data_ptr() == v.data_ptr()
 
 
 def visible(q_pos: Tensor, k_pos: Tensor, size: int | None, global_tokens: int, causal: bool) -> Tensor:
@@ -79,7 +93,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: T
         rows = first[b] + positions
         return k[rows].double(), v[rows].double(), _unit(None, rows, rows)
 
-    return _truth(q, k.shape[1], fetch, live, cu_seqlens_q=cu_seqlens_q, **options)
+    return _truth(q, k.shape[1], fetch, live, cu_seqlens_q=cu_seqlens_q, shared=are_shared(k, v), **options)
 
 
 def paged(
@@ -116,7 +130,7 @@ def paged(
         return k[page, :, slot].double(), values, _unit(k_scale, page, slot)
 
     lengths = [max(n, 0) for n in seq_lens.tolist()]
-    return _truth(q, num_kv_heads, fetch, live, kv_lens=lengths, **options)
+    return _truth(q, num_kv_heads, fetch, live, kv_lens=lengths, shared=are_shared(k, v), **options)
 
 
 def _page_lists(block_table: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -184,14 +198,14 @@ def _truth(
 
 def _sequence(
     rows: Tensor, q: Tensor, keys: _Keys, seen: Tensor, num_kv_heads: int, interleaved: bool,
-    scale: float, softcap: float = 0.0, sink: Tensor | None = None,
+    scale: float, softcap: float = 0.0, sink: Tensor | None = None, shared: bool = False,
 ) -> Truth:  # fmt: skip
     """Rows q [R, Hq, D] of one sequence, of whose keys row i sees those where seen[i]."""
     stored, v, unit = keys
     products = torch.full_like(q[:, :1, 0], q.shape[2])
     if not len(rows):  # of many sequences most, where few rows are asked for
-        nothing, number = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2])
-        return Truth(rows, nothing, number, products, products, nothing, number, number, number, number, nothing)
+        wide, single = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2])
+        return Truth(rows, wide, single, products, products, wide, single, single, single, single, wide, wide)
     k, num_q_heads = stored * unit, q.shape[1]
     largest_unit = unit.abs().amax(0).expand(num_kv_heads, -1) if unit.numel() else unit.new_ones(num_kv_heads, 1)
     columns: list[tuple[Tensor, ...]] = []
@@ -199,18 +213,21 @@ def _sequence(
         kv = h % num_kv_heads if interleaved else h // (num_q_heads // num_kv_heads)
         logit = None if sink is None else sink[h].double()
         one = _head(q[:, h], k[:, kv], v[:, kv], seen, scale, softcap, logit)
-        q_largest = (q[:, h] * largest_unit[kv]).abs().amax(-1)
+        q_unit = q[:, h] * largest_unit[kv]
+        q_largest = q_unit.abs().amax(-1) * repeats(q_unit).sqrt()
         coarse = abs(scale) * q_largest * _masked_max(stored[:, kv].norm(dim=-1).expand_as(seen), seen)
         columns.append((*one, coarse))
-    out, lse, quadrature, noise, size, peak, v_norm, coarse = (torch.stack(c, 1) for c in zip(*columns, strict=True))
+    stacked = (torch.stack(c, 1) for c in zip(*columns, strict=True))
+    out, lse, quadrature, noise, size, peak, v_norm, spread, coarse = stacked
     keys_seen = seen.sum(1, keepdim=True).double()
-    return Truth(rows, out, lse, keys_seen, products, quadrature, noise, coarse, size, peak, v_norm)
+    return Truth(rows, out, lse, keys_seen, products, quadrature, noise, coarse, size, peak, v_norm, spread * shared)
 
 
 def _head(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float, sink: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """One head, q [R, D], k [N, D] and v [N, Dv]: out, lse, quadrature, noise, score_size, peak, v_norm."""
+    """One head, q [R, D], k [N, D] and v [N, Dv]: out, lse, quadrature, noise, score_size, peak, v_norm, and what
+    ``shared`` is where keys and values are one tensor."""
     s = scale * (q @ k.T)
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
@@ -220,8 +237,8 @@ def _head(
     lse = torch.logsumexp(logits, 1) if logits.shape[1] else torch.full_like(q[:, 0], -torch.inf)
     p = torch.exp(s - lse.where(lse != -torch.inf, 0.0)[:, None])
     noise = abs(scale) * _masked_max((q.square() @ k.square().T).sqrt(), seen)
-    v_norm = (seen.double() @ v.square()).sqrt()
-    return p @ v, lse, (p.square() @ v.square()).sqrt(), noise, size, _masked_max(p, seen), v_norm
+    quadrature, v_norm, spread = ((weights @ v.square()).sqrt() for weights in (p.square(), seen.double(), p))
+    return p @ v, lse, quadrature, noise, size, _masked_max(p, seen), v_norm, spread
 
 
 def _masked_max(x: Tensor, seen: Tensor) -> Tensor:

@@ -236,7 +236,7 @@ def _either(a, b):
 
 
 class Apart(NamedTuple):
-    """Rows that leave keys out between theirs: whether there are ``some`` keys that none of them sees."""
+    """Rows that may leave keys out between theirs: whether there may be ``some`` keys that none of them sees."""
 
     some: tl.tensor
     rows: tl.tensor  # the Rows
@@ -244,19 +244,19 @@ class Apart(NamedTuple):
 
 
 @triton.jit
-def apart_of(rows, band, lead, F: tl.constexpr):
-    """Whether the rows leave keys out between theirs, as only rows with bounds can.
+def apart_of(p, rows, band, kv_len, lead, F: tl.constexpr):
+    """Whether the rows, at positions ``p``, may leave keys out between theirs, as only rows with bounds can.
 
-    They do not if all of them have a key in common, or else if where one of them ends another one goes on.
+    They do not if all of them have a key in common, or else if the window of each touches that of the next.
     """
     some = False
     if F.bounds:
         start, stop = interior_of(band, rows, F)
         some = start > stop
         if some:
-            goes_on = (rows.low[None, :] <= rows.end[:, None]) & (rows.end[:, None] < rows.end[None, :])  # [M, M]
-            ends = (rows.low < rows.end) & (rows.end < band.right) & (tl.max(goes_on.to(tl.int32), 1) == 0)  # [M]
-            some = tl.max(ends.to(tl.int32), 0) > 0
+            next_low, next_end = bounds_of(p + 1, rows.last, kv_len, View(rows.first, rows.size))
+            gaps = tl.maximum(rows.low, next_low) > tl.minimum(rows.end, next_end)
+            some = tl.max(gaps.to(tl.int32), 0) > 0
     return Apart(some, rows, lead)
 
 

@@ -72,7 +72,7 @@ class Features:
     @property
     def block_d(self) -> int:
         """Columns of a tile of K's rows: the next power of two, at least what a dot takes."""
-        return block_of(self.stored_dim)
+        return block_of(self.stored_dim, 32 if self.compute_int8 else 16)
 
     @property
     def block_dv(self) -> int:
@@ -90,9 +90,9 @@ class Features:
         return self.quantised and not self.fp32
 
 
-def block_of(columns: int) -> int:
-    """Columns of a tile that holds rows of ``columns`` elements: a power of two, at least 16."""
-    return max(16, 1 << (columns - 1).bit_length())
+def block_of(columns: int, least: int = 16) -> int:
+    """Columns of a tile that holds rows of ``columns`` elements: a power of two, at least ``least``."""
+    return max(least, 1 << (columns - 1).bit_length())
 
 
 def features_of(problem: Problem, target: Target) -> Features:

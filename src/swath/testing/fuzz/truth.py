@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from swath.testing.oracle import Truth, inside, visible
+from swath.testing.oracle import Truth, are_shared, inside, repeats, visible
 
 if TYPE_CHECKING:
     from swath.pages import PageTable
@@ -208,8 +208,9 @@ def _sequence(
     held = torch.nonzero(seen.any(0)).flatten()
     keys = pool.keys(b, held) if len(held) else _no_keys(pool)
     seen = seen[:, held]
+    shared, begin = are_shared(pool.k, pool.v), rows.start
     return [
-        _rows(q[rows.start + at.start : rows.start + at.stop], rows.start + row[at], keys, seen[at], scoring)
+        _rows(q[begin + at.start : begin + at.stop], begin + row[at], keys, seen[at], scoring, shared=shared)
         for at in _parts(len(rows), len(held) * q.shape[1])
     ]
 
@@ -225,7 +226,9 @@ def _no_keys(pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
     return k, v, k.new_ones(1, 1, 1)
 
 
-def _rows(q: Tensor, rows: Tensor, keys: tuple[Tensor, Tensor, Tensor], seen: Tensor, scoring: Scoring) -> Truth:
+def _rows(
+    q: Tensor, rows: Tensor, keys: tuple[Tensor, Tensor, Tensor], seen: Tensor, scoring: Scoring, *, shared: bool
+) -> Truth:
     """Query rows q [R, Hq, D], row i of which sees those of the keys where seen[i]; numbered ``rows``."""
     stored, v, unit = keys
     k, heads = stored * unit, stored.shape[0]
@@ -241,7 +244,8 @@ def _rows(q: Tensor, rows: Tensor, keys: tuple[Tensor, Tensor, Tensor], seen: Te
     p = torch.exp(s - lse.where(lse != -torch.inf, 0.0)[..., None])
     noise = abs(scoring.scale) * _largest((flat.square() @ k.square().mT).sqrt(), mask)
     units = unit.abs().amax(1).expand(heads, -1) if unit.numel() else unit.new_ones(heads, 1)
-    biggest = (flat * units[:, None]).abs().amax(-1)
+    q_units = flat * units[:, None]
+    biggest = q_units.abs().amax(-1) * repeats(q_units).sqrt()
     coarse = abs(scoring.scale) * biggest * _largest(stored.norm(dim=-1)[:, None].expand_as(s), mask)
     v_norm = (seen.double() @ v.square()).sqrt()[:, :, None].expand(*shape, v.shape[2])
 
@@ -260,6 +264,7 @@ def _rows(q: Tensor, rows: Tensor, keys: tuple[Tensor, Tensor, Tensor], seen: Te
         score_size=back(size),
         peak=back(_largest(p, mask)),
         v_norm=scoring.by_row(v_norm),
+        shared=back((p @ v.square()).sqrt() * shared),
     )
 
 

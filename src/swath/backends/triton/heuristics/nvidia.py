@@ -49,6 +49,9 @@ def tile_row(F: Features, short_window: bool) -> TileLaunch:
         return TileLaunch(16, 16, 8 if F.bounds else 4, 1)  # four warps spill where bounds of rows take registers
     # With more, the LLVM of Triton 3.6 mixed two lanes of the columns' numbers (docs/notes/reliability.md).
     stages = 1 if "token" in (F.k_fold, F.v_fold) else 2
+    # A warpgroup's products take 64 rows, and ptxas 12.8 lost where their tile of V lies (the same notes).
+    if F.block_d != F.block_dv:
+        return TileLaunch(32, 32, 4 if F.head_dim <= 256 else 8, stages)
     if F.head_dim > 256:  # 64 rows spill where anything else takes registers
         return TileLaunch(32 if F.quantised or F.bounds or F.softcap else 64, 32, 8, stages)
     if F.quantised:

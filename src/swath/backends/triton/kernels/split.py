@@ -129,7 +129,7 @@ def split_kernel(
     lead = lead_of(b, lead, F)
     rows = rows_of(first, last, view.start + r // F.group, view, kv_len, F)
     band = band_of(rows, kv_len, lead, F)
-    apart = apart_of(rows, band, lead, F)
+    apart = apart_of(view.start + r // F.group, rows, band, kv_len, lead, F)
     align = tl.where(slice_tiles > 0, BLOCK_N, 1)
     walk = plan_walk(band, align, align, BLOCK_N)
     key_slice = slice_of(j, walk, num_splits, least_tiles, slice_tiles, BLOCK_N)

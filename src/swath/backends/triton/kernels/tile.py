@@ -122,7 +122,7 @@ def tile_kernel(
     lead = lead_of(b, lead, F)
     rows = rows_of(first, last, view.start + q_index, view, kv_len, F)
     band = band_of(rows, kv_len, lead, F)
-    apart = apart_of(rows, band, lead, F)
+    apart = apart_of(view.start + q_index, rows, band, kv_len, lead, F)
     walk = plan_walk(band, 1, 1, BLOCK_N)
     q_row = seq.q_row + q_index
     at = row_offsets(b, q_index, q_row, q_heads, q_seq, q_token, q_head, cu_q)
