@@ -70,6 +70,8 @@ def start(job: Job, load: Load) -> SglangEngine:
     )  # fmt: skip
     engine = SglangEngine(args)
     make_weights(engine.runner.model)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the scheduler has streams of its own
     return engine
 
 
