@@ -143,7 +143,8 @@ class PagedKV:
         """A view of caches kept as [B, S, Hkv, D], of any S and strides, and their block table [B, pages], int32.
 
         ``page_size`` divides S, and the keys from one sequence to the next. None takes 128, or the largest of 64, 32,
-        16, 8 and 1 that does; kernels are slower over pages of 1.
+        16, 8 and 1 that does; kernels are slower over pages of 1. Where sequences do not lie a whole number of keys
+        apart, or those of v not as far as those of k, each is a page: S is 1, 8 or a multiple of 16 then.
         """
         *pools, table = dense_pages(k, v, page_size)
         return cls(*pools), table

@@ -17,9 +17,14 @@ LARGEST = 2**31 - 1
 """Of a page's number, and of a length."""
 
 
-def check_page_size(page_size: int) -> None:
+def is_page_size(size: int) -> bool:
     """Page sizes are 1, 8 or a multiple of 16."""
-    if page_size < 1 or (page_size % 16 and page_size not in (1, 8)):
+    return size in (1, 8) or (size > 0 and size % 16 == 0)
+
+
+def check_page_size(page_size: int) -> None:
+    """Check that it is one."""
+    if not is_page_size(page_size):
         raise bad_value("page_size", "1, 8 or a multiple of 16", page_size)
 
 

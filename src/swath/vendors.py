@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swath.checks import check_count, check_is_tensor, check_rows, check_values
 from swath.errors import bad_value
-from swath.pages import page_size_dividing
+from swath.pages import is_page_size, page_size_dividing
 
 PACKED_LAYOUTS = ("nhd", "hnd")
 
@@ -64,8 +64,9 @@ def dense_pages(k: Tensor, v: Tensor, page_size: int | None) -> tuple[Tensor, Te
     """K and V [num_pages, Hkv, page_size, D] of dense caches [B, S, Hkv, D], and their table [B, pages]. Views.
 
     ``page_size``: None for the largest that is possible. Pages begin at multiples of it from the first key, so the
-    sequences must lie a whole number of keys apart. Where heads lie outside of keys, as in memory [B, Hkv, S, D], there
-    are pages that begin in one head and end in another; no table entry names them.
+    sequences must lie a whole number of keys apart, those of v as many as those of k. Where heads lie outside of keys,
+    as in memory [B, Hkv, S, D], there are pages that begin in one head and end in another; no table entry names them.
+    Other sequences are a page each, if a page can have as many keys.
     """
     shape = "[B, S, num_kv_heads, head_dim]"
     for name, x in (("k", k), ("v", v)):
@@ -74,10 +75,8 @@ def dense_pages(k: Tensor, v: Tensor, page_size: int | None) -> tuple[Tensor, Te
     for name, x in (("k", k), ("v", v)):
         check_rows(name, x)
     (batch, keys, heads, _), apart = k.shape, keys_apart(k)
-    if apart is None:
-        raise bad_value("k", "sequences that lie a whole number of keys apart", f"strides {k.stride()}")
-    if keys_apart(v) != apart:
-        raise bad_value("v", f"sequences that lie {apart} keys apart, as of k", f"strides {v.stride()}")
+    if apart is None or keys_apart(v) != apart:
+        return _a_page_each(k, v, page_size)
     size = page_size_dividing(keys, apart) if page_size is None else _page_size(page_size)
     if keys % size or apart % size:
         raise bad_value("page_size", f"a divisor of {keys} keys, {apart} apart", size)
@@ -89,6 +88,16 @@ def dense_pages(k: Tensor, v: Tensor, page_size: int | None) -> tuple[Tensor, Te
         pools.append(x.as_strided((count, heads, size, x.shape[3]), (size * step, x.stride(2), step, 1)))
     first = torch.arange(batch, dtype=torch.int32, device=k.device) * between
     return pools[0], pools[1], first[:, None] + torch.arange(keys // size, dtype=torch.int32, device=k.device)
+
+
+def _a_page_each(k: Tensor, v: Tensor, page_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    batch, keys = k.shape[:2]
+    if not is_page_size(keys) or page_size not in (None, keys):
+        apart = keys_apart(k)
+        name, x, each = ("k", k, "a whole number of") if apart is None else ("v", v, str(apart))
+        wanted = f"sequences that lie {each} keys apart, or pages of all their keys, 1, 8 or a multiple of 16"
+        raise bad_value(name, wanted, f"strides {x.stride()}, {keys} keys, page_size {page_size}")
+    return k.transpose(1, 2), v.transpose(1, 2), torch.arange(batch, dtype=torch.int32, device=k.device)[:, None]
 
 
 def _page_size(page_size: object) -> int:

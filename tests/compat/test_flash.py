@@ -195,7 +195,7 @@ def test_kvcache_of_any_length(slots: int, causal: bool, window: Any, some: Any,
     assert torch.equal(flash_attn_with_kvcache(q, k, v, cache_seqlens=slots, causal=causal, window_size=window), whole)
 
 
-@pytest.mark.parametrize("kind", ["dense", "transposed", "rows", "leftpad", "paged"])
+@pytest.mark.parametrize("kind", ["dense", "transposed", "values transposed", "rows", "leftpad", "paged"])
 @pytest.mark.parametrize("new", [1, 5])
 @pytest.mark.parametrize(("rotary", "local"), [(None, True), (True, True), (True, False), (False, True)])
 def test_kvcache_append(kind: str, new: int, rotary: bool | None, local: bool, some: Any, device: str) -> None:
@@ -208,7 +208,9 @@ def test_kvcache_append(kind: str, new: int, rotary: bool | None, local: bool, s
     if kind == "transposed":
         k_cache, v_cache = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k_cache, v_cache))
     rows, pads, options = [0, 1, 2], [0, 0, 0], dict[str, Any]()
-    if kind == "rows":
+    if kind == "values transposed":
+        k_cache, v_cache = some(5, 64, 2, 32), some(5, 2, 64, 32).transpose(1, 2)
+    if kind in ("rows", "values transposed"):
         rows = [4, 0, 2]
         options["cache_batch_idx"] = ints(rows, device)
     if kind == "leftpad":

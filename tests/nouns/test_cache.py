@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -270,15 +272,40 @@ def test_from_dense_takes_values_that_lie_otherwise() -> None:
     assert torch.equal(cache.v[table[2].long()].transpose(1, 2).flatten(0, 1), packed[2, ..., 16:DIM])
 
 
+IRREGULAR: dict[str, Callable[[Tensor], Tensor]] = {
+    "heads outside": DENSE["heads outside"],
+    "an odd distance": lambda x: torch.nn.functional.pad(x.flatten(1), (0, 8))[:, :-8].view(x.shape),
+    "one sequence for all": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", IRREGULAR)
+@pytest.mark.parametrize("keys", [48, 8])
+def test_from_dense_takes_a_page_a_sequence_where_k_and_v_lie_otherwise(keys: int, layout: str) -> None:
+    x = numbered(3, keys, HEADS, DIM)
+    for k, v in ((x, IRREGULAR[layout](x)), (IRREGULAR[layout](x), x)):
+        cache, table = PagedKV.from_dense(k, v)
+        assert (cache.page_size, table.tolist()) == (keys, [[0], [1], [2]])
+        assert (cache.k.data_ptr(), cache.v.data_ptr()) == (k.data_ptr(), v.data_ptr())
+        assert torch.equal(cache.k.transpose(1, 2), k)
+        assert torch.equal(cache.v.transpose(1, 2), v)
+        PagedKV.from_dense(k, v, page_size=keys)
+
+
 def test_from_dense_refuses_what_is_no_view() -> None:
     k = numbered(3, 48, HEADS, DIM)
     wrong = {
         "k: wanted shape": lambda: PagedKV.from_dense(k[0], k[0]),
         "v: wanted shape": lambda: PagedKV.from_dense(k, k[:2]),
-        "v: wanted sequences that lie 48 keys apart": lambda: PagedKV.from_dense(k, DENSE["heads outside"](k)),
+        "v: wanted sequences that lie 48 keys apart": lambda: PagedKV.from_dense(
+            k, DENSE["heads outside"](k), page_size=16
+        ),
+        "v: wanted sequences that lie 47 keys apart": lambda: PagedKV.from_dense(
+            k[:, :47].contiguous(), DENSE["heads outside"](k[:, :47])
+        ),
         "k: wanted a last stride of 1": lambda: PagedKV.from_dense(*[k.transpose(2, 3)] * 2),
         "k: wanted sequences that lie a whole number of keys apart": lambda: PagedKV.from_dense(
-            *[torch.nn.functional.pad(k.flatten(1), (0, 8))[:, :-8].view(k.shape)] * 2
+            *[IRREGULAR["an odd distance"](k[:, :47])] * 2
         ),
         "page_size: wanted a divisor of 48 keys": lambda: PagedKV.from_dense(k, k, page_size=32),
         "page_size: wanted an int >= 1 or None, got 0": lambda: PagedKV.from_dense(k, k, page_size=0),

@@ -12,7 +12,7 @@ from swath.checks import check_count, check_ints, check_tensor, check_values
 from swath.errors import bad_type, bad_value
 from swath.ops.append import append_kv
 from swath.ops.slots import slots
-from swath.pages import LARGEST, BlockTable, PageTable
+from swath.pages import LARGEST, BlockTable, PageTable, is_page_size
 from swath.vendors import keys_apart
 from swath.window import Window
 
@@ -92,10 +92,12 @@ def cache_of(
             if x is not None:
                 raise bad_value(name, "None where there is a block_table", type(x).__name__)
         return PagedKV.from_nhd(k_cache, v_cache), check_tensor("block_table", block_table, 2)
-    if not is_regular(k_cache, v_cache):
+    keys = k_cache.shape[1]
+    if not is_regular(k_cache, v_cache) and (cache_leftpad is not None or not is_page_size(keys)):
         name, x = ("k_cache", k_cache) if keys_apart(k_cache) is None else ("v_cache", v_cache)
         wanted = "sequences that lie a whole number of keys apart, of v_cache as of k_cache"
-        raise bad_value(name, wanted, f"strides {x.stride()}")
+        wanted += ", or 1, 8 or a multiple of 16 keys each and no cache_leftpad"
+        raise bad_value(name, wanted, f"strides {x.stride()}, {keys} keys")
     cache, table = PagedKV.from_dense(k_cache, v_cache, page_size=None if cache_leftpad is None else 1)
     if cache_batch_idx is not None:
         rows = PageTable(table, rows=check_ints("cache_batch_idx", cache_batch_idx, batch, table.device))
