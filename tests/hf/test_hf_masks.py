@@ -18,8 +18,9 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Tex
 from transformers.masking_utils import and_masks, blockwise_overlay, causal_mask_function, or_masks
 
 import swath.hf
-from swath.hf import PagedCache
+from swath.hf import PagedCache, masks
 from swath.hf.mask_functions import read
+from swath.hf.mask_runs import runs_of
 from swath.hf.masks import band_mask
 from swath.window import Window
 
@@ -86,6 +87,9 @@ def test_a_carried_mask_travels() -> None:
 def written_out(mask: Any) -> Tensor:
     """The values that a carried mask stands for, bool [B, queries, keys]."""
     band, column = mask.band, torch.arange(mask.shape[-1])
+    if band.window.bounds is not None:
+        low, end = band.columns_seen.unbind(-1)
+        return (low[..., None] <= column) & (column < end[..., None])
     visible = band.window.mask(torch.arange(mask.shape[-2]) + band.q_column, column).expand(band.batch, -1, -1)
     if band.padding is None:
         return visible
@@ -164,6 +168,70 @@ def test_mask_functions_of_no_window() -> None:
     blocks = read(and_masks(causal_mask_function, blockwise_overlay(TEXT)))
     assert blocks is not None
     assert blocks.reach.window is None
+
+
+IMAGES = torch.tensor([[-1, 0, 0, 0, -1, -1, 1, 1, 2, -1, -1, -1], [0, 0, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1]])
+AGAIN = torch.tensor([[0, 0, -1, 0, 0, -1, -1, -1, -1, -1, -1, -1]]).expand(2, -1)  # one number in two places
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2], [0] * 12])
+CHUNKED = masking_utils.chunked_overlay(4, torch.tensor([0, 3]))
+RUNS = {
+    "causal": causal_mask_function,
+    "sliding": SLIDING,
+    "both ways": masking_utils.sliding_window_bidirectional_mask_function(2),
+    "gemma3": or_masks(SLIDING, blockwise_overlay(IMAGES)),
+    "gemma4": and_masks(or_masks(causal_mask_function, blockwise_overlay(IMAGES)), OVERLAY),
+    "images alone": blockwise_overlay(IMAGES),
+    "chunks": and_masks(CHUNKED, causal_mask_function),
+    "documents": and_masks(SLIDING, masking_utils.packed_sequence_mask_function(DOCUMENTS)),
+    "far": or_masks(masking_utils.sliding_window_causal_mask_function(1), blockwise_overlay(IMAGES)),
+}
+"""Mask functions of Transformers in which each query sees one run of keys, for two sequences of 12 tokens."""
+
+
+@pytest.mark.parametrize("offset", [0, 5])
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_are_those_that_transformers_writes_out(name: str, offset: int) -> None:
+    written = masking_utils.sdpa_mask(2, 12 - offset, 12, offset, mask_function=RUNS[name], allow_is_causal_skip=False)
+    runs, key = runs_of(RUNS[name], torch.arange(offset, 12)), torch.arange(12)
+    assert runs is not None
+    assert bool(runs.whole)
+    assert torch.equal(
+        (runs.low[..., None] <= key) & (key < runs.end[..., None]) & torch.ones(2, 1, 1).bool(), written[:, 0]
+    )
+
+
+@pytest.mark.parametrize(
+    "mask_function",
+    [
+        blockwise_overlay(AGAIN),
+        or_masks(and_masks(CHUNKED, causal_mask_function), and_masks(SLIDING, lambda b, h, q, k: q != 9)),
+        or_masks(causal_mask_function, lambda b, h, q, k: k == 11),
+        or_masks(masking_utils.sliding_window_overlay(-3), masking_utils.sliding_window_causal_mask_function(1)),
+    ],
+    ids=["in two places", "unknown part", "gap", "apart"],
+)
+def test_what_is_no_run_is_not_read_as_one(mask_function: Any) -> None:
+    runs = runs_of(mask_function, torch.arange(12))
+    assert runs is None or not bool(runs.whole)
+
+
+@pytest.mark.parametrize(
+    "real", [None, torch.tensor([[1] * 12, [0, 0, 0] + [1] * 9]), torch.tensor([[1] * 12, [1] * 9 + [0] * 3])]
+)
+@pytest.mark.parametrize("name", RUNS)
+def test_masks_of_runs_are_not_written_out(name: str, real: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And show what is written out, each query that is no padding."""
+    given = dict(batch_size=2, q_length=12, kv_length=12, mask_function=RUNS[name])
+    given["attention_mask"] = None if real is None else real.bool()
+    if name == "images alone":  # queries of text see nothing
+        with pytest.raises(ValueError, match="attention_mask"):
+            band_mask(**given)
+        return
+    written = masking_utils.sdpa_mask(**given, allow_is_causal_skip=False)[:, 0]
+    monkeypatch.setattr(masks, "sdpa_mask", lambda **_: pytest.fail("a mask was written out"))
+    shown = written_out(band_mask(**given))
+    is_real = torch.ones(2, 12, dtype=torch.bool) if real is None else real.bool()
+    assert torch.equal(shown[is_real], written[is_real])
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:

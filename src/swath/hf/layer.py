@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from swath.cache import PagedKV
 from swath.errors import bad_type, bad_value
 from swath.hf.attention import Scoring
-from swath.hf.leading import attend_near, held_keys, leaves_leading
+from swath.hf.leading import attend_near, held_keys
 from swath.hf.masks import BandMask
 from swath.hf.pages import Pages, Pass
 from swath.hf.pools import magnitudes, rescale, static_scales
@@ -169,11 +169,11 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         return passes
 
     def _own_window(self, window: Window) -> Window:
-        """The window that was given with the cache, or the mask's, which is no wider than what pages are kept for."""
+        """The window that was given with the cache, or the mask's, which must be what pages are kept for."""
         held = self.pages.window
         if self.overrides and window.causal:
             return held
-        if window != held and not _is_part(window, held):
+        if window != held:
             raise bad_value("past_key_values", f"a PagedCache made for {window}", held)
         return window
 
@@ -212,13 +212,6 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         pages = torch.tensor(held, dtype=torch.long, device=store.k.device)
         for name, granularity in static.items():
             rescale(store, name, calibrate(largest[name == "v_scale"], store.quant.dtype, granularity), pages)
-
-
-def _is_part(window: Window, held: Window) -> bool:
-    """Whether queries see fewer of the newest keys than are held: those of their chunk, say."""
-    if window.size is None or held.size is None or not window.causal:
-        return False
-    return window.size <= held.size and not leaves_leading(window) and not leaves_leading(held)
 
 
 def _rows_of(window: Window, batch: int, part: slice) -> Window:

@@ -18,6 +18,7 @@ from transformers.masking_utils import (
     bidirectional_mask_function,
     blockwise_overlay,
     causal_mask_function,
+    chunked_overlay,
     or_masks,
     packed_sequence_mask_function,
     sliding_window_bidirectional_overlay,
@@ -74,19 +75,22 @@ class Reading:
     conditions: tuple[Tensor, ...] = ()
 
 
-def read(mask_function: MaskFunction) -> Reading | None:
-    """What a mask function says, or None if a Reach cannot express it, or if it cannot be told from the function."""
+def part_of(mask_function: MaskFunction) -> tuple[str, dict[str, Any]] | None:
+    """Which of Transformers' builders made a mask function, and the variables it has; None for any other function."""
     if mask_function is causal_mask_function:
-        return Reading(Reach(future=0))
+        return "causal", {}
     if mask_function is bidirectional_mask_function:
-        return Reading(Reach())
+        return "all", {}
     if torch.compiler.is_compiling():
         return None  # dynamo does not show the variables of functions
-    code = getattr(mask_function, "__code__", None)
-    for build, read_part in _PARTS:
-        if code is build.__code__:
-            return read_part(getclosurevars(mask_function).nonlocals)
-    return None
+    name = _NAMES.get(getattr(mask_function, "__code__", None))
+    return None if name is None else (name, dict(getclosurevars(mask_function).nonlocals))
+
+
+def read(mask_function: MaskFunction) -> Reading | None:
+    """What a mask function says, or None if a Reach cannot express it, or if it cannot be told from the function."""
+    part = part_of(mask_function)
+    return None if part is None or part[0] not in _READERS else _READERS[part[0]](part[1])
 
 
 def _sliding(variables: Any) -> Reading | None:
@@ -137,20 +141,35 @@ def _folded(mask_functions: Any, start: Reach, fold: Callable[[Reach, Reach], Re
 
 
 _ANY = torch.zeros(1, 1, dtype=torch.long)
-_PARTS: tuple[tuple[MaskFunction, Callable[[Any], Reading | None]], ...] = (
-    (and_masks(causal_mask_function), _both),
-    (or_masks(causal_mask_function), _either),
-    (sliding_window_overlay(1), _sliding),
-    (sliding_window_bidirectional_overlay(1), _sliding_both_ways),
-    (blockwise_overlay(_ANY), _blocks),
-    (packed_sequence_mask_function(_ANY), _packed),
-    *(
-        [(remap_positions_for_packed_sequence(causal_mask_function, _ANY), _remapped)]
-        if remap_positions_for_packed_sequence
-        else []
-    ),
-)
-"""One mask function of each kind, for its code, and what reads the variables of that kind."""
+_NAMES = {
+    build.__code__: name
+    for name, build in {
+        "both": and_masks(causal_mask_function),
+        "either": or_masks(causal_mask_function),
+        "sliding": sliding_window_overlay(1),
+        "sliding both ways": sliding_window_bidirectional_overlay(1),
+        "blocks": blockwise_overlay(_ANY),
+        "packed": packed_sequence_mask_function(_ANY),
+        "chunks": chunked_overlay(1, _ANY),
+        "remapped": remap_positions_for_packed_sequence
+        and remap_positions_for_packed_sequence(causal_mask_function, _ANY),
+    }.items()
+    if build is not None
+}
+"""One mask function of each kind, told by its code."""
+
+_READERS: dict[str, Callable[[Any], Reading | None]] = {
+    "causal": lambda _: Reading(Reach(future=0)),
+    "all": lambda _: Reading(Reach()),
+    "both": _both,
+    "either": _either,
+    "sliding": _sliding,
+    "sliding both ways": _sliding_both_ways,
+    "blocks": _blocks,
+    "packed": _packed,
+    "remapped": _remapped,
+}
+"""What reads the variables of each kind."""
 
 
 def _farthest(a: int | None, b: int | None) -> int | None:

@@ -14,6 +14,7 @@ from transformers.utils.import_utils import is_tracing
 from swath.errors import bad_type, bad_value
 from swath.hf.carried import CarriedMask
 from swath.hf.mask_functions import read
+from swath.hf.mask_runs import runs_of
 from swath.window import Window
 
 REPRESENTABLE = "a causal, sliding or full mask with padding at the ends, or keys in one run for each query"
@@ -118,6 +119,24 @@ class BandMask:
         dropped = self.dropped + columns.start
         return BandMask(window, len(sequences), len(rows), width, q_column, padding, dropped, host_first)
 
+    def with_columns(self, low: Tensor, end: Tensor, whole: Tensor) -> BandMask | None:
+        """The same mask of rows that see the columns [low, end), int64 [batch or 1, q_len], in place of its window.
+
+        None where ``whole`` is false, where a row that is no padding sees nothing, and while it is traced.
+        """
+        if is_tracing(whole):
+            return None
+        edges = torch.tensor([[0], [self.kv_len]], device=low.device) if self.padding is None else self.padding
+        first, last = edges[..., None].long()  # [batch or 1, 1]
+        low = torch.maximum(low, first).expand(self.batch, -1)
+        end = torch.minimum(end, last).expand(self.batch, -1)
+        column = torch.arange(self.q_len, device=low.device) + self.q_column
+        is_real, sees = (column >= first) & (column < last), low < end
+        if not bool(whole & (sees | ~is_real).all()):
+            return None
+        runs = torch.stack([low - first, end - first], -1).masked_fill(~sees[..., None], 0)
+        return replace(self, window=Window(bounds=runs.to(torch.int32).flatten(0, 1)))
+
     def with_runs(self, device: torch.device) -> BandMask:
         """The same mask by the bounds of each row: what pages are read by where a window reaches to both sides."""
         q_pos, k_pos = _positions(self.q_len, self.kv_len, self.q_column, device)
@@ -207,11 +226,11 @@ def band_mask(
     """The mask function for AttentionMaskInterface: Transformers' description of a mask, to a carried BandMask.
 
     Arguments as for ``transformers.masking_utils.sdpa_mask``. A ``mask_function`` that is not made of Transformers'
-    causal, sliding and bidirectional ones is written out in full and must turn out to be a window. So is any but the
+    own is written out in full and must turn out to be a window, or a run of keys for each query. So is any but the
     plain causal and bidirectional ones under torch.compile, where it must be the window that ``local_size`` names.
 
     Raises:
-        ValueError: the mask is no window with padding at the ends (RuntimeError, when a compiled graph finds out).
+        ValueError: the mask is neither, or has padding between tokens (RuntimeError, when a compiled graph finds out).
     """
     written_out: dict[str, Any] = dict(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
@@ -227,15 +246,20 @@ def band_mask(
         window = _window_named(local_size, bidirectional="allow_is_bidirectional_skip" in others)
         q_pos, k_pos = _positions(q_length, kv_length, q_column, device)
         _require(window.mask(q_pos, k_pos) == sdpa_mask(**written_out)[:, 0], *OTHER_FORM)
-    if window is None:
-        dense = sdpa_mask(**written_out, attention_mask=attention_mask)
-        real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device) if real is None else real
-        return CarriedMask(BandMask.of_dense(dense, q_column, Window(), kv_offset, real), device)
+    plain = Window() if window is None else window
     if real is None:
-        band = BandMask(window, batch_size, q_length, kv_length, q_column, dropped=kv_offset)
+        band = BandMask(plain, batch_size, q_length, kv_length, q_column, dropped=kv_offset)
     else:
-        band = BandMask.of_padding(window, real, q_length, q_column, kv_offset)
-    return CarriedMask(band, device)
+        band = BandMask.of_padding(plain, real, q_length, q_column, kv_offset)
+    if window is not None:
+        return CarriedMask(band, device)
+    runs = runs_of(mask_function, torch.arange(q_length, device=device) + q_offset)
+    in_runs = None if runs is None else band.with_columns(runs.low - kv_offset, runs.end - kv_offset, runs.whole)
+    if in_runs is not None:
+        return CarriedMask(in_runs, device)
+    dense = sdpa_mask(**written_out, attention_mask=attention_mask)
+    real = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device) if real is None else real
+    return CarriedMask(BandMask.of_dense(dense, q_column, Window(), kv_offset, real), device)
 
 
 def _window_of(mask_function: Callable[..., Any]) -> Window | None:
