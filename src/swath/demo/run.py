@@ -63,7 +63,7 @@ class Demo:
         note = "Unpacking the model, once (up to a minute)" if first else "Loading the model"
         with self._busy(note):
             loaded = load(s.model, s.device, s.dtype)
-        self.out.print(f"{loaded.name}, {NAMES[s.dtype]}, {_device_name(s.device)}\n", style="bold", soft_wrap=True)
+        self.out.print(f"{loaded.name}, {NAMES[s.dtype]}, {device_name(s.device)}\n", style="bold", soft_wrap=True)
         return loaded
 
     def _generate(self, loaded: Loaded, report: Report) -> None:
@@ -129,7 +129,7 @@ def _conditions(settings: Settings, loaded: Loaded, text: str) -> Conditions:
     return Conditions(
         model=loaded.name,
         dtype=NAMES[settings.dtype],
-        device=_device_name(settings.device),
+        device=device_name(settings.device),
         text=text,
         budget=settings.budget,
         notes=notes(loaded.model, settings),
@@ -138,7 +138,8 @@ def _conditions(settings: Settings, loaded: Loaded, text: str) -> Conditions:
     )
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU, or the processor and the threads that torch computes on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
