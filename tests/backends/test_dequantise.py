@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import Prepare, plan_for
-from swath import KVQuant, target
+from swath import KVQuant, PagedKV, target
 from swath.backends.triton.heuristics import dequantise as launch
 from swath.backends.triton.heuristics.splits import MAX_STEPS
 from swath.cache import PagedKeys
@@ -101,6 +101,42 @@ def test_each_launch_takes_its_own(rows: int, prepare: Prepare, impl: str, monke
     assert written[at] == set()
     expected = [set(sorted(LONG)[:rows]), set(sorted(LONG)[rows:])]
     assert written[at + 1 :] == (expected if rows < MIXED.num_seqs else expected[:1])
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "head"])
+@on_gpu_backends
+def test_static_scales_of_any_sign(granularity: str, prepare: Prepare, impl: str) -> None:
+    """The sign of K's scale is in the copy, its size in the scores; masked scores stay so, also under a scale of 0."""
+    inputs = prepare(replace(MIXED, num_kv_heads=2, quant=KVQuant(torch.int8, granularity, "channel"), size=30))
+    cache = inputs.cache
+    for factor in (-1.0, 0.0) if granularity == "tensor" else ((-1.0, 0.0), (1e-30, -1e-36)):
+        k_scale = cache.k_scale * torch.tensor(factor, device=cache.k.device)
+        signed = replace(inputs, keys=PagedKV(cache.k, cache.v, k_scale, -cache.v_scale))
+        signed.check(*signed.run(impl))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("impl", ["triton"], indirect=True)
+def test_the_copy_is_exact(stored: torch.dtype, dtype: torch.dtype, prepare: Prepare, impl: str) -> None:
+    """Where scales can be applied later, the copy has the stored values: each of them is one of 16 bits."""
+    from swath.backends.triton.arguments import operands_of
+
+    case = Case((32,), (32,), group=16, num_kv_heads=1, dtype=dtype, quant=KVQuant(stored, "head", "channel"))
+    inputs = prepare(case)
+    every = torch.arange(256, device=inputs.q.device).to(torch.uint8).view(stored)
+    every = torch.where(every.float().isfinite(), every.float(), 0).to(stored)
+    pages = inputs.block_table[0, :2].long()
+    for x in (inputs.cache.k, inputs.cache.v):
+        x[pages, 0] = every.repeat(8).view(2, 16, 64)
+    problem = tooling.prepare(inputs.op, *inputs.args, **inputs.options)
+    plan = plan_for(impl, problem, target.target_of(problem.q.device))
+    operands = {**operands_of(problem), **plan.scratch.tensors(problem.q.device)}
+    (call,) = (call for call in plan.calls if call.kernel.fn.__name__ == "dequantise_kernel")
+    call.launch(operands)
+    for name, x in (("new_k", inputs.cache.k), ("new_v", inputs.cache.v)):
+        assert operands[name].dtype == dtype
+        assert torch.equal(operands[name][:2, 0].float(), x[pages, 0].float())
 
 
 @pytest.mark.parametrize("impl", ["triton"], indirect=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from swath.pages import page_count
+from swath.quant import KVQuant
 from swath.testing import check_budget, oracle
 
 NUM_ROWS, CONTEXT = 9, 320
@@ -198,4 +199,5 @@ class Served:
             size=batch.window if layer_id == WINDOWED else None, global_tokens=0, causal=True,
             scale=batch.head_dim**-0.5, softcap=batch.softcap, sink=sink,
         )  # fmt: skip
-        check_budget(out[:rows].unflatten(1, (batch.num_heads, -1)), None, truth, quantised=batch.kv_dtype is not None)
+        quant = None if batch.kv_dtype is None else KVQuant(batch.kv_dtype)
+        check_budget(out[:rows].unflatten(1, (batch.num_heads, -1)), None, truth, quant=quant)

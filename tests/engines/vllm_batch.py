@@ -228,5 +228,5 @@ def check(batch: Batch, q: Tensor, out: Tensor, cache: PagedKV, sink: Tensor | N
         size=batch.size, global_tokens=list(batch.leading) or 0, causal=batch.causal, scale=DIM**-0.5,
         softcap=batch.softcap, sink=sink, ranges=ranges,
     )  # fmt: skip
-    check_budget(out[:rows], None, truth, quantised=cache.quant.is_quantised)
+    check_budget(out[:rows], None, truth, quant=cache.quant)
     assert (out[rows:] == 7.0).all()

@@ -43,8 +43,7 @@ class Gate:
         """Judge a result [..., Hq, D]; rows are counted over its leading dimensions."""
         flat, want = out.reshape(-1, *out.shape[-2:]), self.truth.out
         off = (flat[self.truth.rows].double() - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-30)
-        quantised, compute = self._case.storage.is_quantised, self._case.compute
-        used = budget_used(flat, None, self.truth, quantised=quantised, compute=compute)
+        used = budget_used(flat, None, self.truth, quant=self._case.storage, compute=self._case.compute)
         return Verdict(float(off.nan_to_num(nan=torch.inf).max()), used)
 
 

@@ -2,17 +2,20 @@
 
 For an element t of the output, in the names of ``Truth`` (oracle.py), the budget is
 
-    u |t| + (|t| + 4 quadrature) u (1 + Q) + 4 (|t| + quadrature) (score + sum) + a (4 v_norm + keys |t|) peak + rest
-    score = (noise + score_size / 4) u Q + noise D e + 8 score_size e,   sum = (sqrt(keys) + 8) e
+    u |t| + (|t| + 4 quadrature) u (1 + V) + 4 (|t| + quadrature) (score + sum) + a (4 v_norm + keys |t|) peak + rest
+    score = (noise + score_size / 4) K + noise D e + 8 score_size e,   sum = (sqrt(keys) + 8) e
 
 - ``u`` is half a unit in the last place of the 16-bit type (2^-8 bf16, 2^-11 fp16, 2^-24 for fp32), ``e`` that of
-  fp32, D the products in a score, Q 1 for a quantised cache and 0 otherwise.
+  fp32, D the products in a score.
 - ``u |t|``: the result is rounded once.
-- ``u (1 + Q)``: p is rounded to 16 bits before the product with V; so is a dequantised V. Where all p are equal, so
-  are their errors: that part goes with |t|.
-- ``score``: scores are sums of D products in fp32; a dequantised K, or a q with K's scale folded in, is rounded to 16
-  bits before them. fp8 has few mantissas, and equal ones under one scale have equal errors: that part goes with the
-  score. What follows (scale, soft cap, base 2) rounds in proportion to the score.
+- ``u (1 + V)``: p is rounded to 16 bits before the product with V; so is a V that is multiplied with token scales first
+  (V is 1 then, and 0 otherwise: stored 8-bit values are exact in 16 bits). Where all p are equal, so are their errors:
+  that part goes with |t|.
+- ``score``: scores are sums of D products in fp32. K is 0 for an unquantised cache, otherwise a rounding before them: u
+  for channel and token scales, which are multiplied into K or q, and 2^-11 (or u, if that is less) for others, where
+  kernels divide q by its largest element and round it to fp16. fp8 has few mantissas, and equal ones under one scale
+  have equal errors: that part goes with the score. What follows (scale, soft cap, base 2) rounds in proportion to the
+  score.
 - ``rest``: no float32 p is below 2^-126, nor an element below the smallest of its type. Where ``4 score`` is 1 or more,
   as at scores of millions, another key may have the largest score: v_norm, for any of the values may come out.
 - ``sum``: sums over the keys, running rescales, the exponential.
@@ -36,6 +39,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from swath.quant import KVQuant
 from swath.testing.oracle import Truth
 
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
@@ -47,14 +51,14 @@ _FP16_STEP = 2.0**-25
 _SMALLEST_P = 2.0**-126
 
 
-def out_budget(truth: Truth, dtype: torch.dtype, *, quantised: bool = False, compute: str = "float") -> Tensor:
+def out_budget(truth: Truth, dtype: torch.dtype, *, quant: KVQuant | None = None, compute: str = "float") -> Tensor:
     """The largest error allowed for each element of ``out``, float64 [R, Hq, D]; ``dtype`` is out's."""
     u, e = UNIT[dtype], UNIT[torch.float32]
     t = truth.out.abs()
-    rounded_p = u * (1 + quantised) * (t + _DEVIATIONS * truth.quadrature)
-    score_error = _score_error(truth, dtype, quantised, compute)[..., None]
+    rounded_p = u * (1 + (quant is not None and quant.v_granularity == "token")) * (t + _DEVIATIONS * truth.quadrature)
+    score_error = _score_error(truth, dtype, quant, compute)[..., None]
     weights = score_error + _sum_error(truth)[..., None]
-    has_fp16 = dtype == torch.float16 or (quantised and dtype == torch.bfloat16)
+    has_fp16 = dtype == torch.float16 or (quant is not None and quant.is_quantised and dtype == torch.bfloat16)
     step = _INT8_STEP if compute == "int8" else _FP16_STEP if has_fp16 else 0.0
     steps = step * (_DEVIATIONS * truth.v_norm + truth.keys[..., None] * t) * truth.peak[..., None]
     if compute == "int8":
@@ -64,20 +68,27 @@ def out_budget(truth: Truth, dtype: torch.dtype, *, quantised: bool = False, com
     return (u + e) * t + rounded_p + _DEVIATIONS * (t + truth.quadrature) * weights + steps + rest
 
 
-def lse_budget(truth: Truth, dtype: torch.dtype, *, quantised: bool = False, compute: str = "float") -> Tensor:
+def lse_budget(truth: Truth, dtype: torch.dtype, *, quant: KVQuant | None = None, compute: str = "float") -> Tensor:
     """The largest error allowed for each LSE, float64 [R, Hq]; ``dtype`` is out's, the LSE itself is fp32."""
     magnitude = 1 + truth.lse.abs().where(truth.lse > -torch.inf, 0.0)
     p_error = _INT8_STEP * truth.keys * truth.peak if compute == "int8" else 0.0
-    errors = _score_error(truth, dtype, quantised, compute) + _sum_error(truth) * magnitude
+    errors = _score_error(truth, dtype, quant, compute) + _sum_error(truth) * magnitude
     return _DEVIATIONS * errors + p_error
 
 
-def _score_error(truth: Truth, dtype: torch.dtype, quantised: bool, compute: str) -> Tensor:
+def _score_error(truth: Truth, dtype: torch.dtype, quant: KVQuant | None, compute: str) -> Tensor:
     """Of one score, [R, Hq]."""
     e = UNIT[torch.float32]
-    rounded_k = (truth.noise + truth.score_size / _DEVIATIONS) * UNIT[dtype] * quantised
+    rounded_k = (truth.noise + truth.score_size / _DEVIATIONS) * _key_rounding(dtype, quant)
     error = rounded_k + truth.noise * truth.products * e + 8 * truth.score_size * e
     return error + truth.coarse_noise * _INT8_STEP if compute == "int8" else error
+
+
+def _key_rounding(dtype: torch.dtype, quant: KVQuant | None) -> float:
+    """Of an element of K, or of q, before the products of a score, relative."""
+    if quant is None or not quant.is_quantised:
+        return 0.0
+    return UNIT[dtype] if quant.k in ("channel", "token") else min(UNIT[dtype], UNIT[torch.float16])
 
 
 def _sum_error(truth: Truth) -> Tensor:
@@ -86,24 +97,24 @@ def _sum_error(truth: Truth) -> Tensor:
 
 
 def budget_used(
-    out: Tensor, lse: Tensor | None, truth: Truth, *, quantised: bool = False, compute: str = "float"
+    out: Tensor, lse: Tensor | None, truth: Truth, *, quant: KVQuant | None = None, compute: str = "float"
 ) -> float:
     """The share of its budget that the worst element uses: at most 1 for a right kernel, inf for NaN.
 
     ``out`` and ``lse`` are shaped as the operator returns them; only ``truth.rows`` of them are looked at.
     """
-    return max(map(_worst, _shares(out, lse, truth, quantised, compute)))
+    return max(map(_worst, _shares(out, lse, truth, quant, compute)))
 
 
 def check_budget(
-    out: Tensor, lse: Tensor | None, truth: Truth, *, quantised: bool = False, compute: str = "float"
+    out: Tensor, lse: Tensor | None, truth: Truth, *, quant: KVQuant | None = None, compute: str = "float"
 ) -> float:
     """``budget_used``, raising where it is above 1.
 
     Raises:
         AssertionError: with the worst row, head and element, and what came there.
     """
-    shares = _shares(out, lse, truth, quantised, compute)
+    shares = _shares(out, lse, truth, quant, compute)
     for name, got, want, share in zip(("out", "lse"), (out, lse), (truth.out, truth.lse), shares, strict=False):
         if got is not None and not _worst(share) <= 1:
             at = tuple(int(i) for i in torch.unravel_index(share.argmax(), share.shape))
@@ -116,11 +127,11 @@ def check_budget(
     return max(map(_worst, shares))
 
 
-def _shares(out: Tensor, lse: Tensor | None, truth: Truth, quantised: bool, compute: str) -> list[Tensor]:
+def _shares(out: Tensor, lse: Tensor | None, truth: Truth, quant: KVQuant | None, compute: str) -> list[Tensor]:
     """Error over budget of each element of out and, where there is one, of the LSE."""
-    shares = [_share(out, truth.rows, truth.out, out_budget(truth, out.dtype, quantised=quantised, compute=compute))]
+    shares = [_share(out, truth.rows, truth.out, out_budget(truth, out.dtype, quant=quant, compute=compute))]
     if lse is not None:
-        allowed = lse_budget(truth, out.dtype, quantised=quantised, compute=compute)
+        allowed = lse_budget(truth, out.dtype, quant=quant, compute=compute)
         shares.append(_share(lse, truth.rows, truth.lse, allowed))
     return shares
 

@@ -133,7 +133,7 @@ class Inputs:
         """
         case = self.case
         truth = self.truth() if truth is None else truth
-        return budget.check_budget(out, lse, truth, quantised=case.storage.is_quantised, compute=case.compute)
+        return budget.check_budget(out, lse, truth, quant=case.storage, compute=case.compute)
 
     def canary(self) -> Canary:
         """A buffer for ``out=`` that shows every write outside the rows that sequences own."""

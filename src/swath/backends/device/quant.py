@@ -93,6 +93,36 @@ def head_scale(scale, head, OF_V: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def sign_of(scale):
+    """-1, 0, 1, or NaN: what of a scale a 16-bit copy of stored keys takes up."""
+    sign = tl.where(scale < 0, -1.0, tl.where(scale == 0, 0.0, 1.0))
+    return tl.where(scale == scale, sign, scale)
+
+
+SMALLEST_FACTOR = tl.constexpr(2.0**-126)
+"""Of scores that are all 0, or that a scale makes so: a factor may not be 0, for masked scores are -inf."""
+
+
+@triton.jit
+def score_factor(scale_log2, k_scale, head, F: tl.constexpr):
+    """The score scale of 16-bit tiles: over a copy of 8-bit keys with K's tensor or head scale, whose sign is in the
+    copy."""
+    if F.k_fold == "tensor" or F.k_fold == "head":
+        return tl.maximum(scale_log2 * tl.abs(head_scale(k_scale, head, False, F)), SMALLEST_FACTOR)
+    else:
+        return scale_log2
+
+
+@triton.jit
+def scale_values(acc, v_scale, head, column, F: tl.constexpr):
+    """Accumulators or results [M, N] of the columns ``column`` of V, with its scale: all but a token scale."""
+    if F.v_fold == "channel":
+        return acc * channel_scale(v_scale, head, column, F.v_head_dim, column < F.v_head_dim)[None, :]
+    else:
+        return acc * head_scale(v_scale, head, True, F)
+
+
+@triton.jit
 def channel_scale(scale, head, column, dim, live):
     """A channel scale [Hkv, D] at the ``column`` indices of one head; 0 where not ``live``."""
     return tl.load(scale + head * dim + column, mask=live, other=0.0).to(tl.float32)

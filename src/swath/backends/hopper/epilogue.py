@@ -13,6 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
+from swath.backends.device.quant import scale_values
 from swath.backends.device.softmax import finish
 from swath.backends.gluon.compat import reinterpret, tma_store
 from swath.backends.gluon.pipeline import (
@@ -31,13 +32,14 @@ from swath.backends.triton.kernels.query import q_head_of, row_offsets
 
 
 class Output(NamedTuple):
-    """Where results go, and the sink logits that join them."""
+    """Where results go, and what joins them: sink logits and the scale of V."""
 
     desc: gl.tensor | None  # the TMA descriptor of ``out``, if rows are stored by TMA
     q_pipe: Pipeline  # from whose stages they are stored
     out: gl.tensor
     lse: gl.tensor
     sink: gl.tensor
+    v_scale: gl.tensor  # of 8-bit values that were copied without it
     seq_stride: gl.tensor  # of ``out``, in elements
     token_stride: gl.tensor
     head_stride: gl.tensor
@@ -59,7 +61,10 @@ def epilogue(state, count, work, WG: gl.constexpr, output, batch, C: gl.constexp
         q_index = q_begin + i // C.pack
         at = (work.q_row + q_index) * (C.F.kv_heads * C.F.group) + heads
         gl.store(output.lse + at, log_sum, mask=q_index < work.q_len)
-    o = (acc * of_rows(inverse, acc)[:, None]).to(output.out.dtype.element_ty)  # [M, Dv]
+    column = gl.arange(0, C.F.v_head_dim, layout=gl.SliceLayout(0, acc.type.layout))
+    kv_head = work.head if C.pack > 1 else work.head // C.F.group
+    o = scale_values(acc * of_rows(inverse, acc)[:, None], output.v_scale, kv_head, column, C.F)  # [M, Dv]
+    o = o.to(output.out.dtype.element_ty)
     if output.desc is None:
         store_by_threads(gl.convert_layout(o, store_layout(C.F.v_head_dim)), q_begin, work, output, batch, C)
     else:

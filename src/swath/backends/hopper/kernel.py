@@ -19,6 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
 
 from swath.backends.device.cache import load_entries, page_in_sight, pages_in_sight, pages_of, table_row
+from swath.backends.device.quant import score_factor
 from swath.backends.device.softmax import FLOOR, state_of_sink
 from swath.backends.device.window import interior_of, reach_of, rows_of, view_near
 from swath.backends.gluon.key_tiles import key_tiles_of
@@ -127,7 +128,9 @@ def next_rows(work_count, WG: gl.constexpr, sink, score_scales, pipes, batch, C:
     own = rows_of(first, last, p, view, work.kv_len, C.F)
     reach = reach_in_list(reach_of(p, own, key_tiles.band, work.lead, C.F), key_tiles.walk)
     full = seen_by_all(own, key_tiles, C)
-    scale_log2, cap_log2 = score_scales
+    scale_log2, cap_log2, k_scale = score_scales
+    # After the last work tile there is no such head.
+    scale_log2 = score_factor(scale_log2, k_scale, gl.minimum(key_tiles.kv_head, C.F.kv_heads - 1), C.F)
     all_live = all_pages_live(key_tiles, batch, C)
     return QueryRows(key_tiles, m, l, reach, full, scale_log2, cap_log2, all_live)
 
@@ -177,7 +180,7 @@ RUN_TIME = (
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def hopper_tile_kernel(
-    q_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc, out_desc, counter, out, lse, sink,
+    q_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc, out_desc, counter, out, lse, sink, k_scale, v_scale,
     table, table_index, lens, cu_q, q_start, lead, scale_log2, cap_log2, window,
     steps, claimed, num_seqs, table_width, num_pages, table_stride, num_tiles,
     out_seq, out_token, out_head, F: gl.constexpr, LAUNCH: gl.constexpr,
@@ -203,14 +206,15 @@ def hopper_tile_kernel(
         table, table_index, lens, cu_q, q_start, lead, window, steps, claimed, num_seqs, table_width, num_pages,
         table_stride, num_tiles,
     )  # fmt: skip
-    output = Output(out_desc, q_pipe, out, lse, sink, out_seq, out_token, out_head)
+    output = Output(out_desc, q_pipe, out, lse, sink, v_scale, out_seq, out_token, out_head)
+    score_scales = (scale_log2, cap_log2, k_scale)
     load_registers: gl.constexpr = C.producer_registers
     mma_registers: gl.constexpr = C.consumer_registers
     if C.consumers == 2:
         gl.warp_specialize(
             [
-                (mma_warpgroup, (gl.constexpr(0), output, (scale_log2, cap_log2), pipes, batch, C)),
-                (mma_warpgroup, (gl.constexpr(1), output, (scale_log2, cap_log2), pipes, batch, C)),
+                (mma_warpgroup, (gl.constexpr(0), output, score_scales, pipes, batch, C)),
+                (mma_warpgroup, (gl.constexpr(1), output, score_scales, pipes, batch, C)),
                 (load_qk_warp, (descriptors, counter, pipes, batch, C)),
                 (load_v_warp, (descriptors, cut_loaded, pipes, batch, C)),
             ],
@@ -220,7 +224,7 @@ def hopper_tile_kernel(
     else:
         gl.warp_specialize(
             [
-                (mma_warpgroup, (gl.constexpr(0), output, (scale_log2, cap_log2), pipes, batch, C)),
+                (mma_warpgroup, (gl.constexpr(0), output, score_scales, pipes, batch, C)),
                 (load_qk_warp, (descriptors, counter, pipes, batch, C)),
                 (load_v_warp, (descriptors, cut_loaded, pipes, batch, C)),
             ],

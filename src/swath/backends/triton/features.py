@@ -55,6 +55,16 @@ class Features:
         return self.stored != "unquantised"
 
     @property
+    def copied_k_fold(self) -> str:
+        """The scales of K that a 16-bit copy of 8-bit keys leaves to the tiles; the others are multiplied into it."""
+        return self.k_fold if self.k_fold in ("tensor", "head") else "none"
+
+    @property
+    def copied_v_fold(self) -> str:
+        """The same of V."""
+        return "none" if self.v_fold == "token" else self.v_fold
+
+    @property
     def unit(self) -> int:
         """Stored values that a kernel's pointer counts as one."""
         return 2 if self.pairs else 1

@@ -122,7 +122,8 @@ def triton_tiles(work: Work, _scratch: Scratch, heuristics: Heuristics) -> Kerne
 def dequantise(work: Work, scratch: Scratch) -> tuple[KernelCall, list[Work]]:
     """The launch that copies visible pages into 16-bit scratch, and what tiles then see: the scratch as a cache.
 
-    Where more sequences may need it than have room there, a second work is for the others, over the cache itself.
+    It has the stored values where their scales can be applied to scores or results later. Where more sequences may need
+    it than have room there, a second work is for the others, over the cache itself.
     """
     problem = work.problem
     keys = cast(PagedKeys, problem.keys)
@@ -134,9 +135,10 @@ def dequantise(work: Work, scratch: Scratch) -> tuple[KernelCall, list[Work]]:
     scratch.add("new_table", torch.int32, problem.num_seqs, width)
     made = scratch.tensors("meta")
     copied = PagedKeys(PagedKV(made["new_k"], made["new_v"]), PageTable(made["new_table"]), keys.seq_lens)
-    absent = dict.fromkeys(("k_scale", "v_scale", "table_index"), "")
-    names = {"k": "new_k", "v": "new_v", "table": "new_table"} | absent
-    parts = [replace(work, problem=replace(problem, keys=copied), sources=names)]
+    folds = (work.features.copied_k_fold, work.features.copied_v_fold)
+    names = {"k": "new_k", "v": "new_v", "table": "new_table", "table_index": ""}
+    names |= {f"{name}_scale": "" for name, fold in zip("kv", folds, strict=True) if fold == "none"}
+    parts = [replace(work, problem=replace(problem, keys=copied), sources=names, folds=folds)]
     if rows < most_unclaimed(problem):
         scratch.add("copied", torch.int32, 3)
         scratch.add("others", torch.int32, 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from swath.backends.triton.features import Features, features_of
@@ -17,14 +17,17 @@ class Work:
     claimed: sequences of up to this many query tokens are another launch's.
     sources: operands that parameters of the kernel take by other names, such as keys that were copied first, and a
         ``claimed`` that the device finds out.
+    folds: where the keys are a copy of 8-bit ones, granularities of the scales of K and V that it lacks.
     """
 
     problem: Problem
     target: Target
     claimed: int = 0
     sources: dict[str, str] = field(default_factory=dict)
+    folds: tuple[str, str] | None = None
 
     @cached_property
     def features(self) -> Features:
         """What its kernel is compiled for."""
-        return features_of(self.problem, self.target)
+        features = features_of(self.problem, self.target)
+        return features if self.folds is None else replace(features, k_fold=self.folds[0], v_fold=self.folds[1])

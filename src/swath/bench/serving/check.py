@@ -69,7 +69,7 @@ class Checker:
         )  # fmt: skip
         off = (out.double() - truth.out).norm(dim=-1) / truth.out.norm(dim=-1).clamp(min=1e-30)
         self.error = max(self.error, float(off.nan_to_num(nan=torch.inf).max()))
-        self.budget_used = max(self.budget_used, budget_used(out, None, truth, quantised=cache.quant.is_quantised))
+        self.budget_used = max(self.budget_used, budget_used(out, None, truth, quant=cache.quant))
 
 
 def check(engine: Engine, job: Job, most_graphed: int) -> tuple[Checker, float, str | None]:

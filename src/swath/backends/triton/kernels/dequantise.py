@@ -1,5 +1,8 @@
 """Copy the 8-bit pages that a long prefill sees into 16-bit scratch pages, so that its tiles run the 16-bit kernel.
 
+Every 8-bit value is one of float16 and of bfloat16. So nothing is rounded where a scale can be applied later: to scores
+(K's tensor and head scales) or to results (V's, and its channel scales). Other scales are multiplied into the copy.
+
 The scratch is a paged cache of its own for the sequences that splits do not claim. The j-th page in sight of the r-th
 of them goes to scratch page ``r * pages + j``, and the entry of a new page table names it, or is -1 for a dead page.
 Entries of pages out of sight are undefined, and not read, so that nothing else changes for the tiles. Sequences without
@@ -12,7 +15,7 @@ import triton
 import triton.language as tl
 
 from swath.backends.device.cache import load_entries, page_in_sight, pages_of, table_row, v_offset
-from swath.backends.device.quant import channel_scale, decode, head_scale
+from swath.backends.device.quant import channel_scale, decode, head_scale, sign_of
 from swath.backends.device.window import Rows, band_of, bounds_of, rows_of, view_of
 from swath.backends.triton.kernels.query import keys_within, lead_of, ranked_sequence, sequence_of, store_claim
 
@@ -20,10 +23,11 @@ from swath.backends.triton.kernels.query import keys_within, lead_of, ranked_seq
 @triton.jit
 def copy_page(source, target, scale, scale_at, scale_token, kv_head, token_stride, OF_V: tl.constexpr,
               F: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
-    """One kv head of a page: stored [page_size, D or Dv] at ``source`` to values at ``target``."""
+    """One kv head of a page: stored [page_size, D or Dv] at ``source`` to the copy at ``target``."""
     BLOCK_D: tl.constexpr = F.block_dv if OF_V else F.block_d
     DIM: tl.constexpr = F.v_head_dim if OF_V else F.head_dim
     fold: tl.constexpr = F.v_fold if OF_V else F.k_fold
+    left: tl.constexpr = F.copied_v_fold if OF_V else F.copied_k_fold
     column = tl.arange(0, BLOCK_D)
     live = column < DIM
     for first in range(0, F.page_size, BLOCK_T):
@@ -37,10 +41,10 @@ def copy_page(source, target, scale, scale_at, scale_token, kv_head, token_strid
         if fold == "token":
             at = scale + scale_at + token * scale_token
             x *= tl.load(at, mask=token < F.page_size, other=0.0).to(tl.float32)[:, None]
-        elif fold == "channel":
+        elif fold != left:
             x *= channel_scale(scale, kv_head, column, DIM, live)[None, :]
-        else:
-            x *= head_scale(scale, kv_head, OF_V, F)
+        elif not OF_V:
+            x *= sign_of(head_scale(scale, kv_head, OF_V, F))  # a factor of scores is above 0
         to = target + token[:, None] * DIM + column[None, :]
         tl.store(to, x.to(target.dtype.element_ty), mask=mask)
 

@@ -8,12 +8,17 @@ import triton
 import triton.language as tl
 
 from swath.backends.device.cache import load_int32
-from swath.backends.device.quant import channel_scale, decode_e4m3, head_scale, unit_rows
+from swath.backends.device.quant import (
+    SMALLEST_FACTOR,
+    channel_scale,
+    decode_e4m3,
+    head_scale,
+    scale_values,
+    score_factor,
+    unit_rows,
+)
 from swath.backends.device.softmax import add_sink, finish
 from swath.backends.triton.kernels.walk import Query, TokenScales
-
-SMALLEST_FACTOR = tl.constexpr(2.0**-126)
-"""The factor of scores that are all 0, or that a scale makes so: a factor may not be 0."""
 
 
 class Sequence(NamedTuple):
@@ -192,7 +197,7 @@ def load_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach,
         padded: tl.constexpr = F.block_d != F.head_dim
         mask = valid[:, None] & (column < F.head_dim)[None, :] if padded else valid[:, None]
         x = tl.load(q + offset[:, None] + column[None, :], mask=mask, other=0.0)
-        return Query(x, x, scale_log2, reach)
+        return Query(x, x, score_factor(scale_log2, k_scale, kv_head, F), reach)
 
 
 @triton.jit
@@ -231,11 +236,7 @@ def join_columns(acc, acc_odd, v_scale, kv_head, F: tl.constexpr):
     if F.pairs:
         acc = tl.interleave(acc, acc_odd)
     column = tl.arange(0, F.unit * F.block_dv)
-    if F.v_fold == "channel":
-        acc *= channel_scale(v_scale, kv_head, column, F.v_head_dim, column < F.v_head_dim)[None, :]
-    else:
-        acc *= head_scale(v_scale, kv_head, True, F)
-    return acc, column
+    return scale_values(acc, v_scale, kv_head, column, F), column
 
 
 @triton.jit
