@@ -119,6 +119,7 @@ def _shapes() -> Iterable[BenchCase]:
     yield _prefill("mimo 8k D192/128", 1, 8 * K, heads=(64, 4), **mimo)
     yield _prefill("mimo 16k D192/128 w128 sinks", 2, 16 * K, **local)
     yield _decode("gemma 4 B32 16k D512", 32, 16 * K, **gemma4)
+    yield _decode("gemma 4 B4 16k D512", 4, 16 * K, **gemma4)
     yield _decode("gemma 4 B32 16k D512 int8 token", 32, 16 * K, storage="int8 token", **gemma4)
     deepseek: dict[str, Any] = dict(heads=(64, 1), head_dim=512, size=128, sink="q", tags=("shapes",))
     yield _decode("deepseek 4 B128 16k D512 w128 sinks", 128, 16 * K, **deepseek)

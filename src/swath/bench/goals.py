@@ -24,6 +24,7 @@ X_FLOOR = {
     "B128 16k w1024 p16 e4m3 tensor": 1.15,
     "4 steps, B32 16k p16": 1.035,
     "4 steps, B64 16k w4096 p16": 1.08,
+    "gemma 4 B4 16k D512": 1.1,
 }
 """By case, the largest time over the floor that is good."""
 
