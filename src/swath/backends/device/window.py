@@ -207,14 +207,19 @@ class Sight(NamedTuple):
 
 @triton.jit
 def sight_of(p, last, kv_len, lead, view, F: tl.constexpr):
-    """The sight of rows ``p`` [M], which have bounds. Rows are not apart if the windows of neighbours touch."""
+    """The sight of rows ``p`` [M], which have bounds.
+
+    Rows are not apart if they have a key in common, or else if the windows of neighbours touch.
+    """
     low, end = bounds_of(p, last, kv_len, view)
     rows = Rows(last, last, view.size, low, end)
     band = band_of(rows, kv_len, lead, F)
     full_from, full_to = interior_of(band, rows, F)
-    next_low, next_end = bounds_of(p + 1, last, kv_len, view)
-    apart = tl.maximum(low, next_low) > tl.minimum(end, next_end)
-    return Sight(band.lead, band.left, band.right, full_from, full_to, tl.max(apart.to(tl.int32), 0))
+    apart = (full_from > full_to).to(tl.int32)
+    if apart != 0:
+        next_low, next_end = bounds_of(p + 1, last, kv_len, view)
+        apart = tl.max((tl.maximum(low, next_low) > tl.minimum(end, next_end)).to(tl.int32), 0)
+    return Sight(band.lead, band.left, band.right, full_from, full_to, apart)
 
 
 @triton.jit
