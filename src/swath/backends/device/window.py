@@ -207,19 +207,26 @@ class Sight(NamedTuple):
 
 @triton.jit
 def sight_of(p, last, kv_len, lead, view, F: tl.constexpr):
-    """The sight of rows ``p`` [M], which have bounds.
-
-    Rows are not apart if they have a key in common, or else if the windows of neighbours touch.
-    """
-    low, end = bounds_of(p, last, kv_len, view)
-    rows = Rows(last, last, view.size, low, end)
+    """The sight of rows ``p`` [M], which have bounds."""
+    rows = rows_of(last, last, p, view, kv_len, F)
     band = band_of(rows, kv_len, lead, F)
     full_from, full_to = interior_of(band, rows, F)
-    apart = (full_from > full_to).to(tl.int32)
-    if apart != 0:
-        next_low, next_end = bounds_of(p + 1, last, kv_len, view)
-        apart = tl.max((tl.maximum(low, next_low) > tl.minimum(end, next_end)).to(tl.int32), 0)
-    return Sight(band.lead, band.left, band.right, full_from, full_to, apart)
+    apart = are_apart(p, rows, full_from, full_to, kv_len)
+    return Sight(band.lead, band.left, band.right, full_from, full_to, apart.to(tl.int32))
+
+
+@triton.jit
+def are_apart(p, rows, full_from, full_to, kv_len):
+    """Whether rows ``p`` [M], which have bounds, may leave keys out between theirs.
+
+    They do not if all of them have a key in common, or else if the window of each touches that of the next.
+    """
+    apart = full_from > full_to
+    if apart:
+        next_low, next_end = bounds_of(p + 1, rows.last, kv_len, View(rows.first, rows.size))
+        gaps = tl.maximum(rows.low, next_low) > tl.minimum(rows.end, next_end)
+        apart = tl.max(gaps.to(tl.int32), 0) > 0
+    return apart
 
 
 @triton.jit
@@ -250,18 +257,11 @@ class Apart(NamedTuple):
 
 @triton.jit
 def apart_of(p, rows, band, kv_len, lead, F: tl.constexpr):
-    """Whether the rows, at positions ``p``, may leave keys out between theirs, as only rows with bounds can.
-
-    They do not if all of them have a key in common, or else if the window of each touches that of the next.
-    """
+    """What rows at positions ``p`` may leave out between theirs: nothing, but for rows with bounds."""
     some = False
     if F.bounds:
-        start, stop = interior_of(band, rows, F)
-        some = start > stop
-        if some:
-            next_low, next_end = bounds_of(p + 1, rows.last, kv_len, View(rows.first, rows.size))
-            gaps = tl.maximum(rows.low, next_low) > tl.minimum(rows.end, next_end)
-            some = tl.max(gaps.to(tl.int32), 0) > 0
+        full_from, full_to = interior_of(band, rows, F)
+        some = are_apart(p, rows, full_from, full_to, kv_len)
     return Apart(some, rows, lead)
 
 
