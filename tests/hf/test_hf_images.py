@@ -135,6 +135,19 @@ def test_eager_s_logits_and_tokens(name: str, spans: list[tuple[int, int]], side
         assert torch.equal(greedy(ours(name), ids, mask, new=12, past_key_values=pages, **options), theirs)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "paligemma"])
+def test_on_a_gpu(name: str) -> None:
+    """Padded, over both caches."""
+    ids = tokens(2, LENGTH).cuda() % 50 + 2
+    mask = (torch.arange(LENGTH) >= torch.tensor([[0], [7]])).long().cuda()
+    options = kinds(name, ids, (0, 11) if name == "paligemma" else (8, 15))
+    model, theirs = (copy.deepcopy(each(name)).cuda() for each in (ours, eager))
+    truth = greedy(theirs, ids, mask, new=12, **options)
+    for pages in (None, PagedCache(model.config, page_size=PAGE, chunk=4)):
+        assert torch.equal(greedy(model, ids, mask, new=12, past_key_values=pages, **options), truth)
+
+
 @pytest.mark.parametrize("name", ["gemma3", "gemma4"])
 def test_the_images_make_a_difference(name: str) -> None:
     """Rows of windowed layers see all of an image in Gemma 3, and in Gemma 4 what lies in the window or ahead."""
