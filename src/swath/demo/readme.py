@@ -40,12 +40,18 @@ def _report(data: dict[str, Any]) -> Report:
 
 
 def _block(report: Report) -> str:
-    shown, page = table(report), io.StringIO()
+    shown, page = table(report, speed=False), io.StringIO()
     shown.box, shown.pad_edge = MARKDOWN, True
     Console(file=page, width=200).print(shown)
     lines = [line.rstrip() for line in page.getvalue().splitlines()]
     return "\n".join(
-        ["", *filter(None, lines), "", f"<sub>{caption(report.conditions)} [As a picture]({PICTURE}).</sub>", ""]
+        [
+            "",
+            *filter(None, lines),
+            "",
+            f"<sub>{caption(report.conditions, speed=False)} [As a picture]({PICTURE}).</sub>",
+            "",
+        ]
     )
 
 

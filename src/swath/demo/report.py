@@ -46,15 +46,15 @@ class Report:
         write_all({path: json.dumps({**asdict(self), "page_size": PAGE_SIZE}, indent=2) + "\n"})
 
 
-def table(report: Report) -> Table:
-    """The rows so far, for a terminal."""
+def table(report: Report, *, speed: bool = True) -> Table:
+    """The rows so far, for a terminal; ``speed``: with the tokens of a second, which say something on one machine."""
     from rich import box
     from rich.table import Table
 
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("attention")
     shown.add_column("KV")
-    for name in ("perplexity", "peak cache", "of bf16", "tokens/s"):
+    for name in ("perplexity", "peak cache", "of bf16", *["tokens/s"] * speed):
         shown.add_column(name, justify="right", no_wrap=True)
     for i, row in enumerate(report.rows):
         same = i > 0 and report.rows[i - 1].attention == row.attention
@@ -64,13 +64,13 @@ def table(report: Report) -> Table:
             f"{row.perplexity:.2f}",
             mebibytes(row.peak_cache_bytes),
             f"{row.peak_cache_bytes / row.full_bf16_cache_bytes:.0%}",
-            f"{row.decode_tokens_per_s:.1f}",
+            *[f"{row.decode_tokens_per_s:.1f}"] * speed,
         )
     return shown
 
 
-def caption(conditions: Conditions) -> str:
-    """The conditions in words."""
+def caption(conditions: Conditions, *, speed: bool = True) -> str:
+    """The conditions in words, those of the tokens of a second where these are shown."""
     c, budget = conditions, conditions.budget
     parts = [
         f"{c.model} in {c.dtype} on {c.device}.",
@@ -78,7 +78,7 @@ def caption(conditions: Conditions) -> str:
         f"prefilled {budget.chunk} at a time through the paged cache (pages of {PAGE_SIZE} tokens).",
         "Peak cache: keys, values and scales of all layers, and its share of a bf16 cache of all tokens.",
         "int8, fp8: one scale per token and head.",
-        f"Tokens/s: decode, the median of {budget.decode_steps} steps after those tokens.",
+        *[f"Tokens/s: decode, the median of {budget.decode_steps} steps after those tokens."] * speed,
         c.notes,
         ", ".join(f"{name} {version}" for name, version in c.versions.items()) + f"; {c.date}.",
     ]
