@@ -103,7 +103,7 @@ test-vllm: $(VLLM_STAMP) ## run the real vLLM on swath, on a CPU (3 GB to instal
 # Packages that only a GPU needs are stood in for: see tests/engines/no_gpu.
 test-sglang: $(SGLANG_STAMP) ## run the real SGLang on swath, on a CPU (2 GB to install; ten minutes)
 	PYTHONPATH=$(CURDIR)/tests/engines/no_gpu $(CALM) \
-	  $(SGLANG)/bin/python -m pytest -s tests/engines/real_sglang.py tests/engines/test_sglang*.py $(ARGS)
+	  $(SGLANG)/bin/python -m pytest -s tests/engines/real_sglang*.py tests/engines/test_sglang*.py $(ARGS)
 
 # Its table in docs/transformers.md is renewed by ARGS="--docs".
 hf-sweep: $(DEV_STAMP) ## compare every causal model type of Transformers on swath and on eager attention (a minute)

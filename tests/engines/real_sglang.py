@@ -127,20 +127,6 @@ def hold(model: Any, prompt: list[int], tokens: list[int], likely: list[dict[str
     )
 
 
-@pytest.mark.parametrize(("model", "backend"), [("mistral-7b", "swath"), ("gpt-oss-20b", "swath")])
-def test_the_benchmark_serves(model: str, backend: str, tmp_path: Path) -> None:
-    """SGLang's scheduler, run by the benchmark, is checked and timed."""
-    command = [sys.executable, str(HERE / "sglang_bench.py"), model, backend, str(tmp_path / "row")]
-    with (tmp_path / "log").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=log, timeout=900, check=False, cwd=tmp_path)
-    assert done.returncode == 0, (tmp_path / "log").read_text()[-4000:]
-    row = json.loads((tmp_path / "row").read_text())
-    print(f"{row['case']}, {row['provider']}: {row['status']}, error {row['error']:.1e}")
-    assert row["status"] == "ok", row["reason"]
-    assert row["checked_calls"] > 4
-    assert row["decode_tokens_per_s"] > 0
-
-
 # ---- pools, allocator, layers and batches of SGLang, without its server ----------------------------------------------
 
 HQ, HKV, DIM, WINDOW, CONTEXT = 8, 2, 64, 32, 512
