@@ -242,7 +242,7 @@ def _by_token(request: Any) -> Logprobs:
     likely = zip(said.output_top_logprobs_idx, said.output_top_logprobs_val, strict=True)
     chosen = zip(request.output_ids, said.output_token_logprobs_val, strict=True)
     return [
-        {token: logprob} | {i: x for i, x in zip(*of_step, strict=True) if i != token}
+        {token: float(logprob)} | {int(i): float(x) for i, x in zip(*of_step, strict=True) if int(i) != token}
         for (token, logprob), of_step in zip(chosen, likely, strict=True)
     ]
 
