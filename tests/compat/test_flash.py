@@ -251,6 +251,15 @@ def rotated(x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
     return torch.cat([whole.to(x.dtype), x[..., size:]], 2)
 
 
+def test_packed_tensors_are_views(some: Any, device: str) -> None:
+    """What migrating.md says of FlashAttention's functions of packed q, k and v."""
+    qkv, cu = some(2, 40, 3, 4, 32), ints([0, 33, 80], device)
+    apart, rows = (x.contiguous() for x in qkv.unbind(2)), qkv.flatten(0, 1)
+    assert torch.equal(flash_attn_func(*qkv.unbind(2), causal=True), flash_attn_func(*apart, causal=True))
+    wanted = flash_attn_varlen_func(*(x.contiguous() for x in rows.unbind(1)), cu, cu, 47, 47, causal=True)
+    assert torch.equal(flash_attn_varlen_func(*rows.unbind(1), cu, cu, 47, 47, causal=True), wanted)
+
+
 def test_one_split_is_the_same_alone(some: Any, device: str) -> None:
     q, k, v = some(4, 1, 4, 64), some(4, 700, 2, 64), some(4, 700, 2, 64)
     lens = ints([700, 3, 200, 650], device)
