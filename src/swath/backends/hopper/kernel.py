@@ -38,7 +38,15 @@ from swath.backends.gluon.pipeline import (
     query_state,
     with_narrow_tile,
 )
-from swath.backends.gluon.scheduler import Batch, get_work, has_work, new_work_pipeline, release_work, reread_work
+from swath.backends.gluon.scheduler import (
+    Batch,
+    get_work,
+    has_work,
+    heads_of,
+    new_work_pipeline,
+    release_work,
+    reread_work,
+)
 from swath.backends.hopper.config import config_of
 from swath.backends.hopper.epilogue import Output, epilogue, q_heads
 from swath.backends.hopper.load import load_qk_warp, load_v_warp
@@ -151,7 +159,8 @@ def initial_state(i, head, sink, C: gl.constexpr):
     m = gl.full((CONSUMER_ROWS,), FLOOR, gl.float32, layout=i.type.layout)
     l = gl.full((CONSUMER_ROWS,), 0.0, gl.float32, layout=i.type.layout)
     if sink is not None:
-        m, l = state_of_sink(gl.load(sink + q_heads(i, head, C)).to(gl.float32))
+        last: gl.constexpr = heads_of(C) - 1  # after the last work tile there is no head, but an address
+        m, l = state_of_sink(gl.load(sink + q_heads(i, gl.minimum(head, last), C)).to(gl.float32))
     return m, l
 
 

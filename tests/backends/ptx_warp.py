@@ -1,0 +1,300 @@
+"""A warp of ``ptx_machine.py``: 32 lanes, their registers, and where each of them is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ptx_arithmetic as arithmetic
+from ptx_arithmetic import UNSIGNED, as_type, bits_of
+from ptx_program import Instruction
+
+if TYPE_CHECKING:
+    from ptx_machine import Machine
+
+LANES = 32
+TURN = 4000
+"""Instructions of a warp after which the others have a turn."""
+TOGETHER = ("bar", "barrier", "redux", "vote", "shfl", "stmatrix", "ldmatrix", "elect", "wgmma", "mbarrier", "brx")
+"""What all lanes of a warp must reach."""
+NOTHING = ("setmaxnreg", "fence")
+"""Without effect where everything is done at once; so are the starts of these names."""
+NOTHING_NAMES = ("bar.warp", "wgmma.fence", "wgmma.commit", "wgmma.wait", "cp.async.bulk.commit", "cp.async.bulk.wait")
+
+
+class Warp:
+    """Its registers hold unsigned integers [32], or booleans; an instruction's type says how they are read."""
+
+    def __init__(self, machine: Machine, number: int, program: int, programs: int) -> None:
+        self.machine, self.number = machine, number
+        lane = np.arange(LANES, dtype=np.uint32)
+        self.registers: dict[str, np.ndarray] = {
+            "%tid.x": lane + np.uint32(LANES * number), "%laneid": lane, "%ctaid.x": lane * 0 + np.uint32(program),
+            "%nctaid.x": lane * 0 + np.uint32(programs), "global_smem": lane * 0 + np.uint32(1024),
+        }  # fmt: skip
+        self.active = np.ones(LANES, bool)
+        self.at: np.ndarray | None = None  # where each lane is, while they are not together
+        self.held = np.zeros(LANES, bool)  # lanes that wait for the others of the warp
+        self.count, self.waits_for = 0, ""
+
+    def run(self) -> Iterator[None]:
+        """Until the kernel returns; yields where other warps must go on."""
+        pc, program = 0, self.machine.program
+        while True:
+            pc = self._next(pc)
+            step = program.instructions[pc]
+            if self.at is not None and step.parts[0] in TOGETHER:
+                self.held |= self.active
+                continue
+            self.count += 1
+            if step.parts[0] == "ret":
+                return
+            if step.parts[0] == "bra":
+                pc = self._branch(pc, self._taken(step), program.labels[step.operands[0]])
+                continue
+            if step.parts[0] == "brx":
+                target = program.tables[step.operands[1]][int(self.read(step.operands[0], "u32")[0])]
+                pc = program.labels[target]
+                continue
+            with np.errstate(all="ignore"):
+                yield from self._do(step)
+            pc += 1
+            if self.at is not None:
+                self.at = np.where(self.active, pc, self.at)
+            if self.count % TURN == 0:
+                yield
+
+    def _next(self, pc: int) -> int:
+        """Of lanes that are apart, those that are furthest behind go on, but not those that wait for the others."""
+        if self.at is None:
+            return pc
+        free = ~self.held
+        if not free.any() and (self.at != self.at[0]).any():
+            raise RuntimeError("lanes of a warp wait for one another")
+        pc = int((self.at[free] if free.any() else self.at).min())
+        self.active = self.at == pc
+        if self.active.all():
+            self.at, self.held = None, np.zeros(LANES, bool)
+        return pc
+
+    def _branch(self, pc: int, taken: np.ndarray, target: int) -> int:
+        if self.at is None and (taken.all() or not taken.any()):
+            return target if taken.all() else pc + 1
+        at = np.full(LANES, pc) if self.at is None else self.at
+        self.at = np.where(taken, target, np.where(self.active, pc + 1, at))
+        return pc
+
+    def _taken(self, step: Instruction) -> np.ndarray:
+        """The lanes that run an instruction."""
+        if step.guard is None:
+            return self.active
+        return self.active & (self.registers[step.guard] != step.negated)
+
+    def read(self, operand: str, kind: str) -> np.ndarray:
+        """An operand [32] as numbers of a type of PTX."""
+        if operand in self.registers:
+            return as_type(self.registers[operand], kind)
+        if found := re.search(r"_param_(\d+)$", operand):
+            return np.full(LANES, 0xD0000000 + int(found[1]), np.uint64)
+        if re.fullmatch(r"-?\d+\.\d+", operand):
+            return np.full(LANES, float(operand), np.float32)
+        if operand.startswith("0f"):
+            return np.full(LANES, int(operand[2:], 16), np.uint32).view(np.float32)
+        if kind == "pred":
+            return np.full(LANES, operand != "0")
+        number = int(operand.rstrip("U"), 0) & (2 ** bits_of(kind) - 1)
+        return as_type(np.full(LANES, number, UNSIGNED[bits_of(kind)]), kind)
+
+    def write(self, register: str, value: np.ndarray, lanes: np.ndarray) -> None:
+        """Numbers [32] into those lanes."""
+        if register == "_":
+            return
+        if value.dtype != bool:
+            value = np.ascontiguousarray(value).view(UNSIGNED[8 * value.dtype.itemsize])
+        old = self.registers.get(register)
+        if old is not None and not lanes.all():
+            value = np.where(lanes, value, old.astype(value.dtype))
+        self.registers[register] = value
+
+    def address(self, operand: str, kind: str = "u32") -> np.ndarray:
+        """Of ``[register + offset]``, int64 [32]."""
+        found = re.fullmatch(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\d+))?\s*\]", operand)
+        if found is None:
+            raise NotImplementedError(operand)
+        return self.read(found[1], kind).astype(np.int64) + int(found[2] or 0)
+
+    def _do(self, step: Instruction) -> Iterator[None]:
+        kind, name, operands, lanes = step.parts[0], step.name, step.operands, self._taken(step)
+        if kind in NOTHING or name.startswith(NOTHING_NAMES):
+            return
+        if kind in ("bar", "barrier"):
+            yield from self._named_barrier(step)
+        elif name.startswith("mbarrier.try_wait"):
+            found, parity = self._mbarrier(operands[1]), int(self.read(operands[2], "u32")[0])
+            self.waits_for = f"mbarrier {operands[1]} {found}, parity {parity}"
+            if found.phase & 1 == parity:
+                yield
+            self.write(operands[0], np.full(LANES, found.phase & 1 != parity), lanes)
+        elif kind == "mbarrier" or name.startswith("cp.async.bulk.tensor"):
+            for lane in np.nonzero(lanes)[0]:
+                self._asynchronously(step, int(lane))
+        elif done := self._special().get(kind):
+            done(step, lanes)
+        else:
+            arithmetic.do(self, step, lanes)
+
+    def _special(self) -> dict[str, Callable[[Instruction, np.ndarray], None]]:
+        return {
+            "ld": self._load, "st": self._store, "atom": self._atom, "elect": self._elect, "shfl": self._shuffle,
+            "redux": self._reduce, "vote": self._vote, "stmatrix": self._stmatrix, "ldmatrix": self._ldmatrix,
+            "wgmma": self._wgmma,
+        }  # fmt: skip
+
+    def _named_barrier(self, step: Instruction) -> Iterator[None]:
+        barrier = int(self.read(step.operands[0], "u32")[0])
+        threads = self.machine.program.threads
+        if len(step.operands) > 1:
+            threads = int(self.read(step.operands[1], "u32")[0])
+        times = self.machine.arrive(barrier, threads)
+        self.waits_for = f"barrier {barrier} of {threads}"
+        while step.parts[1] == "sync" and self.machine.named[barrier][1] == times:
+            yield
+
+    def _mbarrier(self, operand: str, lane: int = 0) -> Any:
+        return self.machine.mbarriers[int(self.address(operand)[lane])]
+
+    def _asynchronously(self, step: Instruction, lane: int) -> None:
+        """What one lane asks of an mbarrier or of the memory accelerator."""
+        from ptx_machine import Mbarrier
+
+        operands = step.operands
+        if step.parts[1] == "init":
+            arrivals = int(self.read(operands[1], "u32")[lane])
+            self.machine.mbarriers[int(self.address(operands[0])[lane])] = Mbarrier(arrivals, arrivals)
+        elif step.parts[1] == "arrive":
+            number = int(self.read(operands[2], "u32")[lane]) if len(operands) > 2 else 1
+            expected = number if "expect_tx" in step.parts else 0
+            self._mbarrier(operands[1], lane).count(1 if expected else number, -expected)
+        elif step.parts[1] == "async":
+            stores = "shared::cta" in step.parts[-2]
+            box, other = (operands[0], operands[1]) if stores else (operands[1], operands[0])
+            names = re.findall(r"[%\w.]+", box)
+            descriptor = int(self.read(names[0], "u64")[0])
+            coordinates = [int(self.read(x, "s32")[lane]) for x in names[1:]]
+            at = int(self.address(other)[lane])
+            if stores:
+                self.machine.store_box(descriptor, coordinates, at)
+            else:
+                self.machine.load_box(descriptor, coordinates, at, int(self.address(operands[2])[lane]))
+
+    def _load(self, step: Instruction, lanes: np.ndarray) -> None:
+        kind, registers = step.parts[-1], re.findall(r"[%\w.]+", step.operands[0])
+        if step.parts[1] == "param":
+            number = self.machine.params[int(re.findall(r"\d+", step.operands[1])[-1])]
+            self.write(registers[0], np.full(LANES, number & (2 ** bits_of(kind) - 1), UNSIGNED[bits_of(kind)]), lanes)
+            return
+        width = bits_of(kind) // 8
+        raw = self._bytes(step.operands[1], step.parts, lanes, width * len(registers))
+        for i, register in enumerate(registers):
+            value = np.ascontiguousarray(raw[:, i * width : (i + 1) * width]).view(UNSIGNED[8 * width])[:, 0]
+            self.write(register, value.astype(np.uint16) if width == 1 else value, lanes)
+
+    def _bytes(self, operand: str, parts: tuple[str, ...], lanes: np.ndarray, size: int) -> np.ndarray:
+        raw = np.zeros((LANES, size), np.uint8)
+        if "shared" in parts:
+            raw[lanes] = self.machine.shared[self.address(operand)[lanes, None] + np.arange(size)]
+            return raw
+        at = self.address(operand, "u64")
+        for lane in np.nonzero(lanes)[0]:
+            raw[lane] = self.machine.pointer(int(at[lane]), size)
+        return raw
+
+    def _store(self, step: Instruction, lanes: np.ndarray) -> None:
+        kind = step.parts[-1]
+        values = [self.read(x, kind) for x in re.findall(r"[%\w.]+", step.operands[1])]
+        raw = np.concatenate([np.ascontiguousarray(v).view(np.uint8).reshape(LANES, -1) for v in values], 1)
+        if "shared" in step.parts:
+            self.machine.shared[self.address(step.operands[0])[lanes, None] + np.arange(raw.shape[1])] = raw[lanes]
+            return
+        at = self.address(step.operands[0], "u64")
+        for lane in np.nonzero(lanes)[0]:
+            self.machine.pointer(int(at[lane]), raw.shape[1])[:] = raw[lane].tolist()
+
+    def _atom(self, step: Instruction, lanes: np.ndarray) -> None:
+        old, more = self.read(step.operands[0], "s32").copy(), self.read(step.operands[2], "s32")
+        at = self.address(step.operands[1], "u64")
+        for lane in np.nonzero(lanes)[0]:
+            there = np.frombuffer(self.machine.pointer(int(at[lane]), 4), np.int32)
+            old[lane] = there[0]
+            there[0] += more[lane]
+        self.write(step.operands[0], old, lanes)
+
+    def _elect(self, step: Instruction, lanes: np.ndarray) -> None:
+        self.write(step.operands[1], np.arange(LANES) == np.nonzero(lanes)[0][0], lanes)
+
+    def _shuffle(self, step: Instruction, lanes: np.ndarray) -> None:
+        x, by, lane = self.read(step.operands[1], "u32"), self.read(step.operands[2], "s32"), np.arange(LANES)
+        self.write(step.operands[0], x[lane ^ by if "bfly" in step.parts else by % LANES], lanes)
+
+    def _reduce(self, step: Instruction, lanes: np.ndarray) -> None:
+        how: dict[str, Any] = {"max": np.max, "min": np.min, "add": np.sum, "or": np.bitwise_or.reduce}
+        result = how[step.parts[2]](self.read(step.operands[1], "s32"))
+        self.write(step.operands[0], np.full(LANES, result, np.int32), lanes)
+
+    def _vote(self, step: Instruction, lanes: np.ndarray) -> None:
+        self.write(step.operands[0], np.full(LANES, self.registers[step.operands[1]].any()), lanes)
+
+    def _matrices(self, operand: str, count: int) -> list[np.ndarray]:
+        """Where matrices of 8 rows of 16 bytes lie: their bytes' addresses [8, 16]."""
+        at = self.address(operand)
+        return [at[8 * i : 8 * i + 8, None] + np.arange(16) for i in range(count)]
+
+    def _stmatrix(self, step: Instruction, _lanes: np.ndarray) -> None:
+        registers = re.findall(r"[%\w.]+", step.operands[1])
+        for register, at in zip(registers, self._matrices(step.operands[0], len(registers)), strict=True):
+            self.machine.shared[at] = np.ascontiguousarray(self.read(register, "u32")).view(np.uint8).reshape(8, 16)
+
+    def _ldmatrix(self, step: Instruction, lanes: np.ndarray) -> None:
+        registers = re.findall(r"[%\w.]+", step.operands[0])
+        for register, at in zip(registers, self._matrices(step.operands[1], len(registers)), strict=True):
+            rows = np.ascontiguousarray(self.machine.shared[at])
+            self.write(register, rows.view(np.uint32).reshape(LANES), lanes)
+
+    def _wgmma(self, step: Instruction, lanes: np.ndarray) -> None:
+        """The warp's 16 of the 64 rows of d = a @ b (+ d), of 16-bit a and b."""
+        d, a, b, adds = step.operands[:4]
+        shape = re.search(r"m64n(\d+)k16", step.name)
+        if shape is None:
+            raise NotImplementedError(step.name)
+        dtype, by_column = step.parts[-1], step.operands[-1] == "1"
+        if a.startswith("{"):
+            left = arithmetic.left_fragment([self.read(x, "u32") for x in re.findall(r"[%\w.]+", a)], dtype)
+        else:
+            rows = np.arange(16) + self.number % 4 * 16
+            left = self._matrix(int(self.read(a, "u64")[0]), rows, dtype, by_column=False)
+        right = self._matrix(int(self.read(b, "u64")[0]), np.arange(int(shape[1])), dtype, by_column)
+        product = left @ right.T  # [16, N]
+        before = bool(self.read(adds, "pred")[0])
+        for i, register in enumerate(re.findall(r"[%\w.]+", d)):
+            value = product[arithmetic.fragment_rows(i), arithmetic.fragment_columns(i)]
+            if before:
+                value = value + self.read(register, "f32").astype(np.float64)
+            self.write(register, value.astype(np.float32), lanes)
+
+    def _matrix(self, descriptor: int, rows: np.ndarray, dtype: str, by_column: bool) -> np.ndarray:
+        """Rows [n, 16] of a matrix in shared memory whose rows, or ``by_column`` columns, are swizzled in 128 bytes."""
+        from ptx_machine import swizzle
+
+        start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+        if descriptor >> 62 != 1:
+            raise NotImplementedError("another swizzle than that of 128 bytes")
+        row, k = np.meshgrid(rows, np.arange(16), indexing="ij")
+        if by_column:
+            at = start + row // 64 * leading + row % 64 * 2 + k // 8 * stride + k % 8 * 128
+        else:
+            at = start + row // 8 * stride + row % 8 * 128 + 2 * k
+        at = swizzle(at)
+        raw = self.machine.shared[at].astype(np.uint16) | self.machine.shared[at + 1].astype(np.uint16) << np.uint16(8)
+        return arithmetic.as_floats(raw, dtype)
