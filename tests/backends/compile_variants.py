@@ -53,6 +53,15 @@ BOUNDS = [
     ("dense", "bf16", "128", "bounds", "plain", "16"),
 ]
 """Bounds of rows beside leading tokens, and ones that are promised to show few keys."""
+EIGHT_BITS = [
+    ("long ragged", "int8 compute", "128", "none", "sink+lse", "flat 16"),
+    ("long ragged", "int8 compute", "256", "none", "softcap", "16"),
+    ("long ragged", "queries head", "128", "none", "plain", "flat 16"),
+    ("long ragged", "queries tensor", "128", "size", "sink+lse", "16"),
+    ("long ragged", "queries none", "64", "size+count", "softcap", "16"),
+    ("long ragged", "queries head", "256", "none", "plain", "16"),
+]
+"""Long prefills in int8, and of fp8 queries, whose scores the paired target multiplies in 8 bits."""
 TABLES = [
     ("decode", "bf16", "128", "size+tensor", "plain", "tokens 16"),
     ("ragged", "fp16", "64", "size", "plain", "tokens 16"),
@@ -97,7 +106,7 @@ def suite_variants(arch: str) -> list[Variant]:
     rows = pairwise(OPTIONS) + named(HEADS)
     if arch != PAIRED_TARGET:
         return covering(list(variants(arch, rows)))
-    return list(variants(arch, rows + named(ONE_PASS + BOUNDS + TABLES)))
+    return list(variants(arch, rows + named(ONE_PASS + BOUNDS + EIGHT_BITS + TABLES)))
 
 
 def named(rows: Iterable[tuple[str, ...]]) -> list[dict[str, str]]:
@@ -159,7 +168,8 @@ def problem_of(row: dict[str, str]) -> Problem:
     dims = tuple(map(int, row["head_dim"].split("/")))
     head_dim, v_head_dim, num_seqs, group, kv_heads, capacity = dims[0], dims[-1], 2, 8, 2, 8192
     storage, _, granularity = row["storage"].partition(" ")
-    dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(storage, torch.bfloat16)
+    dtypes = {"fp16": torch.float16, "fp32": torch.float32, "queries": torch.float8_e4m3fn}
+    dtype = dtypes.get(storage, torch.bfloat16)
     lse = row["scoring"] == "sink+lse"
     options: dict[str, Any] = {
         "window": WINDOWS[row["window"]],
@@ -193,6 +203,8 @@ def problem_of(row: dict[str, str]) -> Problem:
         cache = PagedKV(cache.k, cache.v.transpose(1, 2).contiguous().transpose(1, 2), cache.k_scale, cache.v_scale)
     uniform = {"decode": (num_seqs,), "steps": (num_seqs, 4), "many steps": (num_seqs, 20)}
     q = torch.empty(*uniform.get(row["queries"], (tokens,)), group * kv_heads, head_dim, dtype=dtype)
+    if storage == "queries":
+        options["q_scale"] = torch.empty(q.shape[:-1])
     if row["queries"] not in uniform:
         options["cu_seqlens_q"] = cu
     options["window"] = with_bounds(options["window"], row, q, ints)

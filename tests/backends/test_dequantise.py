@@ -38,6 +38,10 @@ CASES = {
     "values narrower than keys, and elsewhere": replace(
         MIXED, quant=KVQuant(torch.int8, "token", "channel"), head_dim=96, v_head_dim=40, layout="apart", size=30
     ),
+    "fp8 queries": replace(
+        MIXED, quant=KVQuant(torch.float8_e4m3fn, "head", "token"), dtype=torch.float8_e4m3fn, q_scale="token", group=8
+    ),
+    "int8 products": replace(MIXED, quant=INT8_CHANNEL, compute="int8", group=8, size=60, holes=True),
     "as many tokens each": replace(MIXED, kv_lens=(90, -2, 100), q_lens=64, group=8),
 }
 
@@ -49,7 +53,7 @@ def leave_room(inputs: Inputs, rows: int, monkeypatch: pytest.MonkeyPatch) -> Pr
     assert isinstance(keys, PagedKeys)
     pages = launch.scratch_pages(problem, keys)
     elements = keys.num_kv_heads * (problem.head_dim + problem.v_head_dim)
-    row = pages * keys.cache.page_size * elements * problem.q.element_size()
+    row = pages * keys.cache.page_size * elements * launch.COPY_BYTES
     table = 4 * problem.num_seqs * launch.table_pages(problem, keys)
     monkeypatch.setattr(launch, "SCRATCH_BYTES", rows * row + table)
     monkeypatch.setattr(paged_call, "_memory", Memory())
@@ -137,6 +141,72 @@ def test_the_copy_is_exact(stored: torch.dtype, dtype: torch.dtype, prepare: Pre
     for name, x in (("new_k", inputs.cache.k), ("new_v", inputs.cache.v)):
         assert operands[name].dtype == dtype
         assert torch.equal(operands[name][:2, 0].float(), x[pages, 0].float())
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "head", "channel"])
+@pytest.mark.parametrize("q_lens", [32, (40, 24)], ids=str)
+@pytest.mark.parametrize("impl", ["triton"], indirect=True)
+def test_what_int8_tiles_multiply(q_lens: int | tuple[int, ...], granularity: str, prepare: Prepare, impl: str) -> None:
+    """K is copied as it is. A row of q has K's scales, 127 in its largest place, and a factor that makes scores."""
+    from swath.backends.triton.arguments import operands_of
+
+    storage = KVQuant(torch.int8, granularity)
+    inputs = prepare(
+        Case((1400, 70), q_lens, group=16, head_dim=128, quant=storage, compute="int8", gqa="interleaved", strided=True)
+    )
+    problem = tooling.prepare(inputs.op, *inputs.args, **inputs.options)
+    plan = plan_for("hopper", problem, target.target_of(problem.q.device))
+    operands = {**operands_of(problem), **plan.scratch.tensors(problem.q.device)}
+    for call in plan.calls[-3:-1]:
+        call.launch(operands)
+    assert [call.kernel.fn.__name__ for call in plan.calls[-3:]] == [
+        "dequantise_kernel", "quantise_kernel", "hopper_tile_kernel",
+    ]  # fmt: skip
+    pages = inputs.block_table[0, :2].long()
+    assert torch.equal(operands["new_k"][:2], inputs.cache.k[pages])
+    scale = inputs.cache.k_scale.reshape(-1, 1) if granularity != "channel" else inputs.cache.k_scale
+    scaled = inputs.q.float() * scale.expand(2, 128).tile(16, 1) * problem.score_unit  # [.., Hq, D], heads by turns
+    new_q, factor = operands["new_q"], operands["new_q_scale"]
+    assert (new_q.abs().amax(-1) == 127).all()
+    assert ((new_q * factor[..., None] - scaled).abs() <= 0.5001 * factor[..., None]).all()
+
+
+@pytest.mark.parametrize(("granularity", "q_scale"), [("none", "tensor"), ("tensor", "token"), ("head", "none")])
+@pytest.mark.parametrize("sign", [1, -1, 0])
+@pytest.mark.parametrize("impl", ["triton"], indirect=True)
+def test_what_fp8_tiles_multiply(sign: int, granularity: str, q_scale: str, prepare: Prepare, impl: str) -> None:
+    """q and K keep their values, but for signs and zeros of scales, which are in q; factors are above 0."""
+    from swath.backends.triton.arguments import operands_of
+
+    fp8 = torch.float8_e4m3fn
+    case = Case((40, 70), 32, group=16, dtype=fp8, quant=KVQuant(fp8, granularity), q_scale=q_scale, strided=True)
+    inputs = prepare(case)
+    if granularity != "none":
+        inputs = replace(inputs, keys=replace(inputs.cache, k_scale=inputs.cache.k_scale * sign))
+    elif inputs.q_scale is not None:
+        inputs = replace(inputs, q_scale=inputs.q_scale * sign)
+    problem = tooling.prepare(inputs.op, *inputs.args, **inputs.options)
+    plan = plan_for("hopper", problem, target.target_of(problem.q.device))
+    operands = {**operands_of(problem), **plan.scratch.tensors(problem.q.device)}
+    assert [call.kernel.fn.__name__ for call in plan.calls] == [
+        "dequantise_kernel", "quantise_kernel", "hopper_tile_kernel",
+    ]  # fmt: skip
+    for call in plan.calls[:-1]:
+        call.launch(operands)
+    pages = inputs.block_table[0, :2].long()
+    assert torch.equal(operands["new_k"][:2].view(torch.uint8), inputs.cache.k[pages].view(torch.uint8))
+    scales = torch.ones(inputs.q.shape[:-1], device=inputs.q.device) * problem.score_unit
+    if inputs.q_scale is not None:
+        scales *= inputs.q_scale
+    if inputs.cache.k_scale is not None:
+        scales *= (
+            inputs.cache.k_scale.reshape(-1, 1).expand(2, 16).reshape(-1)
+            if granularity == "head"
+            else inputs.cache.k_scale
+        )
+    made = operands["new_q"].float() * operands["new_q_scale"][..., None]
+    torch.testing.assert_close(made, inputs.q.float() * scales[..., None], rtol=1e-6, atol=0)
+    assert (operands["new_q_scale"] > 0).all()
 
 
 @pytest.mark.parametrize("impl", ["triton"], indirect=True)

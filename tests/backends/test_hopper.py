@@ -25,6 +25,10 @@ ONCE = replace(LONG, head_dim=64, group=8, size=128)
 """Rows of which 128 see 144 keys at most: two consumers attend them in one pass."""
 ONCE_PAGED = replace(ONCE, dense=False, page_size=8, size=122)
 
+E4M3 = torch.float8_e4m3fn
+FP8 = replace(PAGED, dtype=E4M3, quant=KVQuant(E4M3, "head"), q_scale="token")
+INT8 = replace(PAGED, quant=KVQuant(torch.int8, "channel"), compute="int8")
+
 CASES = {
     "full": LONG,
     "full, heads in sections": replace(
@@ -104,6 +108,33 @@ CASES = {
     "holes in a window": replace(PAGED, holes=True, size=300, global_tokens=20),
     "int8 pages": replace(PAGED, quant=KVQuant(torch.int8, "channel"), size=400, bounds="tight"),
     "padding rows": replace(PAGED, q_lens=(700, 0, 130, 1), tail=150),
+    "fp8 queries": FP8,
+    "fp8 queries, one scale, values by channel": replace(
+        FP8, quant=KVQuant(E4M3, "tensor", "channel"), q_scale="tensor"
+    ),
+    "fp8 queries, no scale, window": replace(FP8, quant=KVQuant(E4M3), q_scale="none", size=200, page_size=48),
+    "fp8 queries, values by token, leading keys": replace(
+        FP8, quant=KVQuant(E4M3, "head", "token"), size=1300, global_tokens=70, holes=True
+    ),
+    "fp8 queries, soft cap, sink and LSE": replace(FP8, softcap=5.0, sink="fp32"),
+    "fp8 queries of 64, sink, window": replace(FP8, head_dim=64, group=8, size=128, sink="fp32"),
+    "fp8 queries of 256, interleaved": replace(FP8, head_dim=256, gqa="interleaved", table="flat"),
+    "fp8 queries of 128/64, not causal": replace(FP8, v_head_dim=64, causal=False, tail=20),
+    "fp8 queries, a uniform batch": replace(FP8, kv_lens=(300, 1300, 150), q_lens=150, strided=True),
+    "int8 products": INT8,
+    "int8 products, by head, fp16": replace(INT8, quant=KVQuant(torch.int8, "head"), dtype=torch.float16),
+    "int8 products, by tensor, window": replace(INT8, quant=KVQuant(torch.int8, "tensor", "channel"), size=200),
+    "int8 products, window of many tiles": replace(INT8, size=1300, page_size=48, group=2),
+    "int8 products, window and leading keys": replace(INT8, size=200, global_tokens=70, page_size=48),
+    "int8 products, soft cap, sink and LSE": replace(INT8, softcap=5.0, sink="fp32"),
+    "int8 products, sink, window, 64": replace(INT8, head_dim=64, group=8, size=128, sink="q", page_size=8),
+    "int8 products of 64": replace(INT8, head_dim=64),
+    "int8 products of 256": replace(INT8, head_dim=256),
+    "int8 products of 256, soft cap, window": replace(INT8, head_dim=256, softcap=5.0, size=300),
+    "int8 products of 128/64, not causal": replace(INT8, v_head_dim=64, causal=False),
+    "int8 products, holes, positions": replace(INT8, holes=True, q_start=(0, 200, -60, 10), gqa="interleaved"),
+    "int8 products, a uniform batch": replace(INT8, kv_lens=(300, 1300, 150), q_lens=150, strided=True),
+    "int8 products, padding rows": replace(INT8, q_lens=(700, 0, 130, 1), tail=150, table="flat", layout="nhd"),
     "decode": DECODE,
     "decode, soft cap, sink and LSE": replace(DECODE, softcap=5.0, sink="fp32", dtype=torch.float16),
     "decode of 4 steps": replace(DECODE, q_lens=4),

@@ -317,16 +317,19 @@ def test_a_remembered_append_takes_its_own_tensors(recorder: Recorder) -> None:
 @has_triton
 @pytest.mark.parametrize("queries", ["ragged", "long ragged"])
 @pytest.mark.parametrize("storage", OPTIONS["storage"])
-def test_a_mixed_batch_takes_three_kernels_and_one_or_two_more_over_8_bits(storage: str, queries: str) -> None:
-    """One that dequantises, and one for sequences without room in the scratch, unless the host knows that all have."""
+def test_a_mixed_batch_takes_three_kernels_and_a_few_more_over_8_bits(storage: str, queries: str) -> None:
+    """One that copies, on Hopper one that rounds queries for int8 products, and one for sequences without room in the
+    scratch, unless the host knows that all have."""
 
     row = {name: values[0] for name, values in OPTIONS.items()}
     mixed = problem_of(row | {"queries": queries, "storage": storage})
-    copies = storage not in ("bf16", "fp16", "fp32", "int8 compute")
-    assert dequantises(mixed) == copies
-    first = ["split_kernel", "reduce_kernel", *["dequantise_kernel"] * copies]
-    others = ["tile_kernel"] * (copies and queries == "long ragged")
+    int8 = storage == "int8 compute"
+    assert dequantises(mixed) == (storage not in ("bf16", "fp16", "fp32") and not int8)
     for tiles in tiles_of(mixed, "sm_90"):
+        copies = dequantises(mixed) or (int8 and tiles == "hopper")
+        first = ["split_kernel", "reduce_kernel", *["dequantise_kernel"] * copies]
+        first += ["quantise_kernel"] * (copies and int8)
+        others = ["tile_kernel"] * (copies and queries == "long ragged")
         plan = plan_for(tiles, mixed, Target("sm_90", 132))
         tile = "tile_kernel" if tiles == "triton" else "hopper_tile_kernel"
         assert [call.kernel.fn.__name__ for call in plan.calls] == [*first, tile, *others]

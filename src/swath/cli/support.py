@@ -241,6 +241,8 @@ def _paged_rows() -> list[Row]:
         Row("int8 cache, K and V scaled per", over(KVQuant(INT8, "channel", "token"), KVQuant(INT8, "token", "head"))),
         Row("int8 cache under q of", {NAMES[d]: Call(op, case_of(dtype=d, quant=KVQuant(INT8, "token")))
                                       for d in (BF16, FP16, FP32, E4M3)}),
+        Row("fp8 (e4m3) cache under e4m3 q, scale per",
+            over(*(KVQuant(E4M3, g) for g in ("none", *kept)), dtype=E4M3)),
         Row("`q_scale` of e4m3 queries", {"one for all": Call(op, fp8_queries, _q_scale),
                                           "one a row": Call(op, fp8_queries, _q_scale_per_row)}),
         Row('`compute="int8"`, scale per', over(*(KVQuant(INT8, g) for g in kept[:3]), compute="int8")),

@@ -16,6 +16,8 @@ For an element t of the output, in the names of ``Truth`` (oracle.py), the budge
   kernels divide q by its largest element and round it to fp16. fp8 has few mantissas, and equal ones under one scale
   have equal errors: that part goes with the score. What follows (scale, soft cap, base 2) rounds in proportion to the
   score.
+- fp8 queries and keys may multiply in e4m3 (``e4m3``). Hopper's tensor cores align 32 products with the largest of them
+  and cut them to 13 bits; so D / 32 times 2^-13 (noise + score_size) is one more part of ``score``.
 - ``rest``: no float32 p is below 2^-126, nor an element below the smallest of its type. Where ``4 score`` is 1 or more,
   as at scores of millions, another key may have the largest score: v_norm, for any of the values may come out.
 - ``sum``: sums over the keys, running rescales, the exponential.
@@ -48,15 +50,19 @@ UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-2
 _DEVIATIONS = 4.0
 _INT8_STEP = 1 / 254
 _FP16_STEP = 2.0**-25
+_FP8_SUM, _FP8_PRODUCTS = 2.0**-13, 32
+"""What a sum of e4m3 products is cut to, relative to its largest term, and products that are added before that."""
 _SMALLEST_P = 2.0**-126
 
 
-def out_budget(truth: Truth, dtype: torch.dtype, *, quant: KVQuant | None = None, compute: str = "float") -> Tensor:
+def out_budget(
+    truth: Truth, dtype: torch.dtype, *, quant: KVQuant | None = None, compute: str = "float", e4m3: bool = False
+) -> Tensor:
     """The largest error allowed for each element of ``out``, float64 [R, Hq, D]; ``dtype`` is out's."""
     u, e = UNIT[dtype], UNIT[torch.float32]
     t = truth.out.abs()
     rounded_p = u * (1 + (quant is not None and quant.v_granularity == "token")) * (t + _DEVIATIONS * truth.quadrature)
-    score_error = _score_error(truth, dtype, quant, compute)[..., None]
+    score_error = _score_error(truth, dtype, quant, compute, e4m3)[..., None]
     weights = score_error + _sum_error(truth)[..., None]
     has_fp16 = dtype == torch.float16 or (quant is not None and quant.is_quantised and dtype == torch.bfloat16)
     step = _INT8_STEP if compute == "int8" else _FP16_STEP if has_fp16 else 0.0
@@ -68,19 +74,23 @@ def out_budget(truth: Truth, dtype: torch.dtype, *, quant: KVQuant | None = None
     return (u + e) * t + rounded_p + _DEVIATIONS * (t + truth.quadrature) * weights + steps + rest
 
 
-def lse_budget(truth: Truth, dtype: torch.dtype, *, quant: KVQuant | None = None, compute: str = "float") -> Tensor:
+def lse_budget(
+    truth: Truth, dtype: torch.dtype, *, quant: KVQuant | None = None, compute: str = "float", e4m3: bool = False
+) -> Tensor:
     """The largest error allowed for each LSE, float64 [R, Hq]; ``dtype`` is out's, the LSE itself is fp32."""
     magnitude = 1 + truth.lse.abs().where(truth.lse > -torch.inf, 0.0)
     p_error = _INT8_STEP * truth.keys * truth.peak if compute == "int8" else 0.0
-    errors = _score_error(truth, dtype, quant, compute) + _sum_error(truth) * magnitude
+    errors = _score_error(truth, dtype, quant, compute, e4m3) + _sum_error(truth) * magnitude
     return _DEVIATIONS * errors + p_error
 
 
-def _score_error(truth: Truth, dtype: torch.dtype, quant: KVQuant | None, compute: str) -> Tensor:
+def _score_error(truth: Truth, dtype: torch.dtype, quant: KVQuant | None, compute: str, e4m3: bool) -> Tensor:
     """Of one score, [R, Hq]."""
     e = UNIT[torch.float32]
     rounded_k = (truth.noise + truth.score_size / _DEVIATIONS) * _key_rounding(dtype, quant)
     error = rounded_k + truth.noise * truth.products * e + 8 * truth.score_size * e
+    if e4m3:
+        error += truth.products / _FP8_PRODUCTS * _FP8_SUM * (truth.noise + truth.score_size)
     return error + truth.coarse_noise * _INT8_STEP if compute == "int8" else error
 
 
@@ -97,24 +107,36 @@ def _sum_error(truth: Truth) -> Tensor:
 
 
 def budget_used(
-    out: Tensor, lse: Tensor | None, truth: Truth, *, quant: KVQuant | None = None, compute: str = "float"
+    out: Tensor,
+    lse: Tensor | None,
+    truth: Truth,
+    *,
+    quant: KVQuant | None = None,
+    compute: str = "float",
+    e4m3: bool = False,
 ) -> float:
     """The share of its budget that the worst element uses: at most 1 for a right kernel, inf for NaN.
 
     ``out`` and ``lse`` are shaped as the operator returns them; only ``truth.rows`` of them are looked at.
     """
-    return max(map(_worst, _shares(out, lse, truth, quant, compute)))
+    return max(map(_worst, _shares(out, lse, truth, quant, compute, e4m3)))
 
 
 def check_budget(
-    out: Tensor, lse: Tensor | None, truth: Truth, *, quant: KVQuant | None = None, compute: str = "float"
+    out: Tensor,
+    lse: Tensor | None,
+    truth: Truth,
+    *,
+    quant: KVQuant | None = None,
+    compute: str = "float",
+    e4m3: bool = False,
 ) -> float:
     """``budget_used``, raising where it is above 1.
 
     Raises:
         AssertionError: with the worst row, head and element, and what came there.
     """
-    shares = _shares(out, lse, truth, quant, compute)
+    shares = _shares(out, lse, truth, quant, compute, e4m3)
     for name, got, want, share in zip(("out", "lse"), (out, lse), (truth.out, truth.lse), shares, strict=False):
         if got is not None and not _worst(share) <= 1:
             at = tuple(int(i) for i in torch.unravel_index(share.argmax(), share.shape))
@@ -127,11 +149,13 @@ def check_budget(
     return max(map(_worst, shares))
 
 
-def _shares(out: Tensor, lse: Tensor | None, truth: Truth, quant: KVQuant | None, compute: str) -> list[Tensor]:
+def _shares(
+    out: Tensor, lse: Tensor | None, truth: Truth, quant: KVQuant | None, compute: str, e4m3: bool
+) -> list[Tensor]:
     """Error over budget of each element of out and, where there is one, of the LSE."""
-    shares = [_share(out, truth.rows, truth.out, out_budget(truth, out.dtype, quant=quant, compute=compute))]
+    shares = [_share(out, truth.rows, truth.out, out_budget(truth, out.dtype, quant=quant, compute=compute, e4m3=e4m3))]
     if lse is not None:
-        allowed = lse_budget(truth, out.dtype, quant=quant, compute=compute)
+        allowed = lse_budget(truth, out.dtype, quant=quant, compute=compute, e4m3=e4m3)
         shares.append(_share(lse, truth.rows, truth.lse, allowed))
     return shares
 

@@ -133,7 +133,8 @@ class Inputs:
         """
         case = self.case
         truth = self.truth() if truth is None else truth
-        return budget.check_budget(out, lse, truth, quant=case.storage, compute=case.compute)
+        e4m3 = case.dtype == case.storage.dtype == torch.float8_e4m3fn
+        return budget.check_budget(out, lse, truth, quant=case.storage, compute=case.compute, e4m3=e4m3)
 
     def canary(self) -> Canary:
         """A buffer for ``out=`` that shows every write outside the rows that sequences own."""

@@ -24,8 +24,8 @@ from swath.backends.gluon.compat import reinterpret
 
 CONSUMER_ROWS = gl.constexpr(64)
 """Query rows of an MMA warpgroup: what one wgmma instruction takes."""
-BOX_COLUMNS = gl.constexpr(64)
-"""Columns of a TMA box: 128 bytes of 16-bit values, the widest box that the 128-byte swizzle allows."""
+BOX_BYTES = gl.constexpr(128)
+"""Bytes of a row of a TMA box: as wide as the 128-byte swizzle allows. Rows of fewer bytes are boxes of their own."""
 
 
 class NamedBarriers:
@@ -52,9 +52,36 @@ def columns_of(PIPE, C):
 
 
 @gluon.constexpr_function
+def bytes_of(PIPE, C):
+    """Bytes of an element in the pipeline "k", "v" or "q"."""
+    return 1 if C.F.value.dots and PIPE != "v" else 2
+
+
+@gluon.constexpr_function
+def query_type(wide, C):
+    """The type of queries, which is ``wide`` where they have 16 bits."""
+    return {"": wide, "int8": gl.int8, "e4m3": gl.float8e4nv}[C.F.value.dots]
+
+
+@gluon.constexpr_function
+def box_columns(PIPE, C):
+    """Columns of a TMA box of the pipeline "k", "v" or "q"; results leave in boxes like those of V."""
+    return min(columns_of(PIPE, C), BOX_BYTES.value // bytes_of(PIPE, C))
+
+
+@gluon.constexpr_function
 def blocks_of(PIPE, C):
     """TMA boxes side by side in a row of the pipeline "k", "v" or "q"."""
-    return columns_of(PIPE, C) // BOX_COLUMNS.value
+    return columns_of(PIPE, C) // box_columns(PIPE, C)
+
+
+@gluon.constexpr_function
+def query_boxes(C):
+    """Boxes of 64 rows of 128 bytes that an MMA warpgroup has in a stage of q: as many as its queries take, or if q has
+    two stages, as whole tiles of its results, which are stored from there."""
+    boxes = -(-columns_of("q", C) * bytes_of("q", C) // BOX_BYTES.value)
+    tile = blocks_of("v", C) if C.q_stages > 1 else 1
+    return -(-boxes // tile) * tile
 
 
 @gluon.constexpr_function
@@ -119,17 +146,18 @@ def pipeline_state(pipe, count):
 def key_state(pipe, count, C: gl.constexpr):
     """The state of the pipeline of K for its ``count``-th tile, in blocks of columns."""
     index = count % C.stages
-    blocks, full = blocks_at(pipe, index, C), pipe.full.index(index)
+    blocks, full = blocks_at(pipe, index, C.stages, C), pipe.full.index(index)
     return PipelineState(index, (count // C.stages) & 1, blocks, full)
 
 
 @gluon.jit
-def blocks_at(pipe, index, C: gl.constexpr):
-    """The tile ``index`` of q or K as a tuple of its blocks of columns, each [rows, columns]."""
+def blocks_at(pipe, part, PARTS: gl.constexpr, C: gl.constexpr):
+    """The tile of q or K at the begin of a part of the memory, as a tuple of its blocks of columns: [rows, columns]."""
+    EACH: gl.constexpr = pipe.stages.shape[0] // PARTS
     BLOCKS: gl.constexpr = C.F.head_dim // pipe.stages.shape[2]
-    blocks = gl.tuple((pipe.stages.index(index * BLOCKS),))
+    blocks = gl.tuple((pipe.stages.index(part * EACH),))
     for i in gl.static_range(1, BLOCKS):
-        blocks += (pipe.stages.index(index * BLOCKS + i),)
+        blocks += (pipe.stages.index(part * EACH + i),)
     return blocks
 
 
@@ -181,10 +209,12 @@ def new_barriers(stages: gl.constexpr, arrivals: gl.constexpr):
 
 
 @gluon.jit
-def new_pipeline(stages: gl.constexpr, boxes: gl.constexpr, rows: gl.constexpr, DTYPE: gl.constexpr):
-    """A pipeline whose stages have ``boxes`` TMA boxes of ``rows`` rows each, filled by one producer."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, BOX_COLUMNS], DTYPE)
-    memory = gl.allocate_shared_memory(DTYPE, [stages * boxes, rows, BOX_COLUMNS], LAYOUT)
+def new_pipeline(
+    stages: gl.constexpr, boxes: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr, DTYPE: gl.constexpr
+):  # fmt: skip
+    """A pipeline whose stages have ``boxes`` TMA boxes [rows, columns] each, filled by one producer."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, columns], DTYPE)
+    memory = gl.allocate_shared_memory(DTYPE, [stages * boxes, rows, columns], LAYOUT)
     return Pipeline(memory, new_barriers(stages, 1))
 
 
@@ -192,25 +222,33 @@ def new_pipeline(stages: gl.constexpr, boxes: gl.constexpr, rows: gl.constexpr, 
 def with_narrow_tile(pipe, blocks: gl.constexpr, keys: gl.constexpr, rows: gl.constexpr):
     """Shared memory for one more tile of ``keys`` keys in every stage: filled and released together with the other.
 
-    The tile has ``blocks`` blocks of 64 columns, in TMA boxes of ``rows`` rows.
+    The tile has ``blocks`` blocks of columns, as wide as those of the other, in TMA boxes of ``rows`` rows.
     """
     BOXES: gl.constexpr = pipe.full.shape[0] * blocks * (keys // rows)
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, BOX_COLUMNS], pipe.stages.dtype)
-    memory = gl.allocate_shared_memory(pipe.stages.dtype, [BOXES, rows, BOX_COLUMNS], LAYOUT)
+    COLUMNS: gl.constexpr = pipe.stages.shape[2]
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, COLUMNS], pipe.stages.dtype)
+    memory = gl.allocate_shared_memory(pipe.stages.dtype, [BOXES, rows, COLUMNS], LAYOUT)
     return Pipeline(memory, pipe.full)
 
 
 @gluon.jit
-def as_tiles(pipe, tiles: gl.constexpr, rows: gl.constexpr, columns: gl.constexpr):
-    """The same pipeline as wgmma reads it, [tiles, rows, columns].
+def as_tiles(pipe, rows: gl.constexpr, columns: gl.constexpr, DTYPE: gl.constexpr):
+    """The same pipeline as wgmma reads it, [tiles, rows, columns] of ``DTYPE``.
 
-    A tile in shared memory is its columns 0 to 63 of all rows, then its columns 64 to 127 of all rows, and so on. Each
-    such block of columns is a run of TMA boxes. Where the columns are no power of two, blocks are tiles of their own.
+    A tile in shared memory is the first 128 bytes of all rows, then the next 128 of all rows, and so on. Each such
+    block of columns is a run of TMA boxes. Where the columns are no power of two, blocks are tiles of their own.
     """
-    WIDTH: gl.constexpr = columns if columns & (columns - 1) == 0 else BOX_COLUMNS
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, WIDTH], pipe.stages.dtype)
-    stages = reinterpret(pipe.stages, pipe.stages.dtype, [tiles * (columns // WIDTH), rows, WIDTH], LAYOUT)
-    return Pipeline(stages, pipe.full)
+    WIDTH: gl.constexpr = columns if columns & (columns - 1) == 0 else pipe.stages.shape[2]
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([rows, WIDTH], DTYPE)
+    TILES: gl.constexpr = tiles_in(pipe.stages.shape, pipe.stages.dtype, rows * WIDTH, DTYPE)
+    return Pipeline(reinterpret(pipe.stages, DTYPE, [TILES, rows, WIDTH], LAYOUT), pipe.full)
+
+
+@gluon.constexpr_function
+def tiles_in(shape, dtype, elements, tile_dtype):
+    """Tiles of ``elements`` in memory of a shape."""
+    bits = shape[0] * shape[1] * shape[2] * dtype.primitive_bitwidth
+    return bits // (elements * tile_dtype.primitive_bitwidth)
 
 
 @gluon.constexpr_function
@@ -223,13 +261,14 @@ def keys_of(boxes, barriers, blocks):
 def query_state(pipe, count, WG: gl.constexpr, C: gl.constexpr):
     """The state of the q pipeline for the ``count``-th work tile; ``tile``: the rows of one MMA warpgroup."""
     state = pipeline_state(pipe, count)
-    tiles = as_tiles(pipe, C.q_stages * C.consumers, CONSUMER_ROWS, C.F.head_dim)
-    return PipelineState(state.index, state.phase, blocks_at(tiles, state.index * C.consumers + WG, C), state.full)
+    tiles = as_tiles(pipe, CONSUMER_ROWS, C.F.head_dim, query_type(pipe.stages.dtype, C))
+    blocks = blocks_at(tiles, state.index * C.consumers + WG, C.q_stages * C.consumers, C)
+    return PipelineState(state.index, state.phase, blocks, state.full)
 
 
 @gluon.jit
 def query_box(index, WG: gl.constexpr, block: gl.constexpr, pipe, desc, C: gl.constexpr):
-    """The TMA box with a block of 64 columns of an MMA warpgroup's rows in a stage of the q pipeline."""
-    BLOCKS: gl.constexpr = blocks_of("q", C)
-    box = pipe.stages.index((index * C.consumers + WG) * BLOCKS + block)
+    """The TMA box with a block of columns of an MMA warpgroup's rows, or results, in a stage of the q pipeline."""
+    BOXES: gl.constexpr = query_boxes(C)
+    box = pipe.stages.index((index * C.consumers + WG) * BOXES + block)
     return reinterpret(box, desc.dtype, desc.block_type.shape, desc.layout)

@@ -18,7 +18,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from swath.backends.device.cache import table_row
 from swath.backends.device.window import Sight, bounds_of, sight_of, start_near, view_near
 from swath.backends.gluon.pipeline import (
-    BOX_COLUMNS,
     CONSUMER_ROWS,
     consumer_wait,
     new_barriers,
@@ -286,10 +285,10 @@ def element(x, i):
 
 
 @gluon.jit
-def q_coordinates(work, WG: gl.constexpr, block: gl.constexpr, C: gl.constexpr):
-    """Where in q and out the TMA box of an MMA warpgroup's rows begins, for a block of 64 columns."""
+def q_coordinates(work, WG: gl.constexpr, column: gl.constexpr, C: gl.constexpr):
+    """Where in q and out the TMA box of an MMA warpgroup's rows begins that has their columns from ``column`` on."""
     POSITIONS: gl.constexpr = CONSUMER_ROWS // C.pack
     kv_head, member = (work.head, 0) if C.pack > 1 else (work.head // C.F.group, work.head % C.F.group)
     seq = work.b if C.uniform else 0
     row = work.q_begin if C.uniform else work.q_row + work.q_begin
-    return [seq, row + WG * POSITIONS, q_head_of(kv_head, member, C.F), block * BOX_COLUMNS]
+    return [seq, row + WG * POSITIONS, q_head_of(kv_head, member, C.F), column]

@@ -11,12 +11,12 @@ from swath.backends.hopper.heuristics import (
     HOPPER,
     MOST_TOKENS,
     HopperHeuristics,
+    copies,
     decodes_in_tiles,
     in_boxes,
 )
 from swath.backends.triton.attention import Runner
 from swath.backends.triton.features import STORED
-from swath.backends.triton.heuristics.dequantise import dequantises
 from swath.backends.triton.heuristics.splits import MAX_STEPS
 from swath.cache import PagedKeys
 from swath.problem import Problem
@@ -56,8 +56,13 @@ def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
         return f"head_dim {problem.head_dim}; it has {', '.join(map(str, HEAD_DIMS))}"
     if problem.v_head_dim not in V_HEAD_DIMS:
         return f"v_head_dim {problem.v_head_dim}; it has {', '.join(map(str, V_HEAD_DIMS))}"
-    if problem.q.dtype not in (torch.bfloat16, torch.float16):
-        return f"{problem.q.dtype} queries; it multiplies 16-bit values"
+    dots = copies(problem)
+    if problem.q.dtype == torch.float8_e4m3fn and dots is None:
+        return "fp8 queries; they multiply with e4m3 keys in long prefills, without K scales a channel or token"
+    if problem.q.dtype == torch.float32:
+        return f"{problem.q.dtype} queries; it multiplies values of 16 and 8 bits"
+    if dots and problem.head_dim == 192:
+        return "head_dim 192 of fp8 queries; they have 64, 128, 256"
     if problem.keys.capacity + problem.q.shape[:-2].numel() > MOST_TOKENS:
         return f"room for more than {MOST_TOKENS:,} keys and query tokens in a sequence"
     fetched = [problem.q]
@@ -67,8 +72,8 @@ def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
         return f"page_size {keys.cache.page_size}; its boxes have 8 rows or more"
     elif keys.cache.k.dtype not in STORED:
         fetched += [keys.cache.k, keys.cache.v]
-    elif not dequantises(problem):
-        return "8-bit keys that are decoded in the tiles, not copied to 16 bits first"
+    elif dots is None:
+        return "8-bit keys that are decoded in the tiles, not copied first"
     if not all(map(in_boxes, fetched)):
         return f"q, k or v is empty, or has a stride or an address that is no multiple of {BOX_BYTES} bytes"
     return None

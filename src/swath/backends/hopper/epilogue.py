@@ -15,15 +15,17 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from swath.backends.device.quant import scale_values
 from swath.backends.device.softmax import finish
-from swath.backends.gluon.compat import reinterpret, tma_store
+from swath.backends.gluon.compat import tma_store
 from swath.backends.gluon.pipeline import (
     CONSUMER_ROWS,
     Pipeline,
     as_tiles,
     at_named_barrier,
     blocks_of,
+    box_columns,
     named_barrier,
     pipeline_state,
+    query_box,
     stages_of,
 )
 from swath.backends.gluon.scheduler import q_coordinates
@@ -81,33 +83,20 @@ def epilogue(state, count, work, WG: gl.constexpr, output, batch, C: gl.constexp
 
 @gluon.jit
 def output_tile(index, WG: gl.constexpr, q_pipe, C: gl.constexpr):
-    """Where an MMA warpgroup leaves its rows [M, Dv] for TMA: within its part of a stage of q."""
-    BOXES: gl.constexpr = q_pipe.stages.shape[0]
-    BLOCKS: gl.constexpr = blocks_of("v", C)
-    tiles = as_tiles(q_pipe, BOXES // BLOCKS, CONSUMER_ROWS, C.F.v_head_dim).stages
-    return tiles.index(first_output_box(index, WG, C) // BLOCKS)
-
-
-@gluon.jit
-def first_output_box(index, WG: gl.constexpr, C: gl.constexpr):
-    """The box of the q pipeline where that tile begins: the first one of the part at which a tile [M, Dv] may begin."""
-    first = (index * C.consumers + WG) * blocks_of("q", C)
-    BLOCKS: gl.constexpr = blocks_of("v", C)
-    return first if blocks_of("q", C) % BLOCKS == 0 else gl.cdiv(first, BLOCKS) * BLOCKS
+    """Where an MMA warpgroup leaves its rows [M, Dv] for TMA: the first columns of its part of a stage of q."""
+    tiles = as_tiles(q_pipe, CONSUMER_ROWS, C.F.v_head_dim, q_pipe.stages.dtype).stages
+    EACH: gl.constexpr = tiles.shape[0] // (C.q_stages * C.consumers)
+    return tiles.index((index * C.consumers + WG) * EACH)
 
 
 @gluon.jit
 def store_by_tma(index, work, WG: gl.constexpr, output, C: gl.constexpr):
     """Start to store the rows in the stage ``index`` of the q pipeline."""
-    first = first_output_box(index, WG, C)
-    for block in gl.static_range(blocks_of("v", C)):
-        box = reinterpret(
-            output.q_pipe.stages.index(first + block),
-            output.desc.dtype,
-            output.desc.block_type.shape,
-            output.desc.layout,
-        )
-        tma_store(output.desc, q_coordinates(work, WG, block, C), box)
+    BLOCKS: gl.constexpr = blocks_of("v", C)
+    COLUMNS: gl.constexpr = box_columns("v", C)
+    for block in gl.static_range(BLOCKS):
+        box = query_box(index, WG, block, output.q_pipe, output.desc, C)
+        tma_store(output.desc, q_coordinates(work, WG, block * COLUMNS, C), box)
 
 
 @gluon.jit

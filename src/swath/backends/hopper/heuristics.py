@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
+import torch
 from torch import Tensor
 
 from swath.backends.triton.features import Features
 from swath.backends.triton.heuristics import Heuristics
+from swath.backends.triton.heuristics.dequantise import copy_pays, dequantises
 from swath.backends.triton.heuristics.splits import (
     FULL,
     MAX_STEPS,
@@ -48,6 +51,7 @@ class HopperLaunch:
         return min(self.narrow_n, self.box_rows)
 
 
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 TILE_ROWS = 128
 """Rows of a tile of two consumers."""
 FEW_KEYS = 1024
@@ -82,7 +86,7 @@ def one_pass(F: Features, problem: Problem, pack: int) -> HopperLaunch | None:
     Bounds of lengths and of leading keys are promises of the caller, on which no result may hang. Pages widen the list
     of keys to whole boxes: 143 keys may touch ten boxes of 16, so those stay with the loop over tiles.
     """
-    if F.head_dim != 64 or F.lead != "":
+    if F.head_dim != 64 or F.lead != "" or F.dots:
         return None
     for launch in ONE_PASS:
         keys = problem.window.visible_bound(64 * launch.consumers // pack, LARGEST_SIZE)
@@ -116,6 +120,8 @@ def keys_of_tile(problem: Problem) -> int:
 
 def looped_launch(F: Features, problem: Problem) -> HopperLaunch:
     """For row tiles that may see any number of key tiles."""
+    if F.dots:
+        return narrow_keys_launch(F, problem)
     keys = keys_of_tile(problem)
     few = keys <= (SOME_KEYS if F.page_size > 0 or few_rows(problem) else FEW_KEYS)
     if F.v_head_dim > 128:
@@ -133,10 +139,26 @@ def looped_launch(F: Features, problem: Problem) -> HopperLaunch:
     return HopperLaunch(128, 2 if F.head_dim > 64 else 4, 2)
 
 
+def narrow_keys_launch(F: Features, problem: Problem) -> HopperLaunch:
+    """For 8-bit queries and keys, which take half the room. Tiles of 64 keys in four stages were 11 to 15 % slower than
+    those of 128; for few keys and heads of 64 nothing else was measured."""
+    few = keys_of_tile(problem) <= SOME_KEYS
+    if F.head_dim > 128:
+        return HopperLaunch(64, 3, 1)
+    if F.head_dim == 128 and few:
+        return HopperLaunch(
+            64, 3, 2, consumers=1, programs=2, consumer_registers=216, producer_registers=40, registers=128
+        )
+    if few:
+        return HopperLaunch(64, 3, 2, consumers=1, programs=3, consumer_registers=136, registers=80)
+    return HopperLaunch(128, 3 if F.head_dim > 64 else 4, 2)
+
+
 def narrow_values_launch(F: Features, few: bool) -> HopperLaunch:
     """For keys of 192 or 256 and values of at most 128, whose accumulators take no more registers than those of 128.
 
-    Keys of 192 leave room for a second program; it and queries of two stages do not fit. Not measured.
+    Keys of 192 leave no room for a second stage of queries; tiles of 64 keys, which do, were 1 to 9 % slower. For few
+    keys, and of 256, nothing else was measured.
     """
     if F.head_dim > 192:
         return HopperLaunch(64, 2, 2)
@@ -162,6 +184,25 @@ def few_tokens(problem: Problem) -> bool:
     return not whole and tokens <= PACKED_TOKENS * problem.num_seqs
 
 
+def copies(problem: Problem) -> str | None:
+    """What K is copied as for tiles: 16 bits (""), the 8-bit type in which it multiplies with queries, or nothing.
+
+    fp8 queries multiply as they are, so that K's scales must be ones that scores can take. int8 products are made where
+    they are faster, for all scores are converted: 8,192 tokens of 16 heads of 256 took 622 us so and 768 in 16 bits, of
+    32 heads of 128 764 and 766, of 64 heads of 64 1,259 and 1,101; chunks of 2,048 tokens at 16,384 keys 2,649 and
+    2,832, under a window of 1,024 317 and 294.
+    """
+    if not copy_pays(problem):
+        return None
+    if problem.compute == "int8":
+        pays = problem.head_dim in (128, 256) and keys_of_tile(problem) > SOME_KEYS
+        return ("int8" if pays else "") if problem.q.dtype in SIXTEEN_BITS else None
+    if problem.q.dtype == torch.float8_e4m3fn:
+        cache = cast(PagedKeys, problem.keys).cache
+        return "e4m3" if cache.k.dtype == problem.q.dtype and cache.quant.k in ("none", "tensor", "head") else None
+    return "" if dequantises(problem) else None
+
+
 def mixed_steps(problem: Problem) -> int:
     """Query tokens of a sequence up to which splits take it: those of a mixed batch alone, the others are for tiles."""
     return split_steps(problem) if is_mixed(problem) else 0
@@ -171,6 +212,7 @@ def mixed_steps(problem: Problem) -> int:
 class HopperHeuristics(Heuristics):
     """Triton's for decode in a mixed batch, and the launch of Hopper's tiles."""
 
+    copies: Callable[[Problem], str | None] = copies
     split_steps: Callable[[Problem], int] = mixed_steps
     hopper_launch: Callable[[Work], HopperLaunch] = hopper_launch
 

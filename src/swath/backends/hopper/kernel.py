@@ -14,6 +14,8 @@ masks and results are those of the Triton kernels (``triton/kernels/tile.py``), 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
@@ -30,11 +32,13 @@ from swath.backends.gluon.pipeline import (
     as_tiles,
     barriers_suffice,
     blocks_of,
+    box_columns,
     columns_of,
     consumer_release,
     consumer_wait,
     new_barriers,
     new_pipeline,
+    query_boxes,
     query_state,
     with_narrow_tile,
 )
@@ -60,10 +64,11 @@ def mma_warpgroup(WG: gl.constexpr, output, score_scales, pipes, batch, C: gl.co
     """An MMA warpgroup: 64 rows of every work tile of this program over all their keys."""
     D: gl.constexpr = columns_of("k", C)
     DV: gl.constexpr = columns_of("v", C)
-    k, v = as_tiles(pipes.k, C.stages, C.block_n, D), as_tiles(pipes.v, C.stages, C.block_n, DV)
+    k = as_tiles(pipes.k, C.block_n, D, pipes.k.stages.dtype)
+    v = as_tiles(pipes.v, C.block_n, DV, pipes.v.stages.dtype)
     if C.narrow_n > 0:
-        narrow_k = as_tiles(pipes.narrow_k, C.stages, C.narrow_n, D)
-        narrow_v = as_tiles(pipes.narrow_v, C.stages, C.narrow_n, DV)
+        narrow_k = as_tiles(pipes.narrow_k, C.narrow_n, D, pipes.k.stages.dtype)
+        narrow_v = as_tiles(pipes.narrow_v, C.narrow_n, DV, pipes.v.stages.dtype)
         tiles = Pipelines(pipes.q, k, v, narrow_k, narrow_v, pipes.work)
         run_single_pass(WG, output, score_scales, tiles, batch, C)
     else:
@@ -136,11 +141,9 @@ def next_rows(work_count, WG: gl.constexpr, sink, score_scales, pipes, batch, C:
     own = rows_of(first, last, p, view, work.kv_len, C.F)
     reach = reach_in_list(reach_of(p, own, key_tiles.band, work.lead, C.F), key_tiles.walk)
     full = seen_by_all(own, key_tiles, C)
-    scale_log2, cap_log2, k_scale = score_scales
-    # After the last work tile there is no such head.
-    scale_log2 = score_factor(scale_log2, k_scale, gl.minimum(key_tiles.kv_head, C.F.kv_heads - 1), C.F)
+    scale_log2 = score_scale(i, work, WG, score_scales, C)
     all_live = all_pages_live(key_tiles, batch, C)
-    return QueryRows(key_tiles, m, l, reach, full, scale_log2, cap_log2, all_live)
+    return QueryRows(key_tiles, m, l, reach, full, scale_log2, score_scales.cap_log2, all_live)
 
 
 @gluon.jit
@@ -151,6 +154,28 @@ def seen_by_all(rows, key_tiles, C: gl.constexpr):
     else:
         full_from, full_to = interior_of(key_tiles.band, rows, C.F)
         return full_from - key_tiles.walk.gap, full_to - key_tiles.walk.gap
+
+
+class ScoreScales(NamedTuple):
+    """What makes scores of products."""
+
+    scale_log2: gl.tensor  # > 0: to base 2, or to units of the soft cap
+    cap_log2: gl.tensor
+    k_scale: gl.tensor  # of 8-bit keys that were copied without it
+    q_scale: gl.tensor  # of 8-bit query rows, which has all that theirs and K's scales are
+
+
+@gluon.jit
+def score_scale(i, work, WG: gl.constexpr, scales, C: gl.constexpr):
+    """The score scale of a warpgroup's rows ``i`` [M]: one number, or of 8-bit queries one a row."""
+    if C.F.dots != "":
+        q_index = work.q_begin + WG * (CONSUMER_ROWS // C.pack) + i // C.pack
+        at = (work.q_row + q_index) * (C.F.kv_heads * C.F.group) + q_heads(i, work.head, C)
+        return gl.load(scales.q_scale + at, mask=q_index < work.q_len, other=1.0)
+    else:
+        kv_head = work.head if C.pack > 1 else work.head // C.F.group
+        # After the last work tile there is no such head.
+        return score_factor(scales.scale_log2, scales.k_scale, gl.minimum(kv_head, C.F.kv_heads - 1), C.F)
 
 
 @gluon.jit
@@ -189,7 +214,7 @@ RUN_TIME = (
 
 @gluon.jit(do_not_specialize=RUN_TIME)
 def hopper_tile_kernel(
-    q_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc, out_desc, counter, out, lse, sink, k_scale, v_scale,
+    q_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc, out_desc, counter, out, lse, sink, q_scale, k_scale, v_scale,
     table, table_index, lens, cu_q, q_start, lead, scale_log2, cap_log2, window,
     steps, claimed, num_seqs, table_width, num_pages, table_stride, num_tiles,
     out_seq, out_token, out_head, F: gl.constexpr, LAUNCH: gl.constexpr,
@@ -200,9 +225,10 @@ def hopper_tile_kernel(
     K_BLOCKS: gl.constexpr = blocks_of("k", C)
     V_BLOCKS: gl.constexpr = blocks_of("v", C)
     BOXES: gl.constexpr = C.block_n // C.box_rows
-    q_pipe = new_pipeline(C.q_stages, C.consumers * K_BLOCKS, CONSUMER_ROWS, q_desc.dtype)
-    k_pipe = new_pipeline(C.stages, K_BLOCKS * BOXES, C.box_rows, k_desc.dtype)
-    v_pipe = new_pipeline(C.stages, V_BLOCKS * BOXES, C.box_rows, v_desc.dtype)
+    # Of q's memory results are another user, so that it is counted in boxes of their type, which is that of V.
+    q_pipe = new_pipeline(C.q_stages, C.consumers * query_boxes(C), CONSUMER_ROWS, box_columns("v", C), v_desc.dtype)
+    k_pipe = new_pipeline(C.stages, K_BLOCKS * BOXES, C.box_rows, box_columns("k", C), k_desc.dtype)
+    v_pipe = new_pipeline(C.stages, V_BLOCKS * BOXES, C.box_rows, box_columns("v", C), v_desc.dtype)
     narrow_k, narrow_v = None, None
     if C.narrow_n > 0:
         narrow_k = with_narrow_tile(k_pipe, K_BLOCKS, C.narrow_n, C.narrow_rows)
@@ -216,7 +242,7 @@ def hopper_tile_kernel(
         table_stride, num_tiles,
     )  # fmt: skip
     output = Output(out_desc, q_pipe, out, lse, sink, v_scale, out_seq, out_token, out_head)
-    score_scales = (scale_log2, cap_log2, k_scale)
+    score_scales = ScoreScales(scale_log2, cap_log2, k_scale, q_scale)
     load_registers: gl.constexpr = C.producer_registers
     mma_registers: gl.constexpr = C.consumer_registers
     if C.consumers == 2:

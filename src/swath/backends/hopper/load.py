@@ -20,10 +20,11 @@ from swath.backends.device.window import seen_bits
 from swath.backends.gluon.compat import reinterpret, tma_load
 from swath.backends.gluon.key_tiles import key_tile, key_tiles_of, narrow_tile
 from swath.backends.gluon.pipeline import (
-    BOX_COLUMNS,
     CONSUMER_ROWS,
     Pipeline,
     blocks_of,
+    box_columns,
+    bytes_of,
     columns_of,
     keys_of,
     pipeline_state,
@@ -162,14 +163,15 @@ def load_stage(count, cuts, loads, key_tiles, cut_loaded, batch, C: gl.constexpr
 def load_q(count, work, q_desc, pipe, C: gl.constexpr):
     """Load the query rows of all MMA warpgroups."""
     BLOCKS: gl.constexpr = blocks_of("q", C)
+    COLUMNS: gl.constexpr = box_columns("q", C)
     state = pipeline_state(pipe, count)
     producer_acquire("q", count, C)
-    mbarrier.expect(state.full, C.consumers * CONSUMER_ROWS * C.F.head_dim * 2)
+    mbarrier.expect(state.full, C.consumers * CONSUMER_ROWS * columns_of("q", C) * bytes_of("q", C))
     CONSUMERS: gl.constexpr = C.consumers
     for wg in gl.static_range(CONSUMERS):
         for block in gl.static_range(BLOCKS):
             box = query_box(state.index, wg, block, pipe, q_desc, C)
-            tma_load(q_desc, q_coordinates(work, wg, block, C), state.full, box)
+            tma_load(q_desc, q_coordinates(work, wg, block * COLUMNS, C), state.full, box)
 
 
 @gluon.jit
@@ -193,7 +195,7 @@ def box_pages(start, key_tiles, KEYS: gl.constexpr, WARPS: gl.constexpr, batch, 
 @gluon.jit
 def start_loads(PIPE: gl.constexpr, index, loads, key_tiles, full, C: gl.constexpr):
     """Start to load the key tiles of the stage ``index``; the mbarrier ``full`` counts their bytes."""
-    mbarrier.expect(full, (C.block_n + C.narrow_n) * columns_of(PIPE, C) * 2)
+    mbarrier.expect(full, (C.block_n + C.narrow_n) * columns_of(PIPE, C) * bytes_of(PIPE, C))
     for i in gl.static_range(len(loads)):
         start_boxes(PIPE, index, loads[i], key_tiles, full, C)
 
@@ -203,6 +205,7 @@ def start_boxes(PIPE: gl.constexpr, index, load, key_tiles, full, C: gl.constexp
     """Start to load the TMA boxes of one key tile."""
     start, page, desc, pipe = load
     BLOCKS: gl.constexpr = blocks_of(PIPE, C)
+    COLUMNS: gl.constexpr = pipe.stages.shape[2]
     ROWS: gl.constexpr = pipe.stages.shape[1]
     BOXES: gl.constexpr = keys_of(pipe.stages.shape, pipe.full.shape, BLOCKS) // ROWS
     # Not static: what does not depend on i is then found once before it is unrolled, a fifth fewer instructions.
@@ -219,7 +222,7 @@ def start_boxes(PIPE: gl.constexpr, index, load, key_tiles, full, C: gl.constexp
         for block in gl.static_range(BLOCKS):
             box = pipe.stages.index((index * BLOCKS + block) * BOXES + i)
             box = reinterpret(box, desc.dtype, desc.block_type.shape, desc.layout)
-            tma_load(desc, [entry, key_tiles.kv_head, row, block * BOX_COLUMNS], full, box)
+            tma_load(desc, [entry, key_tiles.kv_head, row, block * COLUMNS], full, box)
 
 
 @gluon.jit
@@ -233,7 +236,7 @@ def zero_unseen(index, start, key_tiles, pipe, batch, C: gl.constexpr, APART: gl
     # the 8 lanes of a row. The 4 rows of a warp's first pass are 0 to 3, then come 4 to 7.
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     chunks = reinterpret(
-        pipe.stages, pipe.stages.dtype, [STAGES * BLOCKS * CHUNKS, ROWS, BOX_COLUMNS], pipe.stages.layout
+        pipe.stages, pipe.stages.dtype, [STAGES * BLOCKS * CHUNKS, ROWS, pipe.stages.shape[2]], pipe.stages.layout
     )
     for i in range(CHUNKS):
         pos = key_at(start + i * ROWS, key_tiles.walk, C.F)

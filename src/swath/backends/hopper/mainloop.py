@@ -19,6 +19,7 @@ from swath.backends.device.softmax import exp_scores
 from swath.backends.gluon.key_tiles import key_tile, narrow_tile, num_masked
 from swath.backends.gluon.pipeline import (
     CONSUMER_ROWS,
+    bytes_of,
     consumer_release,
     consumer_wait,
     key_state,
@@ -50,7 +51,7 @@ class QueryRows(NamedTuple):
     l: gl.tensor  # [M]
     reach: gl.tensor  # a Reach in places of the list of keys
     full: gl.tensor
-    scale_log2: gl.tensor
+    scale_log2: gl.tensor  # a number, or of 8-bit queries [M]
     cap_log2: gl.tensor
     all_live: gl.tensor
 
@@ -179,7 +180,7 @@ def score_layout(keys, C):
     program starts, not those that the MMA warpgroups get later.
     """
     columns = min(keys, 64) if C.narrow_n else keys
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 32 // bytes_of("k", C)])
 
 
 @gluon.jit
@@ -187,7 +188,8 @@ def start_scores(q, k, C: gl.constexpr):
     """Start the product q @ k^T of query rows [M, D] with a key tile [N, D], both as tuples of blocks of columns."""
     KEYS: gl.constexpr = k[0].shape[0]
     SCORES: gl.constexpr = score_layout(KEYS, C)
-    zero = gl.full((CONSUMER_ROWS, KEYS), 0.0, gl.float32, layout=SCORES)
+    DTYPE: gl.constexpr = gl.int32 if k[0].dtype == gl.int8 else gl.float32
+    zero = gl.full((CONSUMER_ROWS, KEYS), 0, DTYPE, layout=SCORES)
     s = warpgroup_mma(q[0], k[0].permute((1, 0)), zero, use_acc=False, is_async=True)
     for i in gl.static_range(1, len(q)):
         s = warpgroup_mma(q[i], k[i].permute((1, 0)), s, is_async=True)

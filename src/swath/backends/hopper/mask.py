@@ -115,10 +115,11 @@ def hide_outside_window_and_lead(s, start, new_from, rows, C: gl.constexpr):
 
 @gluon.jit
 def capped(s, rows, C: gl.constexpr):
-    """Scores with the soft cap, if there is one, and the scale that makes them base-2."""
+    """Scores with the soft cap, if there is one, and the scale that makes them base-2: a number, or one a row [M]."""
+    s = s.to(gl.float32)
     scale = rows.scale_log2
     if C.F.softcap:
-        s = soft_cap(s * scale, rows.cap_log2)
+        s = soft_cap(s * (scale[:, None] if C.F.dots != "" else scale), rows.cap_log2)
         scale = 1.0
     return s, scale
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from swath.backends.gluon.pipeline import BOX_COLUMNS, CONSUMER_ROWS
+from swath.backends.gluon.pipeline import BOX_BYTES, CONSUMER_ROWS
 from swath.backends.hopper.heuristics import HopperHeuristics, draws_tiles, in_boxes
 from swath.backends.hopper.kernel import hopper_tile_kernel
 from swath.backends.triton.arguments import Operands, shared_args
@@ -18,7 +18,12 @@ from swath.backends.triton.heuristics.tiles import tile_slots
 from swath.backends.triton.runtime import KernelCall, Scratch
 from swath.backends.triton.work import Work
 
-GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+GLUON_DTYPES = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.int8: gl.int8,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -42,7 +47,7 @@ class BoxedCall(KernelCall):
         if x is None:
             return None
         x = in_four_dimensions(name, x)
-        shape = [*box, BOX_COLUMNS.value]
+        shape = [*box, min(x.shape[-1], BOX_BYTES.value // x.element_size())]
         layout = gl.NVMMASharedLayout.get_default_for(shape, GLUON_DTYPES[x.dtype])
         return TensorDescriptor.from_tensor(x, shape, layout)
 

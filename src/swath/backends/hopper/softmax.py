@@ -41,12 +41,13 @@ others rows 0 to 7. Warps are 16 rows apart.
 def fragment_softmax(s, scale, m, l, C: gl.constexpr):
     """Take in a tile of scores [M, N] whose product with ``scale`` is in base 2: p [M, N], m, l and the factor alpha.
 
-    As ``device.softmax.online_softmax``, but ``l`` [M, 4] is a sum for each thread, and m [M] may be up to ``SLACK``
-    below the maximum.
+    ``scale`` is a number, or of 8-bit queries without a soft cap one a row [M]. Else as in
+    ``device.softmax.online_softmax``, but ``l`` [M, 4] is a sum for each thread, and m [M] may be up to ``SLACK`` below
+    the maximum.
     """
     m_new = fragment_max((s,), scale, m) if loops_over_64(C) else kept_max(s, scale, m)
     m_new = gl.where(m_new > m + SLACK, m_new, m)
-    p = exp_scores(s, scale, m_new)
+    p = exp_scores(s, scale, m_new, C.F.dots != "" and not C.F.softcap)
     alpha = gl.exp2(m - m_new)
     return p, m_new, l * of_rows(alpha, l)[:, None] + thread_sums(p), alpha
 

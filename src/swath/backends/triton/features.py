@@ -45,6 +45,7 @@ class Features:
     v_fold: str = "none"
     q_scale: str = ""  # "", "tensor" or "row"
     compute_int8: bool = False
+    dots: str = ""  # of tiles over copied keys: the 8-bit type that queries and keys multiply in, if they do
     fp32: bool = False  # IEEE dots in float32: of float32 queries, unless they multiply in int8
     pdl: bool = False  # the reduce is launched before the splits have ended
     interpret: bool = False
@@ -56,8 +57,9 @@ class Features:
 
     @property
     def copied_k_fold(self) -> str:
-        """The scales of K that a 16-bit copy of 8-bit keys leaves to the tiles; the others are multiplied into it."""
-        return self.k_fold if self.k_fold in ("tensor", "head") else "none"
+        """The scales of K that a copy of 8-bit keys leaves to the scores: others are multiplied into it, or (for 8-bit
+        products) into the queries."""
+        return self.k_fold if self.k_fold in ("tensor", "head") and not self.dots else "none"
 
     @property
     def copied_v_fold(self) -> str:

@@ -13,9 +13,9 @@ from typing import Any, TypeVar, cast
 import torch
 
 from swath.backends.triton.arguments import shared_args, shared_views, with_positive_scale
+from swath.backends.triton.features import Features, kernel_dtype
 from swath.backends.triton.heuristics import Heuristics
 from swath.backends.triton.heuristics.dequantise import (
-    dequantises,
     most_unclaimed,
     scratch_pages,
     scratch_rows,
@@ -24,11 +24,12 @@ from swath.backends.triton.heuristics.dequantise import (
 from swath.backends.triton.heuristics.splits import Slices, ceil_div, even_slices, fixed_slices, in_step, is_mixed
 from swath.backends.triton.heuristics.tiles import is_short, pack_heads, tile_slots
 from swath.backends.triton.kernels.dequantise import dequantise_kernel
+from swath.backends.triton.kernels.quantise import quantise_kernel
 from swath.backends.triton.kernels.reduce import reduce_kernel
 from swath.backends.triton.kernels.split import split_kernel
 from swath.backends.triton.kernels.tile import tile_kernel
 from swath.backends.triton.runtime import KernelCall, Plan, Scratch
-from swath.backends.triton.work import Work
+from swath.backends.triton.work import Copied, Work
 from swath.cache import PagedKeys, PagedKV
 from swath.pages import PageTable
 from swath.problem import Problem
@@ -38,6 +39,8 @@ REDUCE_CHUNK = 16
 REDUCE_COLUMNS = 256
 """The most output columns of a warp of a reduce: with them, a chunk fills its registers."""
 DEQUANTISE_TOKENS = 16
+QUANTISE_ROWS = 32
+"""Query tokens of a head that a program of ``quantise_kernel`` has."""
 
 H = TypeVar("H", bound=Heuristics)
 Tiles = Callable[[Work, Scratch, H], KernelCall]
@@ -47,7 +50,7 @@ Tiles = Callable[[Work, Scratch, H], KernelCall]
 def plan_of(problem: Problem, target: Target, heuristics: H, tiles: Tiles[H]) -> Plan:
     """The launches of a call, in order: splits and their reduce, or tiles, or all of them in a mixed batch.
 
-    ``tiles``: the backend's. They take 16-bit keys; 8-bit ones that are decoded in the tiles are for Triton's.
+    ``tiles``: the backend's. They take 16-bit keys and copies; 8-bit keys that tiles decode are for Triton's.
     """
     plan = Plan()
     if problem.num_seqs == 0 or problem.q.numel() == 0:
@@ -59,9 +62,10 @@ def plan_of(problem: Problem, target: Target, heuristics: H, tiles: Tiles[H]) ->
     if steps and not is_mixed(problem):
         return plan
     rest = [replace(work, claimed=steps)]
-    if dequantises(problem):
-        copy, rest = dequantise(rest[0], plan.scratch)
-        plan.calls.append(copy)
+    dots = heuristics.copies(problem)
+    if dots is not None:
+        copies, rest = copied(rest[0], dots, plan.scratch)
+        plan.calls.extend(copies)
     for part in rest:
         made = triton_tiles if part.features.quantised else tiles
         plan.calls.append(made(part, plan.scratch, heuristics))
@@ -119,37 +123,58 @@ def triton_tiles(work: Work, _scratch: Scratch, heuristics: Heuristics) -> Kerne
     return KernelCall(tile_kernel, grid, args, options, work.sources, shared_views(work, F))
 
 
-def dequantise(work: Work, scratch: Scratch) -> tuple[KernelCall, list[Work]]:
-    """The launch that copies visible pages into 16-bit scratch, and what tiles then see: the scratch as a cache.
+def copied(work: Work, dots: str, scratch: Scratch) -> tuple[list[KernelCall], list[Work]]:
+    """The launch that copies visible pages into scratch, and what tiles then see: the scratch as a 16-bit cache.
 
-    It has the stored values where their scales can be applied to scores or results later. Where more sequences may need
-    it than have room there, a second work is for the others, over the cache itself.
+    It has the stored values where their scales can be applied to scores or results later. For products in the
+    8-bit type ``dots`` K stays as it is, and one more launch prepares the queries. Where more sequences may need the
+    scratch than have room there, a second work is for the others, over the cache itself.
     """
     problem = work.problem
     keys = cast(PagedKeys, problem.keys)
     cache = keys.cache
     pages, rows, width = scratch_pages(problem, keys), scratch_rows(problem, keys), table_pages(problem, keys)
     shape = (rows * pages, cache.num_kv_heads, cache.page_size)
-    scratch.add("new_k", problem.q.dtype, *shape, cache.head_dim)
-    scratch.add("new_v", problem.q.dtype, *shape, cache.v_head_dim)
+    dtype = problem.out.dtype
+    scratch.add("new_k", cache.k.dtype if dots else dtype, *shape, cache.head_dim)
+    scratch.add("new_v", dtype, *shape, cache.v_head_dim)
     scratch.add("new_table", torch.int32, problem.num_seqs, width)
     made = scratch.tensors("meta")
-    copied = PagedKeys(PagedKV(made["new_k"], made["new_v"]), PageTable(made["new_table"]), keys.seq_lens)
-    folds = (work.features.copied_k_fold, work.features.copied_v_fold)
+    copy = PagedKeys(PagedKV(made["new_k"].to(dtype), made["new_v"]), PageTable(made["new_table"]), keys.seq_lens)
+    F = replace(work.features, pairs=False, dots=dots)
+    folds = F.copied_k_fold, F.copied_v_fold
     names = {"k": "new_k", "v": "new_v", "table": "new_table", "table_index": ""}
     names |= {f"{name}_scale": "" for name, fold in zip("kv", folds, strict=True) if fold == "none"}
-    parts = [replace(work, problem=replace(problem, keys=copied), sources=names, folds=folds)]
+    calls = [copying(work, F, pages, rows, width)]
+    if dots:
+        calls.append(quantising(work, F, scratch))
+        names |= {"q": "new_q", "q_scale": "new_q_scale"}
+    parts = [replace(work, problem=replace(problem, keys=copy), sources=names, copied=Copied(*folds, dots))]
     if rows < most_unclaimed(problem):
         scratch.add("copied", torch.int32, 3)
         scratch.add("others", torch.int32, 3)
         parts = [replace(parts[0], sources=names | {"claimed": "copied"}), replace(work, sources={"claimed": "others"})]
-    return copying(work, pages, rows, width), parts
+    return calls, parts
 
 
-def copying(work: Work, pages: int, rows: int, width: int) -> KernelCall:
+def copying(work: Work, F: Features, pages: int, rows: int, width: int) -> KernelCall:
     """The launch that fills ``rows`` rows of ``pages`` pages, and a table of ``width`` entries for each sequence."""
-    problem, F = work.problem, replace(work.features, pairs=False)
+    problem = work.problem
     steps = problem.q.shape[0] if problem.cu_seqlens_q is not None else problem.steps
     args = shared_args(work, F) | {"pages": pages, "width": width, "steps": steps, "BLOCK_T": DEQUANTISE_TOKENS}
     grid = rows * pages * F.kv_heads
-    return KernelCall(dequantise_kernel, grid, args, {"num_warps": 4}, views=shared_views(work, F))
+    stored = cast(PagedKeys, problem.keys).cache.k.dtype
+    views = shared_views(work, F) | ({"new_k": kernel_dtype(stored)} if F.dots else {})
+    return KernelCall(dequantise_kernel, grid, args, {"num_warps": 4}, views=views)
+
+
+def quantising(work: Work, F: Features, scratch: Scratch) -> KernelCall:
+    """The launch that makes all query rows ones of an 8-bit type."""
+    problem = work.problem
+    shape, dtype = problem.q.shape[:-1], torch.int8 if F.compute_int8 else problem.q.dtype
+    scratch.add("new_q", dtype, *problem.q.shape)
+    scratch.add("new_q_scale", torch.float32, *shape)
+    steps, rows = (problem.steps if problem.q.dim() == 4 else shape[0]), shape[:-1].numel()
+    args = shared_args(work, F) | {"steps": steps, "num_rows": rows, "ROWS": QUANTISE_ROWS}
+    views = {name: kernel_dtype(x) for name, x in (("q", problem.q.dtype), ("new_q", dtype))}
+    return KernelCall(quantise_kernel, ceil_div(rows, QUANTISE_ROWS) * shape[-1], args, {"num_warps": 4}, views=views)

@@ -11,23 +11,32 @@ from swath.target import Target
 
 
 @dataclass(frozen=True)
+class Copied:
+    """Features of tiles over a copy of 8-bit keys: granularities of the scales that it lacks, and 8-bit products."""
+
+    k_fold: str
+    v_fold: str
+    dots: str
+
+
+@dataclass(frozen=True)
 class Work:
     """A call as a launch sees it, with a positive scale, on a target.
 
     claimed: sequences of up to this many query tokens are another launch's.
     sources: operands that parameters of the kernel take by other names, such as keys that were copied first, and a
         ``claimed`` that the device finds out.
-    folds: where the keys are a copy of 8-bit ones, granularities of the scales of K and V that it lacks.
+    copied: where the keys are a copy of 8-bit ones, what is different from keys stored so.
     """
 
     problem: Problem
     target: Target
     claimed: int = 0
     sources: dict[str, str] = field(default_factory=dict)
-    folds: tuple[str, str] | None = None
+    copied: Copied | None = None
 
     @cached_property
     def features(self) -> Features:
         """What its kernel is compiled for."""
         features = features_of(self.problem, self.target)
-        return features if self.folds is None else replace(features, k_fold=self.folds[0], v_fold=self.folds[1])
+        return features if self.copied is None else replace(features, **vars(self.copied))

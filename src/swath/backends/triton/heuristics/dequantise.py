@@ -12,6 +12,8 @@ from swath.problem import Problem
 
 SCRATCH_BYTES = 512 << 20
 """Most that a call may take to hold dequantised pages."""
+COPY_BYTES = 2
+"""Of an element of the copy, at most: K may stay in 8 bits."""
 DEQUANTISE_ROWS = 512
 """Query rows (tokens x group) from which copying a page once costs less than decoding it in every tile that reads it.
 Measured on an H200: 2,048 tokens over 16,384 int8 keys took 8.5 ms (channel) and 13 ms (token) decoding in the tiles,
@@ -20,10 +22,19 @@ where 16-bit tiles took 6.1."""
 
 def dequantises(problem: Problem) -> bool:
     """Whether a prefill over an 8-bit cache copies visible pages into 16-bit scratch first."""
+    wide = problem.q.dtype in (torch.bfloat16, torch.float16)
+    return wide and problem.compute == "float" and copy_pays(problem)
+
+
+def copies(problem: Problem) -> str | None:
+    """What K is copied as for Triton's tiles: 16 bits (""), or nothing."""
+    return "" if dequantises(problem) else None
+
+
+def copy_pays(problem: Problem) -> bool:
+    """Whether a call is a prefill over an 8-bit cache that is long enough for a copy of visible pages to pay."""
     keys = problem.keys
-    if not isinstance(keys, PagedKeys) or keys.cache.k.dtype not in STORED or problem.compute != "float":
-        return False
-    if problem.q.dtype not in (torch.bfloat16, torch.float16) or problem.split_size is not None:
+    if not isinstance(keys, PagedKeys) or keys.cache.k.dtype not in STORED or problem.split_size is not None:
         return False  # with split_size no bit may depend on how large the batch is
     return problem.max_q_len * problem.group >= DEQUANTISE_ROWS and scratch_rows(problem, keys) > 0
 
@@ -54,6 +65,6 @@ def scratch_rows(problem: Problem, keys: PagedKeys) -> int:
     """
     pages = scratch_pages(problem, keys)
     elements = keys.num_kv_heads * (problem.head_dim + problem.v_head_dim)
-    row = pages * keys.cache.page_size * elements * problem.q.element_size()
+    row = pages * keys.cache.page_size * elements * COPY_BYTES
     table = problem.num_seqs * table_pages(problem, keys) * torch.int32.itemsize
     return min(most_unclaimed(problem), max(SCRATCH_BYTES - table, 0) // row) if row else 0

@@ -1,7 +1,8 @@
 """Copy the 8-bit pages that a long prefill sees into 16-bit scratch pages, so that its tiles run the 16-bit kernel.
 
 Every 8-bit value is one of float16 and of bfloat16. So nothing is rounded where a scale can be applied later: to scores
-(K's tensor and head scales) or to results (V's, and its channel scales). Other scales are multiplied into the copy.
+(K's tensor and head scales) or to results (V's, and its channel scales). Other scales are multiplied into the copy. For
+8-bit products K is copied as it is, and ``quantise.py`` has its scales.
 
 The scratch is a paged cache of its own for the sequences that splits do not claim. The j-th page in sight of the r-th
 of them goes to scratch page ``r * pages + j``, and the entry of a new page table names it, or is -1 for a dead page.
@@ -27,7 +28,6 @@ def copy_page(source, target, scale, scale_at, scale_token, kv_head, token_strid
     BLOCK_D: tl.constexpr = F.block_dv if OF_V else F.block_d
     DIM: tl.constexpr = F.v_head_dim if OF_V else F.head_dim
     fold: tl.constexpr = F.v_fold if OF_V else F.k_fold
-    left: tl.constexpr = F.copied_v_fold if OF_V else F.copied_k_fold
     column = tl.arange(0, BLOCK_D)
     live = column < DIM
     for first in range(0, F.page_size, BLOCK_T):
@@ -37,14 +37,15 @@ def copy_page(source, target, scale, scale_at, scale_token, kv_head, token_strid
         if OF_V:
             row = v_offset(row, 0, 0, token, F)
         x = tl.load(source + row[:, None] + column[None, :], mask=mask, other=0)
-        x = decode(x, F).to(tl.float32)
-        if fold == "token":
-            at = scale + scale_at + token * scale_token
-            x *= tl.load(at, mask=token < F.page_size, other=0.0).to(tl.float32)[:, None]
-        elif fold != left:
-            x *= channel_scale(scale, kv_head, column, DIM, live)[None, :]
-        elif not OF_V:
-            x *= sign_of(head_scale(scale, kv_head, OF_V, F))  # a factor of scores is above 0
+        if OF_V or F.dots == "":
+            x = decode(x, F).to(tl.float32)
+            if fold == "token":
+                at = scale + scale_at + token * scale_token
+                x *= tl.load(at, mask=token < F.page_size, other=0.0).to(tl.float32)[:, None]
+            elif fold == "channel" and not OF_V:
+                x *= channel_scale(scale, kv_head, column, DIM, live)[None, :]
+            elif not OF_V:
+                x *= sign_of(head_scale(scale, kv_head, False, F))  # a factor of scores is above 0
         to = target + token[:, None] * DIM + column[None, :]
         tl.store(to, x.to(target.dtype.element_ty), mask=mask)
 

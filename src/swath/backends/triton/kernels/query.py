@@ -135,6 +135,15 @@ def q_head_of(kv_head, member, F: tl.constexpr):
 
 
 @triton.jit
+def kv_head_of(q_head, F: tl.constexpr):
+    """The kv head of a query head."""
+    if F.interleaved:
+        return q_head % F.kv_heads
+    else:
+        return q_head // F.group
+
+
+@triton.jit
 def row_offsets(b, q_index, q_row, q_head, seq_stride, token_stride, head_stride, cu_q):
     """Element offsets (int64) of rows in q or out: [B, S, Hq, D], or [T, Hq, D] where there is a ``cu_q``.
 
@@ -187,7 +196,8 @@ def load_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach,
     multiply-add that scales others may be off by a rounding of the maximum.
     """
     if F.unit_q:
-        return load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach, F)
+        even, odd, factor = load_unit_rows(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, F)
+        return Query(even, odd, factor, reach)
     elif F.fp32:
         x = load_columns(q, offset, valid, tl.arange(0, F.block_d), k_scale, kv_head, F)
         x *= scale_log2 * head_scale(k_scale, kv_head, False, F)
@@ -201,8 +211,9 @@ def load_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach,
 
 
 @triton.jit
-def load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, reach, F: tl.constexpr):
-    """``load_query`` over an 8-bit cache: rows are divided by their largest magnitude, which joins their factors.
+def load_unit_rows(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, F: tl.constexpr):
+    """Query rows for an 8-bit cache, their even and odd columns or all twice, divided by their largest magnitude, and
+    score factors that it joins.
 
     Rows with a NaN or an infinity, or under such a scale, have only scores of NaN.
     """
@@ -221,7 +232,7 @@ def load_unit_query(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, r
     divisor = tl.where(factor == 0, float("inf"), tl.where(factor < 0, -largest, largest))
     divisor = tl.where(factor == factor, divisor, float("nan"))
     factor = tl.where(factor == factor, tl.maximum(tl.abs(factor), SMALLEST_FACTOR), float("inf"))
-    return Query(unit_rows(x_even, divisor, F), unit_rows(x_odd, divisor, F), factor, reach)
+    return unit_rows(x_even, divisor, F), unit_rows(x_odd, divisor, F), factor
 
 
 @triton.jit
