@@ -20,10 +20,13 @@ from conftest import python_environment
 from swath.backends.hopper import attention as hopper
 from swath.target import SHARED_BYTES
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 MAX_SPILL_BYTES = 512
 """Spilled bytes that a thread may have; more would cost time that no other test shows."""
+
+UNMEASURED_SPILL_BYTES = 1024
+"""The same where launch rows were never measured, neither on that GPU nor with that release of Triton."""
 
 
 SHARES = [(arch, part) for arch in TARGETS for part in range(4 if arch == PAIRED_TARGET else 1)]
@@ -50,7 +53,8 @@ def test_kernels_compile(arch: str, part: int, all_variants: bool) -> None:
     assert {r["kernel"] for r in results} >= wanted
     over = [r for r in results if r["shared"] > SHARED_BYTES[arch]]
     assert not over, over
-    spilled = [r for r in results if r["spills"] > MAX_SPILL_BYTES]
+    measured = arch == PAIRED_TARGET or triton.__version__.startswith("3.6.")
+    spilled = [r for r in results if r["spills"] > (MAX_SPILL_BYTES if measured else UNMEASURED_SPILL_BYTES)]
     assert not spilled, spilled
     flawed = [r for r in results if r["flaws"]]
     assert not flawed, flawed
