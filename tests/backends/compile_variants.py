@@ -55,10 +55,7 @@ BOUNDS = [
 """Bounds of rows beside leading tokens, and ones that are promised to show few keys."""
 EIGHT_BITS = [
     ("long ragged", "int8 compute", "128", "none", "sink+lse", "flat 16"),
-    ("long ragged", "int8 compute", "256", "none", "softcap", "16"),
-    ("long ragged", "queries head", "128", "none", "plain", "flat 16"),
-    ("long ragged", "queries tensor", "128", "size", "sink+lse", "16"),
-    ("long ragged", "queries none", "64", "size+count", "softcap", "16"),
+    ("long ragged", "queries tensor", "64", "size+count", "softcap", "16"),
     ("long ragged", "queries head", "256", "none", "plain", "16"),
 ]
 """Long prefills in int8, and of fp8 queries, whose scores the paired target multiplies in 8 bits."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from ptx_program import Instruction
 
 if TYPE_CHECKING:
@@ -32,8 +33,16 @@ def as_type(x: np.ndarray, kind: str) -> np.ndarray:
     return x.view(SIGNED[bits]) if kind[0] == "s" else x
 
 
+E4M3 = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).double().numpy()
+"""The values of its bytes."""
+
+
 def as_floats(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """16-bit numbers as float64."""
+    """Numbers of 16 or 8 bits as float64."""
+    if dtype == "s8":
+        return raw.view(np.int8).astype(np.float64)
+    if dtype == "e4m3":
+        return E4M3[raw]
     if dtype == "bf16":
         return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
     return raw.view(np.float16).astype(np.float64)

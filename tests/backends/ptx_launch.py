@@ -18,6 +18,7 @@ from ptx_machine import Machine
 from ptx_program import parse
 
 from conftest import plan_for
+from swath import KVQuant
 from swath.backends.triton.arguments import operands_of
 from swath.ops import explain
 from swath.target import Target
@@ -26,6 +27,7 @@ from swath.testing import Case, make
 PROGRAMS = 2
 """That take the work tiles of a case in turn."""
 
+E4M3 = torch.float8_e4m3fn
 SMALL: dict[str, Any] = dict(num_kv_heads=1, group=1, head_dim=128, spiked=True)
 CASES = {
     "window": Case((150, 90), (40, 70), dense=True, size=30, **SMALL),
@@ -33,6 +35,20 @@ CASES = {
     "one pass": Case((200, 60), (40, 60), dense=True, size=100, **SMALL | {"head_dim": 64, "group": 8}, sink="q"),
     "bounds apart, leading keys": Case((150, 90), (40, 70), ranges="random", global_tokens=(0, 7), **SMALL),
     "bounds, chunks and pages of 8": Case((150, 90), (90, 20), ranges="chunked", page_size=8, **SMALL | {"group": 2}),
+    "192/128": Case((150, 90), (40, 70), dense=True, size=30, **SMALL | {"head_dim": 192}, v_head_dim=128),
+    "fp8 queries": Case(
+        (150, 90),
+        (40, 34),
+        **SMALL | {"group": 8},
+        dtype=E4M3,
+        quant=KVQuant(E4M3, "head", "channel"),
+        q_scale="token",
+        global_tokens=(0, 7),
+        size=60,
+    ),
+    "int8 products": Case(
+        (1300,), (64,), q_start=(300,), **SMALL | {"group": 8}, quant=KVQuant(torch.int8, "channel"), compute="int8"
+    ),
     "hostile bounds": Case((90,), (70,), ranges="hostile", softcap=5.0, tail=9, **SMALL | {"head_dim": 64}),
 }
 
@@ -78,11 +94,35 @@ def share_of_budget(case: Case) -> float:
     plan = plan_for("hopper", problem, Target("sm_90", num_sms=132))
     operands = operands_of(problem) | plan.scratch.tensors("cpu")
     problem.out.fill_(torch.nan)
+    if case.quant is not None:
+        copy(problem, operands)
     if operands.get("counter") is not None:
         operands["counter"].zero_()
     (call,) = (call for call in plan.calls if call.kernel.fn.__name__ == "hopper_tile_kernel")
     launch(call, operands, PROGRAMS)
     return inputs.check(problem.out, problem.lse)
+
+
+def copy(problem: Any, operands: Any) -> None:
+    """What the launches before the tiles of 8-bit products do: K as it is, V's stored values, q with all scales."""
+    cache, table = problem.keys.cache, problem.keys.table.entries
+    each = operands["new_k"].shape[0] // problem.num_seqs
+    operands["new_table"].copy_(torch.arange(each) + each * torch.arange(problem.num_seqs)[:, None])
+    for b in range(problem.num_seqs):
+        pages = table[b, :each].long()
+        live = (pages >= 0) & (pages < cache.num_pages)
+        for name, x in (("new_k", cache.k), ("new_v", cache.v)):
+            rows = operands[name][b * each : (b + 1) * each]
+            rows[live] = x[pages[live]].to(rows.dtype)
+    scale = cache.k_scale.float().repeat_interleave(problem.group, 0)  # [Hq] or [Hq, D]
+    if problem.compute == "int8":
+        x = problem.q.float() * scale
+        step = x.abs().amax(-1, keepdim=True) / 127
+        operands["new_q"].copy_((x / step).round())
+        operands["new_q_scale"].copy_(step[..., 0] * problem.score_unit)
+    else:
+        operands["new_q"].copy_(problem.q)
+        operands["new_q_scale"].copy_(problem.q_scale * scale * problem.score_unit)
 
 
 def main() -> None:

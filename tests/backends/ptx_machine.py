@@ -98,8 +98,9 @@ class Machine:
     def load_box(self, descriptor: int, coordinates: Sequence[int], to: int, mbarrier: int) -> None:
         """Copy a box into shared memory; 0 where it lies outside the tensor."""
         box, inside, there = self._box(descriptor, coordinates)
-        rows = np.zeros(box, np.uint16)
-        rows[inside] = self._values(descriptor)[there]
+        values = self._values(descriptor)
+        rows = np.zeros(box, values.dtype)
+        rows[inside] = values[there]
         raw = rows.reshape(-1, box[-1]).view(np.uint8)
         self.shared[swizzled(to, len(raw))] = raw
         self.mbarriers[mbarrier].count(nbytes=raw.size)
@@ -108,10 +109,12 @@ class Machine:
         """Copy what lies inside the tensor of a box in shared memory."""
         box, inside, there = self._box(descriptor, coordinates)
         rows = np.ascontiguousarray(self.shared[swizzled(at, int(np.prod(box[:-1])))])
-        self._values(descriptor)[there] = rows.view(np.uint16).reshape(box)[inside]
+        values = self._values(descriptor)
+        values[there] = rows.view(values.dtype).reshape(box)[inside]
 
     def _values(self, descriptor: int) -> np.ndarray:
-        return self.descriptors[descriptor - DESCRIPTORS].base.view(torch.int16).numpy().view(np.uint16)
+        x = self.descriptors[descriptor - DESCRIPTORS].base
+        return x.view(torch.uint8).numpy() if x.itemsize == 1 else x.view(torch.int16).numpy().view(np.uint16)
 
     def _box(self, descriptor: int, coordinates: Sequence[int]) -> tuple[Any, tuple[slice, ...], tuple[slice, ...]]:
         """The shape of a box, and which part of it lies in the tensor, and where; the last coordinate comes first."""

@@ -263,12 +263,13 @@ class Warp:
             self.write(register, rows.view(np.uint32).reshape(LANES), lanes)
 
     def _wgmma(self, step: Instruction, lanes: np.ndarray) -> None:
-        """The warp's 16 of the 64 rows of d = a @ b (+ d), of 16-bit a and b."""
+        """The warp's 16 of the 64 rows of d = a @ b (+ d), of 16-bit a and b, or 8-bit ones in shared memory."""
         d, a, b, adds = step.operands[:4]
-        shape = re.search(r"m64n(\d+)k16", step.name)
+        shape = re.search(r"m64n(\d+)k(?:16|32)", step.name)
         if shape is None:
             raise NotImplementedError(step.name)
-        dtype, by_column = step.parts[-1], step.operands[-1] == "1"
+        dtype, sums = step.parts[-1], step.parts[-3]
+        by_column = dtype in ("bf16", "f16") and step.operands[-1] == "1"
         if a.startswith("{"):
             left = arithmetic.left_fragment([self.read(x, "u32") for x in re.findall(r"[%\w.]+", a)], dtype)
         else:
@@ -280,16 +281,21 @@ class Warp:
         for i, register in enumerate(re.findall(r"[%\w.]+", d)):
             value = product[arithmetic.fragment_rows(i), arithmetic.fragment_columns(i)]
             if before:
-                value = value + self.read(register, "f32").astype(np.float64)
-            self.write(register, value.astype(np.float32), lanes)
+                value = value + self.read(register, sums).astype(np.float64)
+            self.write(register, value.astype(np.int32 if sums == "s32" else np.float32), lanes)
 
     def _matrix(self, descriptor: int, rows: np.ndarray, dtype: str, by_column: bool) -> np.ndarray:
-        """Rows [n, 16] of a matrix in shared memory whose rows, or ``by_column`` columns, are swizzled in 128 bytes."""
+        """Rows [n, 32 bytes] of a matrix in shared memory whose rows, or ``by_column`` columns, are swizzled in 128
+        bytes."""
         from ptx_machine import swizzle
 
         start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
         if descriptor >> 62 != 1:
             raise NotImplementedError("another swizzle than that of 128 bytes")
+        if dtype in ("s8", "e4m3"):
+            row, k = np.meshgrid(rows, np.arange(32), indexing="ij")
+            at = swizzle(start + row // 8 * stride + row % 8 * 128 + k)
+            return arithmetic.as_floats(self.machine.shared[at], dtype)
         row, k = np.meshgrid(rows, np.arange(16), indexing="ij")
         if by_column:
             at = start + row // 64 * leading + row % 64 * 2 + k // 8 * stride + k % 8 * 128
