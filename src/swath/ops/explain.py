@@ -24,7 +24,7 @@ OPERATORS: dict[str, Operator[Any]] = {x.name: x for x in (ATTENTION, PAGED_ATTE
 OPS = tuple(OPERATORS)
 """Names of the public functions that have backends."""
 MOST_THREADS = 16
-"""More of them wait for Python's lock, which the compiler's front end holds: a third of the time of a kernel."""
+"""More of them wait for Python's lock, which the compiler's front end holds for nearly half of the time of a kernel."""
 
 
 def explain(op: str | Callable[..., Any], *args: Any, impl: str = "auto", **kwargs: Any) -> Explanation:
