@@ -14,7 +14,7 @@ from compile_variants import OPTIONS, TARGETS, problem_of
 
 from swath import Window
 from swath.backends.hopper.attention import why_not_tiles
-from swath.backends.hopper.heuristics import MOST_TOKENS, decodes_in_tiles, draws_tiles, hopper_launch
+from swath.backends.hopper.heuristics import MOST_TOKENS, copies, decodes_in_tiles, draws_tiles, hopper_launch
 from swath.backends.triton.features import features_of
 from swath.backends.triton.heuristics import TRITON, amd, nvidia
 from swath.backends.triton.heuristics.dequantise import (
@@ -127,6 +127,27 @@ def test_heads_are_packed_for_short_windows(group: int, short: bool, packed: int
 )
 def test_long_prefills_over_8_bit_caches_dequantise_once(row: dict[str, str], expected: bool) -> None:
     assert dequantises(problem(**row)) is expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"storage": "int8 channel"}, ""),
+        ({"storage": "int8 compute"}, "int8"),
+        ({"storage": "int8 compute", "head_dim": "256"}, "int8"),
+        ({"storage": "int8 compute", "head_dim": "64"}, ""),  # slower than in 16 bits
+        ({"storage": "int8 compute", "window": "size"}, ""),
+        ({"storage": "queries head"}, "e4m3"),
+        ({"storage": "queries none", "head_dim": "64", "window": "size"}, "e4m3"),
+        ({"storage": "queries channel"}, None),  # those scales would go into q, and round it
+        ({"storage": "queries token"}, None),
+        ({"storage": "queries head", "paging": "split 256"}, None),
+        ({"storage": "queries head", "queries": "steps"}, None),
+        ({"storage": "bf16"}, None),
+    ],
+)
+def test_hopper_keeps_keys_in_8_bits_where_that_pays(row: dict[str, str], expected: str | None) -> None:
+    assert copies(problem(**{"queries": "ragged"} | row)) == expected
 
 
 def long_batch(seqs: int, tokens: int, pages: int) -> Problem:
