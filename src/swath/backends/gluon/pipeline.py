@@ -269,6 +269,7 @@ def query_state(pipe, count, WG: gl.constexpr, C: gl.constexpr):
 @gluon.jit
 def query_box(index, WG: gl.constexpr, block: gl.constexpr, pipe, desc, C: gl.constexpr):
     """The TMA box with a block of columns of an MMA warpgroup's rows, or results, in a stage of the q pipeline."""
-    BOXES: gl.constexpr = query_boxes(C)
-    box = pipe.stages.index((index * C.consumers + WG) * BOXES + block)
+    boxes = as_tiles(pipe, CONSUMER_ROWS, desc.block_type.shape[3], desc.dtype).stages
+    EACH: gl.constexpr = boxes.shape[0] // (C.q_stages * C.consumers)
+    box = boxes.index((index * C.consumers + WG) * EACH + block)
     return reinterpret(box, desc.dtype, desc.block_type.shape, desc.layout)
