@@ -49,7 +49,7 @@ CASES = {
     "int8 products": Case(
         (1300,), (64,), q_start=(300,), **SMALL | {"group": 8}, quant=KVQuant(torch.int8, "channel"), compute="int8"
     ),
-    "hostile bounds": Case((90,), (70,), ranges="hostile", softcap=5.0, tail=9, **SMALL | {"head_dim": 64}),
+    "hostile bounds": Case((90,), (70,), ranges="hostile", softcap=5.0, tail=300, **SMALL | {"head_dim": 64}),
 }
 
 

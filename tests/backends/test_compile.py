@@ -22,8 +22,9 @@ from swath.target import SHARED_BYTES
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-MAX_SPILL_BYTES = 512
-"""Spilled bytes that a thread may have; more would cost time that no other test shows."""
+MAX_SPILL_BYTES = {"other": 512, "hopper_tile_kernel": 768}
+"""Spilled bytes that a thread may have; more would cost time that no other test shows. Of Hopper's tiles ptxas adds up
+those of four kinds of warps, of which a thread runs one."""
 
 UNMEASURED_SPILL_BYTES = 1024
 """The same where launch rows were never measured, neither on that GPU nor with that release of Triton."""
@@ -54,7 +55,8 @@ def test_kernels_compile(arch: str, part: int, all_variants: bool) -> None:
     over = [r for r in results if r["shared"] > SHARED_BYTES[arch]]
     assert not over, over
     measured = arch == PAIRED_TARGET or triton.__version__.startswith("3.6.")
-    spilled = [r for r in results if r["spills"] > (MAX_SPILL_BYTES if measured else UNMEASURED_SPILL_BYTES)]
+    most = MAX_SPILL_BYTES if measured else dict.fromkeys(MAX_SPILL_BYTES, UNMEASURED_SPILL_BYTES)
+    spilled = [r for r in results if r["spills"] > most.get(r["kernel"], most["other"])]
     assert not spilled, spilled
     flawed = [r for r in results if r["flaws"]]
     assert not flawed, flawed

@@ -174,6 +174,8 @@ BOUNDS = {
     "int8 pages": replace(PAGED, quant=KVQuant(torch.int8, "channel")),
     "padding rows, wide integers": replace(PAGED, q_lens=(700, 0, 130, 1), tail=150, index_dtype=torch.int64),
     "192/128": replace(LONG, head_dim=192, v_head_dim=128),
+    "int8 products of 256": replace(INT8, head_dim=256, global_tokens=5),
+    "fp8 queries": FP8,
 }
 
 

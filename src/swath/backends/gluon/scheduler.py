@@ -127,12 +127,9 @@ def work_tile_of(t, batch, C: gl.constexpr):
 @gluon.jit
 def with_sight(work, batch, C: gl.constexpr):
     """The work tile, which has rows, with what their bounds show together."""
-    if C.F.bounds:
-        p, last, view = rows_in_tile(work, batch, C)
-        sight = sight_of(p, last, work.kv_len, work.lead, view, C.F)
-        return WorkTile(sight, *[work[i] for i in (1, 2, 3, 4, 5, 6, 7, 8, 9)])
-    else:
-        return work
+    p, last, view = rows_in_tile(work, batch, C)
+    sight = sight_of(p, last, work.kv_len, work.lead, view, C.F)
+    return WorkTile(sight, *[work[i] for i in (1, 2, 3, 4, 5, 6, 7, 8, 9)])
 
 
 @gluon.jit

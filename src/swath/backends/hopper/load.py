@@ -54,16 +54,24 @@ def load_qk_warp(descriptors, counter, pipes, batch, C: gl.constexpr):
 
     Tile numbers come from ``counter``, which all programs share. Without one, programs take them in turn.
     """
+    if C.F.bounds:
+        load_qk_of_bounds(descriptors, counter, pipes, batch, C)
+    else:
+        load_qk(descriptors, counter, pipes, batch, C)
+
+
+@gluon.jit
+def load_qk(descriptors, counter, pipes, batch, C: gl.constexpr):
+    """Find a work tile, load its q and K, and so on."""
     work_count = 0
     kv_count = 0
     cuts = 0  # and stays 0: nothing of K is set to zero
     t = gl.program_id(0)
     while t < batch.num_tiles:
-        found = work_tile_of(t, batch, C)
+        work = work_tile_of(t, batch, C)
         if counter is not None:
             fetched = fetch_add(counter)
-        if found.q_len > 0:
-            work = with_sight(found, batch, C)
+        if work.q_len > 0:
             publish_work(work_count, pipes.work, work)
             key_tiles = key_tiles_of(work, batch, C)
             load_q(work_count, work, descriptors.q, pipes.q, C)
@@ -75,6 +83,43 @@ def load_qk_warp(descriptors, counter, pipes, batch, C: gl.constexpr):
         else:
             t = gl.max(fetched, 0) + gl.num_programs(0)
     publish_work(work_count, pipes.work, no_work(C))
+
+
+@gluon.jit
+def load_qk_of_bounds(descriptors, counter, pipes, batch, C: gl.constexpr):
+    """The same where bounds of rows must be read to know the keys of a work tile.
+
+    That takes as long as a key tile. So the next work tile is published before the last key tile of this one is loaded,
+    for which there is no room yet, and then read as the other warps read it.
+    """
+    work_count = 0
+    kv_count = 0
+    cuts = 0
+    publish_next(work_count, gl.program_id(0), counter, pipes, batch, C)
+    work = get_work(work_count, pipes.work, 1, C)
+    while has_work(work, C):
+        ahead = (work_count + 1, fetch_add(counter), counter)
+        key_tiles = key_tiles_of(work, batch, C)
+        load_q(work_count, work, descriptors.q, pipes.q, C)
+        cuts = load_keys(kv_count, cuts, key_tiles, descriptors, None, pipes, batch, C, ahead=ahead)
+        work_count += 1
+        kv_count += key_tiles.walk.total
+        work = get_work(work_count, pipes.work, 1, C)
+
+
+@gluon.jit
+def publish_next(count, t, counter, pipes, batch, C: gl.constexpr):
+    """Publish the work tile ``t``, or if it has no rows the next one that this program gets, as the ``count``-th."""
+    searching = 1
+    while (t < batch.num_tiles) & (searching == 1):
+        work = work_tile_of(t, batch, C)
+        if work.q_len > 0:
+            publish_work(count, pipes.work, with_sight(work, batch, C))
+            searching = 0
+        else:
+            t = gl.max(fetch_add(counter), 0) + gl.num_programs(0)
+    if searching == 1:
+        publish_work(count, pipes.work, no_work(C))
 
 
 @gluon.jit
@@ -108,12 +153,14 @@ class TileLoad(NamedTuple):
 
 @gluon.jit
 def load_keys(
-    kv_count, cuts, key_tiles, descriptors, cut_loaded, pipes, batch, C: gl.constexpr, APART: gl.constexpr = False
+    kv_count, cuts, key_tiles, descriptors, cut_loaded, pipes, batch, C: gl.constexpr, APART: gl.constexpr = False,
+    ahead=None,
 ):  # fmt: skip
     """Load K, or with the mbarrier ``cut_loaded`` V, of all key tiles of a work tile.
 
-    ``kv_count`` key tiles were loaded before. Returns ``cuts`` plus the stages of V in which an edge cuts a box.
-    ``APART``: its rows, which have bounds, may leave out keys between theirs, so that any box may be cut.
+    ``kv_count`` key tiles were loaded before this work tile. Returns ``cuts`` plus the stages of V in which an edge
+    cuts a box. ``APART``: its rows, which have bounds, may leave out keys between theirs, so that any box may be cut.
+    ``ahead``: what ``publish_next`` is called with before the last key tile, if it is.
     """
     desc, pipe, narrow_desc, narrow_pipe = descriptors.k, pipes.k, descriptors.narrow_k, pipes.narrow_k
     if cut_loaded is not None:
@@ -127,6 +174,10 @@ def load_keys(
         start, _ = key_tile(0, key_tiles, C)
         page = box_pages(start, key_tiles, C.block_n, 1, batch, C)
         for j in range(key_tiles.walk.total):
+            if ahead is not None:
+                if j == key_tiles.walk.total - 1:
+                    count, fetched, counter = ahead
+                    publish_next(count, gl.max(fetched, 0) + gl.num_programs(0), counter, pipes, batch, C)
             next_start, _ = key_tile(gl.minimum(j + 1, key_tiles.walk.total - 1), key_tiles, C)
             next_page = box_pages(next_start, key_tiles, C.block_n, 1, batch, C)
             loads = (TileLoad(start, page, desc, pipe),)

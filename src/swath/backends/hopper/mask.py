@@ -102,10 +102,11 @@ def hide_outside_window_and_lead(s, start, new_from, rows, C: gl.constexpr):
 
     A causal row sees key x if (low <= x or x < lead) and x < end, any other row if low <= x < end or x < lead.
     """
-    low, end, own_lead = rows.reach  # as one number for all rows ``lead`` takes fewer registers
+    low, end, _ = rows.reach  # of ``lead`` each row has its own; as one number for all rows it takes fewer registers
     lead, right = rows.key_tiles.work.lead, rows.key_tiles.band.right
     if C.F.bounds:  # a row whose window is empty may end before a gap in the list
-        s = keep_seen(s, SEEN, start, (low, end, own_lead, low * 0 + new_from))
+        lead = gl.minimum(end + rows.key_tiles.walk.gap, lead)
+        s = keep_seen(s, SEEN, start, (low, end, lead, low * 0 + new_from))
     elif C.F.causal:  # a gap in the list is no matter: every row's window ends beyond it
         s = keep_seen(s, SEEN_CAUSAL, start, (low, end, low * 0 + lead, low * 0 + new_from))
     else:

@@ -6,6 +6,7 @@ from swath.backends.triton.features import Features
 from swath.backends.triton.heuristics.launch import SplitLaunch, TileLaunch
 
 H200 = "H200, torch 2.11, Triton 3.6, 2026-11-21"
+H200_512 = "H200, torch 2.11, Triton 3.6, 2026-11-30"
 
 
 def split_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
@@ -53,7 +54,9 @@ def tile_row(F: Features, short_window: bool) -> TileLaunch:
     if F.block_d != F.block_dv:
         return TileLaunch(32, 32, 4 if F.head_dim <= 256 else 8, stages)
     if F.head_dim > 256:  # 64 rows spill where anything else takes registers
-        return TileLaunch(32 if F.quantised or F.bounds or F.softcap else 64, 32, 8, stages)
+        if F.quantised or F.bounds or F.softcap:
+            return TileLaunch(32, 32, 8, stages)
+        return TileLaunch(64, 32, 8, stages, H200_512)
     if F.quantised:
         return TileLaunch(64, 32, 8, stages)
     if F.head_dim <= 64:
