@@ -102,6 +102,39 @@ def test_register_is_lazy_and_may_be_called_again(vllm: SimpleNamespace, monkeyp
     assert cpu.get_path() == swath.engines.vllm.BACKEND
 
 
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What swath says in vLLM's log, which hands nothing on to the root logger."""
+    logger = swath.engines.vllm.logger
+    logger.addHandler(caplog.handler)
+    with caplog.at_level("INFO", logger.name):
+        yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_on_a_cpu_the_log_says_that_swath_is_not_asked(
+    vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    """There vLLM goes on with its own backend, whatever --attention-backend names."""
+    for on_cpu, asked, said in ((True, "0", True), (True, "1", False), (False, "0", False)):
+        log.clear()
+        monkeypatch.setattr(type(vllm.current_platform), "is_cpu", lambda self, answer=on_cpu: answer)
+        monkeypatch.setenv(swath.engines.vllm.ON_CPU, asked)
+        swath.engines.vllm.register()
+        assert ("serves no layer" in log.text) == said
+
+
+def test_a_builder_says_which_layers_swath_serves(vllm: SimpleNamespace, log: pytest.LogCaptureFixture) -> None:
+    kinds = [dict(sliding_window=40), {}, dict(sliding_window=40)]
+    layers = {
+        f"layer{i}": SimpleNamespace(impl=vllm.backend.SwathImpl(4, 64, 0.125, 2, **own)) for i, own in enumerate(kinds)
+    }
+    for rswa_window, windows in ((None, "40, None"), (24, "24")):
+        log.clear()
+        vllm.backend.SwathBuilder(None, list(layers), config_of(rswa_window, **layers), torch.device("cpu"))
+        assert f"serves 3 layers from layer0 on: window {windows}; KV cache auto; on cpu" in log.text
+
+
 def test_importing_the_plugin_imports_neither_vllm_nor_torch() -> None:
     """vLLM loads the entry points of every package in every process, also where swath is not asked for."""
     code = "import sys, swath.engines.vllm; assert not {'vllm', 'torch', 'triton'} & set(sys.modules)"

@@ -168,6 +168,13 @@ class AttentionBackendEnum(Enum):
         return OVERRIDES.get(self, self.value)
 
 
+class Platform:
+    def is_cpu(self) -> bool:
+        return True
+
+
+current_platform = Platform()
+
 OVERRIDES: dict[AttentionBackendEnum, str] = {}
 
 
@@ -193,6 +200,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         "AttentionBackend", "AttentionCGSupport", "AttentionImpl", "AttentionMetadataBuilder", "AttentionType",
         "CommonAttentionMetadata", "MultipleOf",
     ),
+    "vllm.platforms": ("current_platform",),
     "vllm.v1.attention.backends.registry": ("AttentionBackendEnum", "register_backend"),
     "vllm.v1.kv_cache_interface": ("FullAttentionSpec", "KVCacheLayout", "KVQuantMode"),
     "vllm.config.cache": ("KV_CACHE_DTYPES", "register_kv_cache_dtype"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,13 +11,12 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 
+import swath
 from swath.engines.common import Step
+from swath.engines.vllm import logger
 from swath.engines.warmup import Traffic, warm
 from swath.errors import bad_value
 from swath.pages import page_count
-
-logger = logging.getLogger("vllm.swath")
-"""Below vLLM's own, whose handlers and level it takes."""
 
 
 class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
@@ -47,10 +45,22 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         self.layers = [context[name] for name in layer_names]
         for layer in self.layers:
             layer.impl.check_scales(layer)
+        if self.layers:
+            logger.info(self.said())
         if device.type == "cuda":
             begin = time.perf_counter()
             calls = self.warm()
             logger.info("swath compiled %d calls for %s in %.1f s", calls, layer_names[0], time.perf_counter() - begin)
+
+    def said(self) -> str:
+        """For the log: which layers swath serves, and how."""
+        impls = [layer.impl for layer in self.layers]
+        windows = dict.fromkeys(str(self.rswa_window or impl.sliding_window) for impl in impls)
+        kinds = dict.fromkeys(impl.kv_cache_dtype for impl in impls)
+        return (
+            f"swath {swath.__version__} serves {len(impls)} layers from {self.layer_names[0]} on: "
+            f"window {', '.join(windows)}; KV cache {', '.join(kinds)}; on {self.device.type}"
+        )
 
     def warm(self) -> int:
         """Compile the kernels of the layers, over a small cache laid out as theirs will be."""
