@@ -333,6 +333,27 @@ def test_refusals_name_the_argument(some: Any) -> None:
             call()
 
 
+UNKNOWN = {
+    "page_table": (flash_attn_with_kvcache, "block_table"),
+    "cu_seqlens_q": (flash_attn_with_kvcache, "flash_attn_varlen_func"),
+    "k_descale": (flash_attn_with_kvcache, "k_scale of a PagedKV"),
+    "return_attn_probs": (flash_attn_with_kvcache, "return_softmax_lse"),
+    "seqused_k": (flash_attn_varlen_func, "cu_seqlens_k"),
+    "return_softmax_lse": (flash_attn_func, "return_attn_probs"),
+    "sinks": (flash_attn_func, "s_aux"),
+    "pack_gqa": (flash_attn_func, "one of q, k, v, "),
+}
+"""Keywords of other releases, and what the error says to give."""
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_keywords_of_other_releases(name: str, some: Any) -> None:
+    function, wanted = UNKNOWN[name]
+    q = some(1, 2, 2, 32)
+    with pytest.raises(TypeError, match=rf"^{name}: wanted {wanted}.*, got {name}=$"):
+        function(q, q, q, **{name: None})
+
+
 def test_gradients_are_refused(some: Any) -> None:
     q = some(1, 2, 2, 32).requires_grad_()
     with pytest.raises(ValueError, match=r"^q: wanted a tensor without grad"):
