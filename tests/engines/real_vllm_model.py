@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -128,7 +129,8 @@ def client(language_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         "--dtype", "float32", "--max-model-len", "2048", "--block-size", "32", "--enforce-eager",
         "--hf-overrides", json.dumps(windowed),
     ]  # fmt: skip
-    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as server:
+    said = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=said) as server:
         try:
             for _ in range(START_SECONDS):
                 if server.poll() is not None:
@@ -136,6 +138,8 @@ def client(language_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
                 if answers(f"http://127.0.0.1:{port}/health"):
                     break
                 time.sleep(1)
+            # vLLM's own backend would write the same texts.
+            assert f"serves {layers} layers from model.layers.0.self_attn.attn on: window {WINDOW};" in log.read_text()
             yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         finally:
             server.terminate()
