@@ -5,6 +5,7 @@ Where vLLM is installed (``make test-vllm``) its own classes take the place of t
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -139,6 +140,13 @@ def test_importing_the_plugin_imports_neither_vllm_nor_torch() -> None:
     """vLLM loads the entry points of every package in every process, also where swath is not asked for."""
     code = "import sys, swath.engines.vllm; assert not {'vllm', 'torch', 'triton'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=python_environment())
+
+
+def test_an_older_vllm_is_refused(vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM shows the reason where it chooses a backend."""
+    monkeypatch.delattr(import_module("vllm.v1.kv_cache_interface"), "KVCacheLayout")
+    with pytest.raises(ImportError, match=r"needs vLLM 0\.32 or newer"):
+        runpy.run_path(str(vllm.backend.__file__))
 
 
 def test_what_the_backend_says_it_can_do(vllm: SimpleNamespace) -> None:

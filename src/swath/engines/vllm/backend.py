@@ -6,8 +6,12 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
-from vllm.v1.kv_cache_interface import KVCacheLayout
+
+try:
+    from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
+    from vllm.v1.kv_cache_interface import KVCacheLayout
+except ImportError as error:
+    raise ImportError("swath needs vLLM 0.32 or newer, whose caches have a layout by name") from error
 
 from swath.engines.common import SCALE_DTYPE
 from swath.engines.vllm.builder import SwathBuilder
