@@ -140,7 +140,6 @@ FOUND_DRAWN = [
 """The same, of calls that the fuzzer drew: narrow values at addresses that no asynchronous copy takes."""
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("call", FOUND_DRAWN, ids=lambda call: str(call.case))
-def test_gpu_what_was_drawn_wrong(call: Call) -> None:
-    assert not judge(call, "auto", "cuda").fault
+def test_what_was_drawn_wrong_on_a_gpu(call: Call, impl: str) -> None:
+    assert not judge(call, impl, "cuda").fault

@@ -110,7 +110,7 @@ def work_tile_of(t, batch, C: gl.constexpr):
     if C.F.page_size > 0:
         _, pages = table_row(batch.table, batch.table_index, b, batch.table_stride, batch.table_width, C.F)
     kv_len = keys_within(seq, pages, C.F)
-    if C.F.window and not C.F.bounds:
+    if C.F.window:
         m_block, head = i // HEADS, HEADS - 1 - i % HEADS
     else:
         m_blocks = num_m_blocks(b, first_block, batch.cu_q, batch.steps, POSITIONS)
