@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 LANES = 32
 TURN = 4000
 """Instructions of a warp after which the others have a turn."""
+SHARED = {"shared", "shared::cta"}
+"""The memory of a thread block, as Triton 3.6 and 3.8 write it."""
 TOGETHER = ("bar", "barrier", "redux", "vote", "shfl", "stmatrix", "ldmatrix", "elect", "wgmma", "mbarrier", "brx")
 """What all lanes of a warp must reach."""
 NOTHING = ("setmaxnreg", "fence")
@@ -203,7 +205,7 @@ class Warp:
 
     def _bytes(self, operand: str, parts: tuple[str, ...], lanes: np.ndarray, size: int) -> np.ndarray:
         raw = np.zeros((LANES, size), np.uint8)
-        if "shared" in parts:
+        if SHARED.intersection(parts):
             raw[lanes] = self.machine.shared[self.address(operand)[lanes, None] + np.arange(size)]
             return raw
         at = self.address(operand, "u64")
@@ -215,7 +217,7 @@ class Warp:
         kind = step.parts[-1]
         values = [self.read(x, kind) for x in re.findall(r"[%\w.]+", step.operands[1])]
         raw = np.concatenate([np.ascontiguousarray(v).view(np.uint8).reshape(LANES, -1) for v in values], 1)
-        if "shared" in step.parts:
+        if SHARED.intersection(step.parts):
             self.machine.shared[self.address(step.operands[0])[lanes, None] + np.arange(raw.shape[1])] = raw[lanes]
             return
         at = self.address(step.operands[0], "u64")
