@@ -59,8 +59,10 @@ def tile_row(F: Features, short_window: bool) -> TileLaunch:
         return TileLaunch(64, 32, 8, stages, H200_512)
     if F.quantised:
         return TileLaunch(64, 32, 8, stages)
+    if F.head_dim <= 64 and short_window:
+        return TileLaunch(64, 32, 4, 2, H200)
     if F.head_dim <= 64:
-        return TileLaunch(64, 32, 4, 2, H200) if short_window else TileLaunch(128, 64, 4, 3, H200)
+        return TileLaunch(128, 64, 8, 3) if F.bounds else TileLaunch(128, 64, 4, 3, H200)  # four warps would spill
     if F.head_dim <= 128:
         return TileLaunch(64, 64, 4, 3, H200)
-    return TileLaunch(64, 32, 8 if F.bounds else 4, 2)  # under bounds four warps spill
+    return TileLaunch(64, 32, 8 if F.bounds else 4, 2)  # as above
