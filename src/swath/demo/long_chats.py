@@ -62,8 +62,8 @@ def perplexities(
     """The perplexity of the last ``scored`` tokens of a passage behind longer and longer parts of an other text.
 
     Yields:
-        For each of ``after``, ascending: it, the perplexity after so many tokens of ``other``, and the bytes that the
-        cache holds then.
+        For each number in ``after``, which ascend: the number, the perplexity after that many tokens of ``other``, and
+        the bytes that the cache then holds.
     """
     cache, read = open_cache(case), 0
     for stop in after:

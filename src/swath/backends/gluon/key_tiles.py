@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from swath.backends.device.window import Band, band_of, interior_of, rows_of, view_near
-from swath.backends.gluon.scheduler import positions_of
+from swath.backends.gluon.scheduler import positions_of, tile_kv_head
 from swath.backends.triton.kernels.walk import Walk, interior_tiles, plan_walk
 
 
@@ -31,7 +31,7 @@ class KeyTiles(NamedTuple):
 def key_tiles_of(work, batch, C: gl.constexpr):
     """The key tiles of a work tile; at least one."""
     POSITIONS: gl.constexpr = positions_of(C)
-    kv_head = work.head if C.pack > 1 else work.head // C.F.group
+    kv_head = tile_kv_head(work, C)
     if C.F.bounds:
         band = Band(work.sight.lead, work.sight.left, work.sight.right)
     else:

@@ -125,6 +125,12 @@ def work_tile_of(t, batch, C: gl.constexpr):
 
 
 @gluon.jit
+def tile_kv_head(work, C: gl.constexpr):
+    """The kv head of a work tile, whose ``head`` is that already where a group is packed."""
+    return work.head if C.pack > 1 else work.head // C.F.group
+
+
+@gluon.jit
 def with_sight(work, batch, C: gl.constexpr):
     """The work tile, which has rows, with what their bounds show together."""
     p, last, view = rows_in_tile(work, batch, C)

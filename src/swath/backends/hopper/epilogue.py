@@ -28,7 +28,7 @@ from swath.backends.gluon.pipeline import (
     query_box,
     stages_of,
 )
-from swath.backends.gluon.scheduler import q_coordinates
+from swath.backends.gluon.scheduler import q_coordinates, tile_kv_head
 from swath.backends.hopper.softmax import of_rows
 from swath.backends.triton.kernels.query import q_head_of, row_offsets
 
@@ -64,7 +64,7 @@ def epilogue(state, count, work, WG: gl.constexpr, output, batch, C: gl.constexp
         at = (work.q_row + q_index) * (C.F.kv_heads * C.F.group) + heads
         gl.store(output.lse + at, log_sum, mask=q_index < work.q_len)
     column = gl.arange(0, C.F.v_head_dim, layout=gl.SliceLayout(0, acc.type.layout))
-    kv_head = work.head if C.pack > 1 else work.head // C.F.group
+    kv_head = tile_kv_head(work, C)
     o = scale_values(acc * of_rows(inverse, acc)[:, None], output.v_scale, kv_head, column, C.F)  # [M, Dv]
     o = o.to(output.out.dtype.element_ty)
     if output.desc is None:

@@ -50,6 +50,7 @@ from swath.backends.gluon.scheduler import (
     new_work_pipeline,
     release_work,
     reread_work,
+    tile_kv_head,
 )
 from swath.backends.hopper.config import config_of
 from swath.backends.hopper.epilogue import Output, epilogue, q_heads
@@ -173,7 +174,7 @@ def score_scale(i, work, WG: gl.constexpr, scales, C: gl.constexpr):
         at = (work.q_row + q_index) * (C.F.kv_heads * C.F.group) + q_heads(i, work.head, C)
         return gl.load(scales.q_scale + at, mask=q_index < work.q_len, other=1.0)
     else:
-        kv_head = work.head if C.pack > 1 else work.head // C.F.group
+        kv_head = tile_kv_head(work, C)
         # After the last work tile there is no such head.
         return score_factor(scales.scale_log2, scales.k_scale, gl.minimum(kv_head, C.F.kv_heads - 1), C.F)
 

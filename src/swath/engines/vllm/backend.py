@@ -20,7 +20,7 @@ from swath.engines.vllm.storage import STORAGE, WIDE
 from swath.errors import bad_value
 
 PREFERRED_PAGE = 64
-"""Tokens: Hopper fetches keys in boxes of at most so many, each of one page."""
+"""Tokens. Hopper loads keys in boxes of up to 64 rows, and a box never spans two pages."""
 
 
 class SwathBackend(AttentionBackend):  # type: ignore[misc]  # vLLM ships no types
