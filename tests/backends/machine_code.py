@@ -98,7 +98,7 @@ def main() -> None:
     from swath.testing import make
     from swath.testing.fuzz.twists import build
 
-    calls = [make(case) for case in FOUND] + [build(call, "cpu") for call in FOUND_DRAWN]
+    calls = [make(case) for case in FOUND] + [build(call) for call in FOUND_DRAWN]
     stand_on("sm_90")
     found = []
     for call in calls:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from fuzz_faults import FAULTS
 from options import DENSE, PAGED, in_pairs
+from torch import Tensor
 
 from swath import KVQuant, target
 from swath.testing import Case, Truth, make
@@ -56,7 +57,7 @@ def test_the_truth_is_the_oracles(parts: int, monkeypatch: pytest.MonkeyPatch) -
     """All fields, of cases of the operators' own tests and of drawn calls with their twists."""
     monkeypatch.setattr(truth, "MOST_SCORES", parts)
     made = [make(case) for case in COMPARED]
-    made += [build(c, "cpu") for c in DRAWN if c.op.endswith("attention") and "hostile-indptr" not in c.twists]
+    made += [build(c) for c in DRAWN if c.op.endswith("attention") and "hostile-indptr" not in c.twists]
     for inputs in made:
         if inputs.case.num_seqs:
             for name, got, want in zip(Truth._fields, truth.exact(inputs), inputs.truth(), strict=True):
@@ -107,9 +108,26 @@ def test_every_twist_and_promise_is_drawn() -> None:
 @pytest.mark.parametrize("name", TWISTS)
 def test_twists_change_tensors_and_not_the_shape_of_the_result(name: str) -> None:
     call = next(c for c in map(call_of, range(0, 10**6, 1000)) if name in c.twists and c.op.endswith("attention"))
-    plain, twisted = build(replace(call, twists=()), "cpu"), build(replace(call, twists=(name,)), "cpu")
+    plain, twisted = build(replace(call, twists=())), build(replace(call, twists=(name,)))
     assert twisted.q.shape[1:] == plain.q.shape[1:]
     assert truth.exact(twisted).out.isfinite().all()
+
+
+def test_calls_move_to_a_device_as_they_lie_in_memory() -> None:
+    """Strides, offsets, and which tensors share a storage."""
+    for call in DRAWN:
+        here: list[Tensor] = []
+        there: list[Tensor] = []
+        if call.op.endswith("attention"):
+            inputs = build(call)
+            for made, tensors in ((inputs, here), (inputs.to("meta"), there)):
+                made.mapped(lambda x, tensors=tensors: tensors.append(x) or x)
+        assert [(x.dtype, x.shape, x.stride(), x.storage_offset()) for x in here] == [
+            (x.dtype, x.shape, x.stride(), x.storage_offset()) for x in there
+        ]
+        for x, moved in zip(here, there, strict=True):
+            sharing = [x.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in here]
+            assert [moved.untyped_storage()._cdata == other.untyped_storage()._cdata for other in there] == sharing
 
 
 @pytest.mark.parametrize("name", FAULTS)

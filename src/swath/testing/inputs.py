@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -136,9 +136,51 @@ class Inputs:
         e4m3 = case.dtype == case.storage.dtype == torch.float8_e4m3fn
         return budget.check_budget(out, lse, truth, quant=case.storage, compute=case.compute, e4m3=e4m3)
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same call with ``change`` of each of its tensors."""
+        made = {each.name: mapped(getattr(self, each.name), change) for each in fields(self)}
+        return replace(self, **made)
+
+    def to(self, device: torch.device | str) -> Inputs:
+        """The same call on a device: see ``mover``."""
+        return self.mapped(mover(device))
+
     def canary(self) -> Canary:
         """A buffer for ``out=`` that shows every write outside the rows that sequences own."""
         return Canary.around(self.q, self.case.v_dim, self.case.out_dtype, sum(self.case.row_counts))
+
+
+def mapped(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``change`` of a tensor, or of each tensor in a tuple, a cache or a table; anything else stays as it is."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, tuple):
+        return tuple(mapped(part, change) for part in x)
+    if isinstance(x, PagedKV):
+        return PagedKV(*mapped(x.tensors, change))
+    if isinstance(x, PageTable):
+        return replace(x, **{name: mapped(getattr(x, name), change) for name in ("entries", "indptr", "rows")})
+    return x
+
+
+def mover(device: torch.device | str) -> Callable[[Tensor], Tensor]:
+    """A function that puts tensors on a device, as they lie in memory.
+
+    Whole storages are copied, each once. So strides stay, addresses are as odd as they were, and what shared memory
+    shares it there. Tensors that are on the device are not copied.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def there(x: Tensor) -> Tensor:
+        if x.device.type == torch.device(device).type:
+            return x
+        here = x.untyped_storage()
+        if here.data_ptr() not in storages:
+            storages[here.data_ptr()] = x.new_empty(0, dtype=torch.uint8).set_(here).to(device).untyped_storage()
+        place = x.storage_offset(), x.shape, x.stride()
+        return torch.empty(0, dtype=x.dtype, device=device).set_(storages[here.data_ptr()], *place)
+
+    return there
 
 
 @dataclass(frozen=True, eq=False)

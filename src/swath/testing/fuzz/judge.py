@@ -19,22 +19,24 @@ from swath.testing.oracle import Truth
 
 def judge_attention(call: Call, impl: str, device: torch.device | str) -> Verdict:
     """An attention operator into an ``out`` with canaries around it, then the promises that were drawn."""
-    inputs = build(call, device)
-    backend = taker(inputs.op, inputs.args, inputs.options, impl)
+    inputs = build(call)
+    sent = inputs.to(device)
+    backend = taker(sent.op, sent.args, sent.options, impl)
     if not backend:
         return Verdict("")
     truth = exact(inputs)
     if not bool(truth.out.isfinite().all()) or bool(truth.lse.isnan().any()):
         raise ValueError("the fuzzer is wrong: a query sees poison in this call")
-    canary = Canary.around(inputs.q, inputs.case.v_dim, inputs.case.out_dtype, 0)
-    out, lse = inputs.run(backend, out=canary.out)
+    canary = Canary.around(sent.q, inputs.case.v_dim, inputs.case.out_dtype, 0)
+    out, lse = sent.run(backend, out=canary.out)
     if out.data_ptr() != canary.out.data_ptr():
         raise BrokenError("the result is another tensor than out")
+    out, lse = out.cpu(), lse.cpu()
     used = demand_within_budget(inputs, out, lse, truth)
     stray = written_outside(canary, inputs, truth)
     if stray:
         raise BrokenError(f"{stray} elements changed around out, or in rows that no sequence owns")
-    ran = Ran(call, inputs, backend, out, lse, truth)
+    ran = Ran(call, inputs, sent, backend, out, lse, truth)
     for name, promise in PROMISES.items():
         if name in call.twists:
             promise.check(ran)
@@ -43,7 +45,7 @@ def judge_attention(call: Call, impl: str, device: torch.device | str) -> Verdic
 
 def written_outside(canary: Canary, inputs: Inputs, truth: Truth) -> int:
     """Elements of the canary's buffer that were written although no sequence owns them."""
-    written, out = canary.buffer != SENTINEL, canary.out
+    written, out = canary.buffer.cpu() != SENTINEL, canary.out
     inner = written.as_strided(out.shape, out.stride(), out.storage_offset())
     inner[truth.rows if inputs.cu_seqlens_q is not None else slice(None)] = False
     return int(written.sum())

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from swath.cache import PagedKV
-from swath.ops.attention import attention
-from swath.ops.paged import paged_attention
 from swath.pages import PageTable
 from swath.testing.fuzz.draw import Call
 from swath.testing.fuzz.truth import exact, page_lists
@@ -22,14 +20,23 @@ from swath.testing.oracle import Truth, inside, visible
 
 
 class Ran(NamedTuple):
-    """A call that ran: its inputs, where it ran, what came and what is true."""
+    """A call that ran: its inputs, the same on the backend's device, who ran it, what came and what is true.
+
+    Everything is on the CPU but for ``sent``.
+    """
 
     call: Call
     inputs: Inputs
+    sent: Inputs
     impl: str
     out: Tensor
     lse: Tensor
     truth: Truth
+
+    def again(self, inputs: Inputs, **changes: Any) -> tuple[Tensor, Tensor]:
+        """(out, lse) of other inputs where the call ran."""
+        out, lse = inputs.to(self.sent.q.device).run(self.impl, **changes)
+        return out.cpu(), lse.cpu()
 
 
 Check = Callable[[Ran], None]
@@ -77,8 +84,8 @@ def demand_same(what: str, ran: Ran, out: Tensor, lse: Tensor | None, rows: Tens
 @promise(0.2)
 def plain(ran: Ran) -> None:
     """Without ``out`` and without an LSE the output is the same, bit for bit."""
-    public = attention if ran.inputs.case.dense else paged_attention
-    demand_same("without out and LSE", ran, public(*ran.inputs.args, **ran.inputs.options, impl=ran.impl), None)
+    out = ran.sent.function(*ran.sent.args, **ran.sent.options, impl=ran.impl)
+    demand_same("without out and LSE", ran, out.cpu(), None)
 
 
 @promise(0.15, lambda call: call.case.split_size is not None and not {"short-table", "far-lengths"} & {*call.twists})
@@ -87,30 +94,28 @@ def other_bounds(ran: Ran) -> None:
     others = [bounds for bounds in ("none", "tight", "loose") if bounds != ran.inputs.case.bounds]
     for bounds in others:
         case = replace(ran.inputs.case, bounds=bounds)
-        demand_same(f"split_size under {bounds} bounds", ran, *replace(ran.inputs, case=case).run(ran.impl))
+        demand_same(f"split_size under {bounds} bounds", ran, *ran.again(replace(ran.inputs, case=case)))
 
 
 @promise(0.1)
 def other_contents(ran: Ran) -> None:
     """A second call that looks the same, and so takes what was remembered of the first, has results of its own."""
-    inputs = build(ran.call, ran.inputs.q.device, contents=1)
-    demand_within_budget(inputs, *inputs.run(ran.impl), exact(inputs), "other contents: ")
+    inputs = build(ran.call, contents=1)
+    demand_within_budget(inputs, *ran.again(inputs), exact(inputs), "other contents: ")
 
 
 @promise(0.05)
 def huge_bounds(ran: Ran) -> None:
     """Any true bound will do."""
-    out, lse = ran.inputs.run(ran.impl, max_q_len=2**31 - 1, max_kv_len=2**31 - 1)
+    out, lse = ran.again(ran.inputs, max_q_len=2**31 - 1, max_kv_len=2**31 - 1)
     demand_within_budget(ran.inputs, out, lse, ran.truth, "bounds of 2^31 - 1: ")
 
 
 @promise(0.1)
 def inputs_kept(ran: Ran) -> None:
     """No tensor but the results is written to."""
-    for (name, now), (_, before) in zip(
-        _tensors(ran.inputs), _tensors(build(ran.call, ran.inputs.q.device)), strict=True
-    ):
-        if not same_bits(now, before):
+    for (name, now), (_, before) in zip(_tensors(ran.sent), _tensors(build(ran.call)), strict=True):
+        if not same_bits(now.cpu(), before):
             raise BrokenError(f"the call has written to {name}")
 
 
@@ -143,7 +148,7 @@ def nan_elsewhere(ran: Ran) -> None:
     if kind == "q" or not put_nan(inputs, b, kind, slice(None)):
         kind = "q"
         inputs.q[b if inputs.cu_seqlens_q is None else slice(rows.start, rows.stop)] = torch.nan
-    out, lse = inputs.run(ran.impl)
+    out, lse = ran.again(inputs)
     others = (truth.rows < rows.start) | (truth.rows >= rows.stop)
     demand_same(f"NaN in {kind} of sequence {b}", ran, out, lse, truth.rows[others])
 
@@ -154,7 +159,7 @@ def nan_key(ran: Ran) -> None:
 
     Those multiply a tile of rows at once, and 0 x NaN is NaN. The inputs are made anew: other promises change them.
     """
-    inputs, truth = build(ran.call, ran.inputs.q.device), ran.truth
+    inputs, truth = build(ran.call), ran.truth
     r = ran.call.random("nan-key")
     b = r.randrange(inputs.case.num_seqs)
     seen, rows = seen_by(inputs, b), rows_owned(inputs, b)
@@ -167,7 +172,7 @@ def nan_key(ran: Ran) -> None:
         kept[(truth.rows >= rows.start) & (truth.rows < rows.stop)] = ~seen[:, at]
         kept_truth = Truth(*(x[kept] for x in truth))
         what = f"NaN in {kind} at position {at} of sequence {b}: "
-        demand_within_budget(inputs, *inputs.run(ran.impl), kept_truth, what)
+        demand_within_budget(inputs, *ran.again(inputs), kept_truth, what)
 
 
 def rows_owned(inputs: Inputs, b: int) -> range:
@@ -215,6 +220,6 @@ def put_nan(inputs: Inputs, b: int, kind: str, at: slice) -> bool:
     exists = (entries >= 0) & (entries < cache.num_pages)
     nan: float = torch.nan
     if x.element_size() == 1:
-        x, nan = x.view(torch.uint8), 0x7F  # not all devices can write fp8 by index; this is NaN in both kinds
+        x, nan = x.view(torch.uint8), 0x7F  # torch cannot write fp8 by index; this is NaN in both kinds
     x[entries[exists], :, (positions % cache.page_size)[exists]] = nan
     return True

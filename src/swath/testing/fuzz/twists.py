@@ -69,9 +69,13 @@ def twist(
     return register
 
 
-def build(call: Call, device: torch.device | str, contents: int = 0) -> Inputs:
-    """The tensors of a call of an attention operator; other ``contents`` are other numbers in tensors of one shape."""
-    inputs = make(call.case, device, call.seed + contents)
+def build(call: Call, contents: int = 0) -> Inputs:
+    """The tensors of a call of an attention operator; other ``contents`` are other numbers in tensors of one shape.
+
+    They are on the CPU: a seed is the same call for every backend, and processes that share a GPU run nothing there
+    but what they judge.
+    """
+    inputs = make(call.case, "cpu", call.seed + contents)
     for name, one in (*TWISTS.items(), *EXTREMES.items()):
         if name in call.twists:
             inputs = one.apply(inputs, call.random(name))
@@ -251,16 +255,7 @@ def _every_second(x: Tensor) -> Tensor:
 @twist(0.15)
 def odd_addresses(inputs: Inputs, r: Random) -> Inputs:
     """Every tensor begins an odd number of elements into its memory."""
-
-    def moved(x: Any) -> Any:
-        return moved_by(x, r.choice((1, 3, 5, 8))) if isinstance(x, Tensor) else x
-
-    made = {name: moved(getattr(inputs, name)) for name in ("q", *VECTORS)}
-    table = inputs.block_table
-    made["block_table"] = tuple(map(moved, table)) if isinstance(table, tuple) else moved(table)
-    keys = inputs.keys
-    made["keys"] = PagedKV(*map(moved, keys.tensors)) if isinstance(keys, PagedKV) else tuple(map(moved, keys))
-    return replace(inputs, **made)
+    return inputs.mapped(lambda x: moved_by(x, r.choice((1, 3, 5, 8))))
 
 
 def moved_by(x: Tensor, elements: int) -> Tensor:
@@ -279,14 +274,7 @@ def moved_by(x: Tensor, elements: int) -> Tensor:
 @twist(0.15)
 def wide_integers(inputs: Inputs, _r: Random) -> Inputs:
     """Tables, lengths, bounds and counts of 64 bits."""
-
-    def wide(x: Any) -> Any:
-        return x.long() if isinstance(x, Tensor) and x.dtype == torch.int32 else x
-
-    made = {name: wide(getattr(inputs, name)) for name in VECTORS}
-    table = inputs.block_table
-    made["block_table"] = tuple(map(wide, table)) if isinstance(table, tuple) else wide(table)
-    return replace(inputs, **made)
+    return inputs.mapped(lambda x: x.long() if x.dtype == torch.int32 else x)
 
 
 @twist(0.2, is_paged)

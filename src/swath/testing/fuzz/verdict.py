@@ -76,6 +76,6 @@ def truncates_bf16(backend: str, device: torch.device | str) -> bool:
     return backend == "triton" and torch.device(device).type == "cpu"
 
 
-def on(device: torch.device | str, call: Call, name: str) -> torch.Generator:
-    """Random numbers on a device for one purpose of a call."""
-    return torch.Generator(device).manual_seed(call.random(name).getrandbits(60))
+def numbers(call: Call, name: str) -> torch.Generator:
+    """Random numbers for one purpose of a call."""
+    return torch.Generator().manual_seed(call.random(name).getrandbits(60))

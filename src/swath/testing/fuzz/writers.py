@@ -15,7 +15,8 @@ from swath.testing.budget import UNIT
 from swath.testing.fuzz.draw import Call
 from swath.testing.fuzz.truth import page_lists
 from swath.testing.fuzz.twists import build
-from swath.testing.fuzz.verdict import BrokenError, Verdict, on, same_bits, taker, truncates_bf16
+from swath.testing.fuzz.verdict import BrokenError, Verdict, numbers, same_bits, taker, truncates_bf16
+from swath.testing.inputs import mapped, mover
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 OUTSIDE = (-1, -(2**63), 2**63 - 1, 2**62)
@@ -25,25 +26,24 @@ OUTSIDE = (-1, -(2**63), 2**63 - 1, 2**62)
 def judge_append(call: Call, impl: str, device: torch.device | str) -> Verdict:
     """New tokens in slots anywhere: every byte of the cache after it."""
     r, case = call.random("append"), call.case
-    cache = build(call, device).cache
+    cache = build(call).cache
     pool, tokens = cache.num_pages * cache.page_size, sum(case.row_counts)
     dtype = r.choice((torch.bfloat16, torch.float16, torch.float32))
     where = r.sample(range(pool), min(tokens, pool))
     where = [r.choice((*OUTSIDE, pool)) if r.random() < 0.1 else slot for slot in where]
     widths = {"k": case.head_dim, "v": case.v_dim}
-    k, v = (_tokens(call, name, (len(where), width), dtype, device) for name, width in widths.items())
-    slot_mapping = torch.tensor(where, dtype=torch.int64, device=device)
-    args = (cache, k, v, slot_mapping)
+    k, v = (_tokens(call, name, (len(where), width), dtype) for name, width in widths.items())
+    args = mapped((cache, k, v, torch.tensor(where, dtype=torch.int64)), mover(device))
     backend = taker("append_kv", args, {}, impl)
     if truncates_bf16(backend, device) and _rounds_to_bf16(cache, dtype):
         return Verdict("")
     wanted = [
-        after_append(x.cpu(), pool.cpu(), None if scale is None else scale.cpu(), where)
+        after_append(x, pool, scale, where)
         for x, pool, scale in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale))
     ]
     append_kv(*args, impl=backend)
     names = ("k", "k_scale", "v", "v_scale")
-    came = (cache.k, cache.k_scale, cache.v, cache.v_scale)
+    came = (getattr(args[0], name) for name in names)
     for name, got, want in zip(names, came, (x for pair in wanted for x in pair), strict=True):
         if got is not None and want is not None and not same_bits(got.cpu(), want):
             raise BrokenError(f"append_kv: {name} has other bytes than wanted, {dtype} tokens into {case.storage}")
@@ -55,15 +55,13 @@ def _rounds_to_bf16(cache: PagedKV, dtype: torch.dtype) -> bool:
     return cache.k.dtype == torch.bfloat16 != dtype or any(s.dtype == torch.bfloat16 for s in scales)
 
 
-def _tokens(
-    call: Call, name: str, size: tuple[int, int], dtype: torch.dtype, device: torch.device | str
-) -> Tensor:  # fmt: skip
+def _tokens(call: Call, name: str, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Rows [count, Hkv, width] of many magnitudes, zeros among them, for the ``size`` (count, width)."""
-    case, generator, (count, width) = call.case, on(device, call, f"tokens {name}"), size
+    case, generator, (count, width) = call.case, numbers(call, f"tokens {name}"), size
     shape = (count, case.num_kv_heads, width + (16 if case.strided else 0))
-    x = torch.randn(shape, generator=generator, device=device)
-    sizes = torch.tensor([0.0, 1e-3, 1.0, 1.0, 1.0, 30.0, 5e3], device=device)
-    chosen = torch.randint(len(sizes), shape[:2], generator=generator, device=device)
+    x = torch.randn(shape, generator=generator)
+    sizes = torch.tensor([0.0, 1e-3, 1.0, 1.0, 1.0, 30.0, 5e3])
+    chosen = torch.randint(len(sizes), shape[:2], generator=generator)
     return (x * sizes[chosen][..., None]).to(dtype)[..., :width]
 
 
@@ -93,11 +91,11 @@ def judge_merge(call: Call, impl: str, device: torch.device | str) -> Verdict:
     """Two states of the same queries, some without keys: their outs are junk then."""
     r, case = call.random("merge"), call.case
     spread, empty = r.choice((0.0, 3.0, 1000.0)), r.choice((0.0, 0.3))
-    states = [_state(call, name, spread, empty, device) for name in "ab"]
+    states = [_state(call, name, spread, empty) for name in "ab"]
     (out_a, lse_a), (out_b, lse_b) = states
-    args = (out_a, lse_a, out_b, lse_b)
+    args = mapped((out_a, lse_a, out_b, lse_b), mover(device))
     backend = taker("merge_states", args, {}, impl)
-    out, lse = merge_states(*args, impl=backend)
+    out, lse = (x.cpu() for x in merge_states(*args, impl=backend))
     parts = [(o.double().where(s[..., None] > -torch.inf, 0.0), s.double()) for o, s in states]
     want_lse = torch.logaddexp(parts[0][1], parts[1][1])
     safe = want_lse.where(want_lse > -torch.inf, 0.0)
@@ -112,12 +110,12 @@ def judge_merge(call: Call, impl: str, device: torch.device | str) -> Verdict:
     return Verdict(backend)
 
 
-def _state(call: Call, name: str, spread: float, empty: float, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    case, generator = call.case, on(device, call, f"state {name}")
+def _state(call: Call, name: str, spread: float, empty: float) -> tuple[Tensor, Tensor]:
+    case, generator = call.case, numbers(call, f"state {name}")
     shape = (*case.q_shape[:-1], case.head_dim + (16 if case.strided else 0))
-    out = torch.randn(shape, generator=generator, device=device)[..., : case.head_dim]
-    lse = spread * torch.randn(shape[:-1], generator=generator, device=device)
-    gone = torch.rand(shape[:-1], generator=generator, device=device) < empty
+    out = torch.randn(shape, generator=generator)[..., : case.head_dim]
+    lse = spread * torch.randn(shape[:-1], generator=generator)
+    gone = torch.rand(shape[:-1], generator=generator) < empty
     out = out.masked_fill(gone[..., None], torch.nan).to(case.out_dtype)
     lse = lse.masked_fill(gone, -torch.inf)
     return out, lse.mT.contiguous().mT if case.strided else lse
@@ -135,20 +133,20 @@ def _within(name: str, came: Tensor, want: Tensor, allowed: Tensor) -> None:
 
 def judge_slots(call: Call, _impl: str, device: torch.device | str) -> Verdict:
     """Where new tokens go, under hostile tables."""
-    inputs, case = build(call, device), call.case
-    if inputs.seq_lens is None or inputs.block_table is None:
+    inputs, case = build(call), call.case
+    table, seq_lens, cu_seqlens_q = inputs.block_table, inputs.seq_lens, inputs.cu_seqlens_q
+    if seq_lens is None or table is None:
         raise ValueError("slots is drawn with pages")
     tokens = sum(case.row_counts) + case.tail
-    found = slots(
-        inputs.block_table, inputs.seq_lens, case.page_size, num_tokens=tokens, cu_seqlens_q=inputs.cu_seqlens_q
-    )
+    sent_table, sent_lens, sent_cu = mapped((table, seq_lens, cu_seqlens_q), mover(device))
+    found = slots(sent_table, sent_lens, case.page_size, num_tokens=tokens, cu_seqlens_q=sent_cu)
     wanted: list[int] = []
     bounds = [b * tokens // max(case.num_seqs, 1) for b in range(case.num_seqs + 1)]
-    if inputs.cu_seqlens_q is not None:
-        bounds = inputs.cu_seqlens_q.tolist()
-    rows = [pages.tolist() for pages in page_lists(inputs.block_table, case.page_size)]
+    if cu_seqlens_q is not None:
+        bounds = cu_seqlens_q.tolist()
+    rows = [pages.tolist() for pages in page_lists(table, case.page_size)]
     for b, (start, end) in enumerate(pairwise(bounds)):
-        kv_len = max(int(inputs.seq_lens[b]), 0)
+        kv_len = max(int(seq_lens[b]), 0)
         wanted += [slot_of(rows[b], kv_len - (end - start) + i, case.page_size) for i in range(end - start)]
     wanted += [-1] * (tokens - len(wanted))
     wrong = [i for i, (a, b) in enumerate(zip(found.tolist(), wanted, strict=True)) if a != b]
