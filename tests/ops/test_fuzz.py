@@ -84,6 +84,11 @@ def test_a_seed_is_a_call() -> None:
         assert eval(str(call), names) == call
     first, second = (call_of(seed).case for seed in (17_003, 17_004))
     assert first != second
+    compiled = [
+        {t for t in call_of(seed).twists if t in TWISTS and TWISTS[t].compiled} for seed in range(17_000, 17_040)
+    ]
+    assert compiled == compiled[:1] * 40
+    assert compiled[0]
     for name in ("dtype", "quant", "head_dim", "page_size", "num_kv_heads", "layout", "causal", "split_size", "sink"):
         assert getattr(first, name) == getattr(second, name)
 

@@ -194,7 +194,7 @@ class Maker(ABC):
             return PagedKV.from_packed(kv, layout="nhd" if by_token else "hnd", v_head_dim=case.v_head_dim, **scales)
         k, v = (self.storage((*shape, dim), stored.dtype, case.layout == "padded") for dim in dims)
         if case.layout == "apart":
-            v = self.storage((size, num_pages, heads, dims[1]), stored.dtype).permute(1, 2, 0, 3)
+            v = self.storage((num_pages, size, heads, dims[1]), stored.dtype, True).transpose(1, 2)
         return (PagedKV.from_nhd if by_token else PagedKV)(k, v, **scales)
 
     def scale_of(self, granularity: str, num_pages: int, head_dim: int) -> Tensor | None:

@@ -36,7 +36,9 @@ def call_of(seed: int, sizes: str = "medium", extreme: bool = False, impl: str =
     twists = [
         name
         for name, one in known_twists(extreme).items()
-        if (attends or (op == "slots" and name in FOR_SLOTS)) and one.fits(case) and is_drawn(call, name, one.share)
+        if (attends or (op == "slots" and name in FOR_SLOTS))
+        and one.fits(case)
+        and one.random(call, f"draw {name}").random() < one.share
     ]
     call = replace(call, twists=tuple(twists))
     if not attends:
@@ -44,11 +46,6 @@ def call_of(seed: int, sizes: str = "medium", extreme: bool = False, impl: str =
     promises = [
         name
         for name, one in PROMISES.items()
-        if (extreme or not one.extreme) and one.fits(call) and is_drawn(call, name, one.share)
+        if (extreme or not one.extreme) and one.fits(call) and call.random(f"draw {name}").random() < one.share
     ]
     return replace(call, twists=(*twists, *promises))
-
-
-def is_drawn(call: Call, name: str, share: float) -> bool:
-    """Whether a call has a twist or promise that a share of all calls has."""
-    return call.random(f"draw {name}").random() < share

@@ -74,6 +74,10 @@ class Call:
         """Random numbers for one purpose."""
         return Random(f"{self.seed} {name}")
 
+    def variant_random(self, name: str) -> Random:
+        """The same for all calls of its variant."""
+        return Random(f"variant {self.seed // CALLS_A_VARIANT} {name}")
+
 
 def expression(case: Case) -> str:
     """The constructor expression of a case: the fields that differ from the defaults."""

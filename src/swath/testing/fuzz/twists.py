@@ -27,17 +27,28 @@ Apply = Callable[[Inputs, Random], Inputs]
 HOSTILE = (-1, -2, -(2**31), 2**31 - 1, 2**30)
 """Entries that name no page of any pool here."""
 
+ENGINE_ROWS = 64
+"""Rows of an engine's table: it keeps one of one height, for more sequences than a call has."""
+
 VECTORS = ("seq_lens", "cu_seqlens_q", "cu_seqlens_k", "q_start", "global_tokens", "sink", "q_scale", "ranges")
 """Small tensors of a call; some of them may be absent, or numbers."""
 
 
 @dataclass(frozen=True)
 class Twist:
-    """A change of a call's tensors, how often it is drawn, and which cases it fits."""
+    """A change of a call's tensors, how often it is drawn, and which cases it fits.
+
+    compiled: kernels are compiled for what it changes, so that calls of a variant have it all or none.
+    """
 
     apply: Apply
     share: float
     fits: Callable[[Case], bool]
+    compiled: bool
+
+    def random(self, call: Call, name: str) -> Random:
+        """Random numbers for one purpose, of the call or of its variant."""
+        return call.variant_random(name) if self.compiled else call.random(name)
 
 
 TWISTS: dict[str, Twist] = {}
@@ -58,12 +69,16 @@ def is_paged(case: Case) -> bool:
 
 
 def twist(
-    share: float, fits: Callable[[Case], bool] = always, among: dict[str, Twist] = TWISTS
+    share: float,
+    fits: Callable[[Case], bool] = always,
+    among: dict[str, Twist] = TWISTS,
+    *,
+    compiled: bool = False,
 ) -> Callable[[Apply], Apply]:
     """Register a twist under its function's name."""
 
     def register(apply: Apply) -> Apply:
-        among[apply.__name__.replace("_", "-")] = Twist(apply, share, fits)
+        among[apply.__name__.replace("_", "-")] = Twist(apply, share, fits, compiled)
         return apply
 
     return register
@@ -78,7 +93,7 @@ def build(call: Call, contents: int = 0) -> Inputs:
     inputs = make(call.case, "cpu", call.seed + contents)
     for name, one in (*TWISTS.items(), *EXTREMES.items()):
         if name in call.twists:
-            inputs = one.apply(inputs, call.random(name))
+            inputs = one.apply(inputs, one.random(call, name))
     return inputs
 
 
@@ -108,7 +123,7 @@ def _fill_from(cache: PagedKV, pages: Tensor, others: Tensor) -> None:
             stored[pages] = stored[others].where(mask, stored[pages])
 
 
-@twist(0.05)
+@twist(0.05, compiled=True)
 def one_pool(inputs: Inputs, _r: Random) -> Inputs:
     """The values are the keys, or the first elements of their rows: both are the same memory."""
     if isinstance(inputs.keys, PagedKV):
@@ -117,7 +132,7 @@ def one_pool(inputs: Inputs, _r: Random) -> Inputs:
     return replace(inputs, keys=(k, k[..., : inputs.case.v_dim]))
 
 
-@twist(0.05)
+@twist(0.05, compiled=True)
 def one_kv_head(inputs: Inputs, _r: Random) -> Inputs:
     """All kv heads are the same memory: a stride of 0."""
     if isinstance(inputs.keys, PagedKV):
@@ -127,7 +142,7 @@ def one_kv_head(inputs: Inputs, _r: Random) -> Inputs:
     return replace(inputs, keys=(k, v))
 
 
-@twist(0.05)
+@twist(0.05, compiled=True)
 def one_q_head(inputs: Inputs, _r: Random) -> Inputs:
     """All query heads are the same memory."""
     return replace(inputs, q=inputs.q[..., :1, :].expand_as(inputs.q))
@@ -230,14 +245,14 @@ def _joined(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([a.view(torch.int8), b.contiguous().view(torch.int8)]).view(b.dtype)
 
 
-@twist(0.1, lambda case: is_paged(case) and case.table == "rectangular")
+@twist(0.1, lambda case: is_paged(case) and case.table == "rectangular", compiled=True)
 def column_table(inputs: Inputs, _r: Random) -> Inputs:
     """A table whose columns are contiguous."""
     table = inputs.block_table
     return replace(inputs, block_table=table.T.contiguous().T) if isinstance(table, Tensor) else inputs
 
 
-@twist(0.1)
+@twist(0.1, compiled=True)
 def strided_vectors(inputs: Inputs, _r: Random) -> Inputs:
     """Lengths, bounds, counts, logits and scales of queries are every second element of something longer."""
     vectors = ((name, getattr(inputs, name)) for name in VECTORS)
@@ -252,7 +267,7 @@ def _every_second(x: Tensor) -> Tensor:
     return wider[..., 0]
 
 
-@twist(0.15)
+@twist(0.15, compiled=True)
 def odd_addresses(inputs: Inputs, r: Random) -> Inputs:
     """Every tensor begins an odd number of elements into its memory."""
     return inputs.mapped(lambda x: moved_by(x, r.choice((1, 3, 5, 8))))
@@ -271,13 +286,13 @@ def moved_by(x: Tensor, elements: int) -> Tensor:
     return there
 
 
-@twist(0.15)
+@twist(0.15, compiled=True)
 def wide_integers(inputs: Inputs, _r: Random) -> Inputs:
     """Tables, lengths, bounds and counts of 64 bits."""
     return inputs.mapped(lambda x: x.long() if x.dtype == torch.int32 else x)
 
 
-@twist(0.2, is_paged)
+@twist(0.2, is_paged, compiled=True)
 def engine_table(inputs: Inputs, r: Random) -> Inputs:
     """A table as engines keep it: in rows of a larger one, by the slots of tokens, or both."""
     table, page_size = inputs.block_table, inputs.cache.page_size
@@ -291,7 +306,7 @@ def engine_table(inputs: Inputs, r: Random) -> Inputs:
         return inputs
     entries, unit, rows = (table, "page", None) if kind == "rows" else (_first_of_page(table, page_size), "token", None)
     if kind != "tokens":
-        height = len(entries) + r.randint(0, 5)
+        height = ENGINE_ROWS
         larger = entries.new_full((height, entries.shape[1]), 1)  # a page that no other sequence may follow to
         places = r.sample(range(height), len(entries))
         larger[places] = entries
