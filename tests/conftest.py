@@ -27,7 +27,7 @@ from swath.testing import Case, Inputs, make
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("steady")
 
-OPS = ("attention", "append", "merge")
+OPS = ("attention", "append", "quantise", "merge")
 """Operators that have backends, by the names of their modules."""
 
 PORTABLE = ("reference", "cpu")

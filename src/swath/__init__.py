@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from swath.ops.explain import explain, warmup
     from swath.ops.merge import merge_states
     from swath.ops.paged import paged_attention
+    from swath.ops.quantise import quantise_q
     from swath.ops.slots import slots
     from swath.pages import PageTable
     from swath.quant import KVQuant
@@ -35,6 +36,7 @@ __all__ = [
     "explain",
     "merge_states",
     "paged_attention",
+    "quantise_q",
     "slots",
     "warmup",
 ]
@@ -50,6 +52,7 @@ _HOMES = {
     "explain": "ops.explain",
     "merge_states": "ops.merge",
     "paged_attention": "ops.paged",
+    "quantise_q": "ops.quantise",
     "slots": "ops.slots",
     "warmup": "ops.explain",
 }

@@ -183,6 +183,23 @@ class AppendCase:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class QuantiseCase:
+    """Queries q [..., Hq, D], a static scale [] or None, and where fp8 ones go: out, and q_scale, one a row or []."""
+
+    q: Tensor
+    scale: Tensor | None
+    out: Tensor
+    q_scale: Tensor
+    memo: dict[str, Any] | None = None
+    """What backends remember of calls with this signature; None where that is not known."""
+
+    @property
+    def result(self) -> tuple[Tensor, Tensor]:
+        """The queries and their scale."""
+        return self.out, self.q_scale
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class MergeCase:
     """Attention states of the same rows over disjoint keys, and where their union goes.
 

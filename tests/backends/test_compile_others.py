@@ -1,4 +1,4 @@
-"""The kernels of append_kv and merge_states compile for every target, without a GPU, as attention does elsewhere."""
+"""The kernels of append_kv, quantise_q and merge_states compile for every target, without a GPU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from compile_variants import TARGETS, _Driver
 
 from conftest import python_environment
 from swath import KVQuant, PagedKV
-from swath.backends.triton import append, merge
+from swath.backends.triton import append, merge, quantise
 from swath.backends.triton.kernels.append import append_kernel
-from swath.problem import AppendCase, MergeCase
+from swath.ops import quantise as quantise_call
+from swath.problem import AppendCase, MergeCase, QuantiseCase
+from swath.target import Target
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -40,6 +42,12 @@ def appends() -> list[AppendCase]:
     return cases
 
 
+def quantises() -> list[QuantiseCase]:
+    """Queries of every type, under scales of their own and under a static one."""
+    queries = [torch.zeros(5, 4, 80, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    return [quantise_call.prepare(q, scale) for q in queries for scale in (None, torch.ones(()))]
+
+
 def stand_on(arch: str) -> None:
     """Let Triton compile for a target that need not be here."""
     import triton
@@ -56,6 +64,9 @@ def main() -> None:
     for case in appends():
         for call in append._plan(case).calls:  # ``warm`` would load them too, for which there is no GPU
             call.compile(append._operands(case))
+    for case in quantises():
+        for call in quantise.plan_for(case, Target(sys.argv[1])).calls:
+            call.compile(quantise.operands_of(case))
     for dtype in (torch.bfloat16, torch.float32):
         out, lse = torch.zeros(5, 4, 80, dtype=dtype), torch.zeros(5, 4)
         for base2 in (False, True):

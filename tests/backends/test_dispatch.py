@@ -79,6 +79,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "paged_attention": inputs.args,
         "attention": make(Case(q_lens=(3, 4, 5), dense=True)).args,
         "append_kv": (inputs.cache, new, new, torch.arange(3)),
+        "quantise_q": (new,),
         "merge_states": (out, lse, out, lse),
     }
 

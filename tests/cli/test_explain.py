@@ -117,7 +117,10 @@ def test_explain_takes_every_granularity(stored: str, granularity: str) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--op", "softmax"], "op: wanted one of 'attention', 'paged_attention', 'append_kv', 'merge_states', got"),
+        (
+            ["--op", "softmax"],
+            "op: wanted one of 'attention', 'paged_attention', 'append_kv', 'quantise_q', 'merge_states', got",
+        ),
         (["--q-heads", 12], "q_heads: wanted a multiple of the 8 kv heads, got 12"),
         (["--head-dim", 100], "q: wanted a head_dim that is a multiple of 8, at most 512, got 100"),
         (["--page-size", 24], "page_size: wanted 1, 8 or a multiple of 16, got 24"),

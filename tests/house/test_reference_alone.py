@@ -66,7 +66,7 @@ def test_the_block_blocks() -> None:
 def test_names_are_imported_when_they_are_asked_for() -> None:
     """``swath --help`` waits for no torch, and a process that loads an exported program finds the operators."""
     assert python("import sys\nimport swath\nprint('torch' in sys.modules)", ()).strip() == "False"
-    ops = ("append_kv", "attention", "merge_states", "paged_attention", "slots")
+    ops = ("append_kv", "attention", "merge_states", "paged_attention", "quantise_q", "slots")
     program = f"import swath.ops\nimport torch\nprint(*(hasattr(torch.ops.swath, name) for name in {ops}))"
     assert python(program, ()).split() == ["True"] * len(ops)
 

@@ -216,7 +216,7 @@ def test_no_two_tests_of_a_list_have_one_name(tests: list[object]) -> None:
 def test_an_unknown_operator_has_no_backends_to_run_tests_for() -> None:
     assert "reference" in impls("merge")
     for parametrise in (impls, each_backend):
-        with pytest.raises(ValueError, match=r"^op: wanted one of attention, append, merge, got 'atention'$"):
+        with pytest.raises(ValueError, match=r"^op: wanted one of attention, append, quantise, merge, got 'atention'$"):
             parametrise("atention")
 
 

@@ -67,6 +67,8 @@ def test_opcheck_the_other_operators() -> None:
     torch.library.opcheck(
         ops.merge_states.default, (out, lse, out.clone(), lse.clone(), "e", torch.float32, "reference")
     )
+    for scale in (None, torch.tensor(0.5)):
+        torch.library.opcheck(ops.quantise_q.default, (k, scale, "reference"))
     stacked = (torch.stack([out, out, out]), torch.stack([lse, lse, lse]), None, None, "2", None, "reference")
     torch.library.opcheck(ops.merge_states.default, stacked)
     flat = make(Case(table="flat")).block_table

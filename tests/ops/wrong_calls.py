@@ -31,6 +31,7 @@ POSITIONAL = {
     DENSE: ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"),
     "append_kv": ("cache", "k", "v", "slot_mapping"),
     "merge_states": ("out_a", "lse_a", "out_b", "lse_b"),
+    "quantise_q": ("q", "scale"),
     "slots": ("block_table", "seq_lens", "page_size"),
     "PagedKV": ("k", "v"),
     "PagedKV.empty": ("quant", "num_pages", "num_kv_heads", "page_size", "head_dim"),
@@ -71,6 +72,7 @@ def right(what: str) -> dict[str, Any]:
         "slots ragged": {"block_table": table, "seq_lens": table[:, 0].clone(), "page_size": 16, "num_tokens": 6,
                          "cu_seqlens_q": bounds},
         "merge_states": {"out_a": out, "lse_a": lse, "out_b": out.clone(), "lse_b": lse.clone()},
+        "quantise_q": {"q": new, "scale": torch.ones(())},
     }[what]  # fmt: skip
 
 
@@ -268,6 +270,12 @@ def others() -> Iterator[Wrong]:
     yield from values("merge_states", "lse_base", ValueError, "10", 2)
     yield from values("merge_states", "dtype", TypeError, torch.int8, torch.float64)
     yield from values("merge_states", "impl", ValueError, "hopper-2")
+    yield from values("quantise_q", "q", TypeError, None, torch.zeros(3, 2, 64, dtype=torch.int8))
+    yield from values("quantise_q", "q", ValueError, torch.zeros(3, 64), torch.zeros(3, 2, 0), torch.zeros(3, 2, 513))
+    yield Wrong("quantise_q", "q", ValueError, "last stride", columns_first)
+    yield from values("quantise_q", "scale", TypeError, 0.5, torch.ones((), dtype=torch.bfloat16))
+    yield from values("quantise_q", "scale", ValueError, torch.ones(3), torch.ones((), device="meta"))
+    yield from values("quantise_q", "impl", ValueError, "cpu")
     yield from values("slots", "page_size", ValueError, 0, 17, 9, -16)
     yield from values("slots", "page_size", TypeError, None, 16.0)
     yield Wrong("slots", "block_table", ValueError, "on meta", lambda table: table.to("meta"))

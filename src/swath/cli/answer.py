@@ -139,6 +139,7 @@ def _describe(op: str, case: Case) -> dict[str, str]:
         "attention": {"q": q, "k, v": keys} | scores,
         "paged_attention": {"q": f"{q} ({form_of(case)})", "k, v": keys, "cache": cache} | scores,
         "append_kv": {"k, v": new, "cache": cache},
+        "quantise_q": {"q": q},
         "merge_states": {"states": q},
     }[op]
 

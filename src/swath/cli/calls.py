@@ -35,5 +35,7 @@ def arguments(op: str, case: Case, device: torch.device) -> tuple[list[Any], dic
     if op == "append_kv":
         k, v = (rows.new_empty(rows.shape[0], case.num_kv_heads, dim) for dim in (case.head_dim, case.v_dim))
         return [inputs.cache, k, v, rows.new_zeros(rows.shape[0], dtype=torch.int64)], {}
+    if op == "quantise_q":
+        return [rows], {}
     lse = rows.new_empty(rows.shape[:2], dtype=torch.float32)
     return [rows, lse, rows, lse], {}

@@ -14,7 +14,7 @@ ATTENTION = ("attention", "paged_attention")
 CACHED = ("paged_attention", "append_kv")
 APPLIES = {
     "kv_len": (*ATTENTION, "append_kv"),
-    "q_heads": (*ATTENTION, "merge_states"),
+    "q_heads": (*ATTENTION, "quantise_q", "merge_states"),
     "kv_heads": (*ATTENTION, "append_kv"),
     "v_head_dim": (*ATTENTION, "append_kv"),
     **dict.fromkeys(("window", "global_tokens", "causal", "softcap", "sink"), ATTENTION),
@@ -23,7 +23,8 @@ APPLIES = {
 }
 """Options that not every operator has, and which have them."""
 
-Op = Annotated[str, typer.Option(metavar="NAME", help="attention, paged_attention, append_kv or merge_states.")]
+OPERATORS = "attention, paged_attention, append_kv, quantise_q or merge_states."
+Op = Annotated[str, typer.Option(metavar="NAME", help=OPERATORS)]
 VHeadDim = Annotated[
     int | None, typer.Option(min=1, metavar="D", help="Elements of a value row.", show_default="as of a head")
 ]

@@ -264,13 +264,17 @@ def _append_rows() -> list[Row]:
     stored += [KVQuant(d, g) for d in (INT8, E4M3, E5M2) for g in ("tensor", "head", "channel", "token")]
     return [
         Row("dtype of k and v", {NAMES[d]: Call(op, case_of(dtype=d)) for d in (BF16, FP16, FP32)}),
-        Row(
-            "cache",
-            {f"{NAMES[q.dtype]} {_stored(q)}".removesuffix(" none"): Call(op, case_of(quant=q)) for q in stored},
-        ),
+        Row("cache", {_named(q): Call(op, case_of(quant=q)) for q in stored}),
         Row("page_size", {str(n): Call(op, case_of(page_size=n)) for n in (1, 8, 16, 48, 64, 544, 1024)}),
         Row("head_dim of K / of V", {f"{k} / {v}": _narrow(op, k, v) for k, v in ((192, 128), (512, 512))}),
     ]
+
+
+def _quantise_rows() -> list[Row]:
+    op, dtypes = "quantise_q", (BF16, FP16, FP32)
+    static = Call(op, change=lambda args, _: args.append(args[0].new_empty((), dtype=FP32)))
+    rows = Row("dtype of q", {NAMES[d]: Call(op, case_of(dtype=d)) for d in dtypes})
+    return [rows, Row("scale", {"one a row": Call(op), "[]": static})]
 
 
 def _merge_rows() -> list[Row]:
@@ -279,12 +283,8 @@ def _merge_rows() -> list[Row]:
     return [Row("dtype of the outs", dtypes), Row("N states at once", {"[N, tokens, Hq, D]": stacked})]
 
 
-ROWS = {
-    "attention": _attention_rows,
-    "paged_attention": _paged_rows,
-    "append_kv": _append_rows,
-    "merge_states": _merge_rows,
-}
+ROWS = {"attention": _attention_rows, "paged_attention": _paged_rows, "append_kv": _append_rows}
+ROWS |= {"quantise_q": _quantise_rows, "merge_states": _merge_rows}
 
 
 def _limits() -> dict[str, Call]:
@@ -309,6 +309,10 @@ def _limits() -> dict[str, Call]:
 
 def _stored(quant: KVQuant) -> str:
     return quant.k if quant.k == quant.v_granularity else f"{quant.k} (K) and {quant.v_granularity} (V)"
+
+
+def _named(quant: KVQuant) -> str:
+    return f"{NAMES[quant.dtype]} {_stored(quant)}".removesuffix(" none")
 
 
 def _narrow(op: str, head_dim: int, v_head_dim: int) -> Call:

@@ -3,6 +3,6 @@
 Importing this package puts all of them into ``torch.ops.swath``.
 """
 
-from swath.ops import append, attention, check, explain, merge, paged, slots
+from swath.ops import append, attention, check, explain, merge, paged, quantise, slots
 
-__all__ = ["append", "attention", "check", "explain", "merge", "paged", "slots"]
+__all__ = ["append", "attention", "check", "explain", "merge", "paged", "quantise", "slots"]

@@ -19,8 +19,11 @@ from swath.ops.attention import ATTENTION
 from swath.ops.merge import MERGE_STATES
 from swath.ops.operator import Operator
 from swath.ops.paged import PAGED_ATTENTION
+from swath.ops.quantise import QUANTISE_Q
 
-OPERATORS: dict[str, Operator[Any]] = {x.name: x for x in (ATTENTION, PAGED_ATTENTION, APPEND_KV, MERGE_STATES)}
+OPERATORS: dict[str, Operator[Any]] = {
+    x.name: x for x in (ATTENTION, PAGED_ATTENTION, APPEND_KV, QUANTISE_Q, MERGE_STATES)
+}
 OPS = tuple(OPERATORS)
 """Names of the public functions that have backends."""
 MOST_THREADS = 16
@@ -31,7 +34,7 @@ def explain(op: str | Callable[..., Any], *args: Any, impl: str = "auto", **kwar
     """Which backend and launch a call would take, and why not the others. Nothing runs.
 
     Args:
-        op: "attention", "paged_attention", "append_kv" or "merge_states", or the function itself.
+        op: "attention", "paged_attention", "append_kv", "quantise_q" or "merge_states", or the function itself.
         args, kwargs: the arguments of that function.
 
     Returns:

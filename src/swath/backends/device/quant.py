@@ -160,6 +160,31 @@ def encode_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.conste
     return tl.where(x == x, code, 0x7F).to(tl.uint8)
 
 
+TO_E4M3 = tl.constexpr(
+    "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; "
+    "mov.b32 $0, {low, high}; }"
+)
+"""Four floats to bytes: half to even, saturated, any NaN the positive one, as ``encode_fp8`` does it."""
+
+
+@triton.jit
+def encode_e4m3(x, HARDWARE: tl.constexpr):
+    """float32 to bytes of float8_e4m3fn, by an instruction where the target has one (``Target.has_pairs``)."""
+    if HARDWARE:
+        return tl.inline_asm_elementwise(TO_E4M3, "=r,f,f,f,f", [x], dtype=tl.uint8, is_pure=True, pack=4)
+    else:
+        return encode_fp8(x, 3, 7, 448.0)
+
+
+@triton.jit
+def own_scale(largest, LARGEST: tl.constexpr):
+    """The scale of rows by their largest magnitude, infinite for NaN: 1 for zeros, NaN for infinity, as ``token_scale``
+    of swath/quant.py."""
+    own = tl.maximum(tl.div_rn(largest, LARGEST), SMALLEST_SCALE)
+    own = tl.where(largest < float("inf"), own, float("nan"))
+    return tl.where(largest != 0, own, 1.0)
+
+
 @triton.jit
 def encode(x, F: tl.constexpr):
     """float32 values, scale divided out, as stored: int8 clamped to +-127 and 0 for NaN, fp8 as bytes, other types as

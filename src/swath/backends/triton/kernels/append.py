@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from swath.backends.device.cache import v_offset
-from swath.backends.device.quant import SMALLEST_SCALE, channel_scale, encode, head_scale
+from swath.backends.device.quant import channel_scale, encode, head_scale, own_scale
 
 
 @triton.jit
@@ -14,10 +14,7 @@ def stored_scale(x, scale, at, kv_head, column, live, OF_V: tl.constexpr, LARGES
     """The scale that divides the row ``x``: its own token scale, stored at ``at``, or the cache's static scale."""
     fold: tl.constexpr = F.v_fold if OF_V else F.k_fold
     if fold == "token":
-        largest = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 0)
-        own = tl.maximum(tl.div_rn(largest, LARGEST), SMALLEST_SCALE)
-        own = tl.where(largest < float("inf"), own, float("nan"))
-        own = tl.where(largest != 0, own, 1.0).to(scale.dtype.element_ty)
+        own = own_scale(tl.max(tl.where(x == x, tl.abs(x), float("inf")), 0), LARGEST).to(scale.dtype.element_ty)
         tl.store(scale + at, own)
         unit = own.to(tl.float32)
     elif fold == "channel":

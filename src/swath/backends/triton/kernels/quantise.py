@@ -1,11 +1,11 @@
-"""Query rows as they multiply with 8-bit keys: rounded to int8, or fp8 as they are, with all scales in one a row."""
+"""Query rows in 8 bits: as a caller asks for them, and as they multiply with 8-bit keys, all scales in one a row."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from swath.backends.device.quant import SMALLEST_FACTOR, head_scale
+from swath.backends.device.quant import SMALLEST_FACTOR, encode_e4m3, head_scale, own_scale
 from swath.backends.triton.kernels.query import kv_head_of, load_unit_rows, query_scale
 
 
@@ -45,3 +45,33 @@ def positive_factor(x, factor):
     x = tl.where((factor == 0)[:, None], 0, x)
     x = tl.where((factor == factor)[:, None], x, 0x7F)
     return x.to(tl.uint8), tl.where(factor == factor, tl.maximum(tl.abs(factor), SMALLEST_FACTOR), float("inf"))
+
+
+@triton.jit(do_not_specialize=("num_rows", "steps"))
+def quantise_q_kernel(
+    q, scale, out, q_scale, num_rows, steps, q_seq, q_token, q_head, HEADS: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, ROWS: tl.constexpr, LARGEST: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """One program per ``ROWS`` rows (token, head), heads fastest: out [.., Hq, D] in e4m3, and q_scale [.., Hq].
+
+    ``scale``: the static one, which q_scale [] then is too, or None for one a row. ``steps``: query tokens of each
+    sequence, or of all.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = row < num_rows
+    token, head = row // HEADS, row % HEADS
+    at = (token // steps).to(tl.int64) * q_seq + (token % steps).to(tl.int64) * q_token + head.to(tl.int64) * q_head
+    column = tl.arange(0, BLOCK_D)
+    mask = valid[:, None] & (column < D)[None, :]
+    x = tl.load(q + at[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    if scale is None:
+        unit = own_scale(tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1), LARGEST)
+        tl.store(q_scale + row, unit, mask=valid)
+        x = tl.div_rn(x, unit[:, None])
+    else:
+        given = tl.load(scale)
+        if tl.program_id(0) == 0:
+            tl.store(q_scale, given)
+        x = tl.div_rn(x, tl.where(given != 0, given, 1.0))
+    to = row.to(tl.int64)[:, None] * D + column[None, :]
+    tl.store(out + to, encode_e4m3(x, HARDWARE), mask=mask)
