@@ -196,6 +196,7 @@ def test_kernels_are_told_apart_by_their_names() -> None:
         "void cublasLt::splitKreduce_kernel<32>": "rest", "at::native::reduce_kernel<512>": "rest",
         "cutlass::device_kernel<flash::FlashAttnFwdSm90<X>>": "attention", "kernel_unified_attention": "attention",
         "void vllm::reshape_and_cache_flash_kernel<bf16>": "append", "nvjet_tst_128x256": "rest",
+        "_reshape_cache_per_token_head": "append",
         "_fwd_grouped_kernel_stage1": "attention", "void store_kvcache<2048>(Params)": "append",
     }  # fmt: skip
     assert {name: kind_of(name) for name in named} == named
@@ -280,10 +281,28 @@ def test_a_call_of_vllm_is_read_from_its_layer(ours: bool) -> None:
     assert call.cache.k.dtype == (torch.bfloat16 if ours else torch.float8_e4m3fn)
 
 
-def test_rows_with_scales_in_them_are_not_misread() -> None:
-    layer = SimpleNamespace(head_size=16)
+@pytest.mark.parametrize("name", ["int8_per_token_head", "fp8_per_token_head"])
+def test_rows_with_token_scales_are_read_as_vllm_writes_them(name: str) -> None:
+    """Of a row: K, the scale of K, V, the scale of V. Tokens of a page lie before its heads."""
+    content = 2 * (16 + 4)
+    kv = torch.zeros(4, 8, 2, content, dtype=torch.int8 if "int8" in name else torch.uint8).transpose(1, 2)
+    scales = torch.rand(4, 2, 8, 2)
+    kv[..., 16:20], kv[..., 36:] = (scales[..., i, None].view(kv.dtype) for i in range(2))
+    kv[..., :16], kv[..., 20:36] = 3, 5
+    cache = vllm._rows(SimpleNamespace(head_size=16, kv_cache_dtype=name), kv)
+    assert cache.k_scale is not None
+    assert cache.v_scale is not None
+    assert torch.equal(torch.stack([cache.k_scale, cache.v_scale], -1), scales)
+    assert cache.quant.dtype == (torch.int8 if "int8" in name else torch.float8_e4m3fn)
+    assert all((x.view(torch.uint8) == value).all() for x, value in ((cache.k, 3), (cache.v, 5)))
+    assert cache.k.untyped_storage().data_ptr() == kv.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("name", ["int4_per_token_head", "fp8"])
+def test_rows_of_another_kind_are_not_misread(name: str) -> None:
+    layer = SimpleNamespace(head_size=16, kv_cache_dtype=name)
     with pytest.raises(NotImplementedError, match="2 x 16"):
-        vllm._rows(layer, torch.zeros(4, 2, 16, 40, dtype=torch.int8))
+        vllm._rows(layer, torch.zeros(4, 2, 16, 24 if "int4" in name else 40, dtype=torch.uint8))
 
 
 # ---- SGLang --------------------------------------------------------------------------------------------------------

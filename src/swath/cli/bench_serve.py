@@ -31,7 +31,7 @@ class Name(str, Enum):
 MODELS_OF = {
     "vllm": (
         ("mistral-7b", "bf16", ("swath", "FLASH_ATTN", "TRITON_ATTN")),
-        ("mistral-7b", "int8_per_token_head", ("swath",)),
+        ("mistral-7b", "int8_per_token_head", ("swath", "TRITON_ATTN")),
         ("mistral-7b", "fp8", ("swath", "FLASH_ATTN")),
         ("gpt-oss-20b", "bf16", ("swath", "FLASH_ATTN")),
         ("gemma-3-12b", "bf16", ("swath", "FLASH_ATTN", "TRITON_ATTN")),

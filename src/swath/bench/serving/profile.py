@@ -19,7 +19,7 @@ OURS = {
 }
 """swath's kernels, by their whole names: others have these within theirs."""
 PARTS = {
-    "append": ("reshape_and_cache", "kv_cache_update", "store_kvcache"),
+    "append": ("reshape_and_cache", "reshape_cache_per_token_head", "kv_cache_update", "store_kvcache"),
     "attention": (
         "flash",
         "unified_attention",

@@ -21,7 +21,7 @@ from swath.bench.serving.engine import Call, Job, Load, Logprobs
 from swath.bench.serving.measure import MOST_GRAPHED, MOST_REQUESTS
 from swath.bench.serving.weights import make_weights
 from swath.cache import PagedKV
-from swath.engines.common import rows_cache
+from swath.engines.common import SCALE_DTYPE, rows_cache, stored_as
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's steps and its attention run in this process
@@ -184,14 +184,21 @@ def _call(layer: Any, query: torch.Tensor, kv: torch.Tensor, metadata: Any, outp
 
 
 def _rows(layer: Any, kv: torch.Tensor) -> PagedKV:
-    """A cache whose rows hold K then V, as vLLM's own backends keep them.
+    """A cache whose rows hold K then V, as vLLM's own backends keep them; token scales stand behind each of the two.
 
     Raises:
-        NotImplementedError: it has scales in its rows.
+        NotImplementedError: the rows hold something else.
     """
-    if kv.shape[-1] != 2 * layer.head_size:
-        raise NotImplementedError(f"the checks read rows of 2 x {layer.head_size} elements, not {kv.shape[-1]}")
-    if kv.dtype.itemsize > 1:
-        return rows_cache(kv, kv.dtype)
+    d, content = layer.head_size, kv.shape[-1]
     fp8 = torch.float8_e5m2 if "e5m2" in layer.kv_cache_dtype else torch.float8_e4m3fn
-    return rows_cache(kv, fp8, k_scale=layer._k_scale, v_scale=layer._v_scale)
+    if content == 2 * d:
+        if kv.dtype.itemsize > 1:
+            return rows_cache(kv, kv.dtype)
+        return rows_cache(kv, fp8, k_scale=layer._k_scale, v_scale=layer._v_scale)
+    if content == 2 * (d + SCALE_DTYPE.itemsize) and "per_token_head" in layer.kv_cache_dtype:
+        dtype = torch.int8 if "int8" in layer.kv_cache_dtype else fp8
+        halves = kv.split(content // 2, dim=-1)
+        scales = (half[..., d:].view(SCALE_DTYPE).squeeze(-1) for half in halves)
+        return PagedKV(*(stored_as(half[..., :d], dtype) for half in halves), *scales)
+    known = f"rows of 2 x {d} elements, with or without token scales"
+    raise NotImplementedError(f"the checks read {known}, not {content} of {layer.kv_cache_dtype}")
