@@ -120,7 +120,7 @@ memcheck: ## look for stray accesses on the GPU: a small sweep under compute-san
 	CUDA toolkit; SANITIZER=/path/to/it names another" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("memcheck needs a GPU that torch can use")'
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src $(SANITIZER) --tool $(TOOL) --error-exitcode 1 \
-	  --target-processes application-only $(if $(filter memcheck,$(TOOL)),--report-api-errors no) \
+	  --target-processes application-only --launch-timeout 120 $(if $(filter memcheck,$(TOOL)),--report-api-errors no) \
 	  $(PYTHON) -m pytest tests/backends/test_memcheck.py -k gpu $(ARGS)
 
 # Without a GPU `--backend triton` runs in the interpreter, which tests/interpreter.py makes quicker.
