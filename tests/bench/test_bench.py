@@ -211,7 +211,7 @@ def test_input_sets_differ_and_pages_are_shuffled() -> None:
 
 
 def test_providers_are_chosen_by_name_and_family() -> None:
-    assert {p.name for p in choose(("sdpa", "fa3"))} == {"sdpa-cudnn", "sdpa-flash", "fa3"}
+    assert {p.name for p in choose(("sdpa", "fa3"))} == {"sdpa-cudnn", "sdpa-flash", "fa3", "fa3-fp8", "fa3-fp8-dense"}
     assert {p.name for p in choose(("swath",))} == {name for name in PROVIDERS if name.startswith("swath-")}
     assert len(choose()) == len(PROVIDERS)
     with pytest.raises(ValueError, match="fa3"):

@@ -33,6 +33,11 @@ FORMS |= {f"{name}, full": replace(case, size=None) for name, case in FORMS.item
 FORMS |= {"decode, sinks": replace(DECODE, sink="q"), "prefill, sinks": replace(PREFILL, sink="q")}
 FORMS |= {f"{name}, narrow": replace(FORMS[name], head_dim=192, v_head_dim=128) for name in ("decode", "dense")}
 FORMS["prefill, 512"] = replace(PREFILL, head_dim=512)
+E4M3 = torch.float8_e4m3fn
+FP8: dict[str, Any] = dict(dtype=E4M3, quant=KVQuant(E4M3, "head"), q_scale="tensor")
+FORMS |= {f"{name}, fp8 q": replace(FORMS[name], **FP8) for name in ("decode", "steps", "prefill", "prefill, sinks")}
+FORMS["all new, fp8 q made"] = replace(PREFILL, draw=Groups(((1, 30, 30), (1, 33, 33))), q_made=True, **FP8)
+FORMS["fp8 q, a scale a row"] = replace(FORMS["prefill, fp8 q"], q_scale="token")
 FORMS["e4m3"] = replace(DECODE, quant=KVQuant(torch.float8_e4m3fn, "tensor"))
 FORMS["int8 token"] = replace(PREFILL, quant=KVQuant(torch.int8, "token"))
 FORMS["chunks"] = replace(PREFILL, size=None, ranges=Chunks(8))
@@ -41,11 +46,23 @@ FORMS["images"] = replace(PREFILL, size=None, ranges=Images(5, 12, 9))
 FORMS["images, dense"] = replace(DENSE, size=None, ranges=Images(5, 12))
 
 
+def scaled(x: Tensor, unit: Tensor, cu: Tensor) -> Tensor:
+    """Rows [T, H, D] times the scale [B, Hkv] of their sequence and kv head."""
+    of_rows = unit.repeat_interleave(cu.diff(), 0).repeat_interleave(x.shape[1] // unit.shape[1], 1)
+    return x.float() * of_rows[..., None]
+
+
 def flash_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *, causal: bool,
-    window_size: tuple[int, int], sinks: Tensor | None = None,
+    window_size: tuple[int, int], sinks: Tensor | None = None, **descales: Tensor,
 ) -> Tensor:  # fmt: skip
     assert causal
+    if q.dtype == E4M3:
+        units = (descales[f"{name}_descale"] for name in "qkv")
+        wide = [scaled(x, unit, cu) for x, unit, cu in zip((q, k, v), units, (cu_q, cu_k, cu_k), strict=True)]
+        return flash_varlen(
+            *wide, cu_q, cu_k, max_q, max_k, causal=True, window_size=window_size, sinks=sinks
+        ).bfloat16()
     assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
     window = Window.from_flash(window_size[0], 0, causal=True) if window_size != (-1, -1) else Window()
     return attention(q, k, v, cu_q, cu_k, window=window, sink=sinks)
@@ -54,13 +71,18 @@ def flash_varlen(
 def flash_kvcache(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window_size: tuple[int, int], cache_seqlens: Tensor,
     page_table: Tensor, cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None,
-    sinks: Tensor | None = None,
+    sinks: Tensor | None = None, **descales: Tensor,
 ) -> Tensor:  # fmt: skip
     assert causal
     assert (q.dim() == 4) == (cu_seqlens_q is None) == (max_seqlen_q is None)
     window = Window.from_flash(window_size[0], 0, causal=True) if window_size != (-1, -1) else Window()
-    cache = PagedKV.from_nhd(k, v)
-    return paged_attention(q, cache, page_table, cache_seqlens, cu_seqlens_q=cu_seqlens_q, window=window, sink=sinks)
+    cache, options = PagedKV.from_nhd(k, v), {}
+    if q.dtype == E4M3:  # of all sequences alike
+        scales = {f"{name}_scale": descales[f"{name}_descale"][0] for name in "qkv"}
+        options["q_scale"] = scales.pop("q_scale")[0]
+        cache = PagedKV.from_nhd(k, v, **scales)
+    where = (page_table, cache_seqlens)
+    return paged_attention(q, cache, *where, cu_seqlens_q=cu_seqlens_q, window=window, sink=sinks, **options)
 
 
 def flash4_varlen(
@@ -224,7 +246,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["fa3", "fa4", "flashinfer", "vllm", "sglang"])
+@pytest.mark.parametrize("name", ["fa3", "fa3-fp8", "fa3-fp8-dense", "fa4", "flashinfer", "vllm", "sglang"])
 @pytest.mark.usefixtures("stand_ins")
 def test_adapters_ask_for_the_case(name: str, form: str) -> None:
     case, provider = FORMS[form], PROVIDERS[name]
@@ -232,6 +254,10 @@ def test_adapters_ask_for_the_case(name: str, form: str) -> None:
     if reason is not None:
         narrow, large = ("decode, narrow", "dense, narrow"), "prefill, 512"
         ranges = ("chunks", "chunks, dense", "images", "images, dense")
+        if name.startswith("fa3-fp8") or "fp8 q" in form:
+            takes = [f for f in FORMS if "fp8 q" in f and not f.endswith("a row")] if name == "fa3-fp8" else []
+            assert form not in takes + ["all new, fp8 q made"] * (name == "fa3-fp8-dense"), reason
+            return
         assert form in {
             "fa3": ("e4m3", "int8 token", large, "chunks", "images", "images, dense"),
             "fa4": ("e4m3", "int8 token", large, *narrow, *ranges),
@@ -241,7 +267,7 @@ def test_adapters_ask_for_the_case(name: str, form: str) -> None:
         }[name], reason  # fmt: skip
         return
     inputs = make_inputs(case.drawn(CPU), CPU)
-    verdict = Gate(inputs).check(provider.prepare(inputs)())
+    verdict = Gate(inputs).check(provider.prepare(inputs)(), p_e4m3=provider.p_e4m3)
     assert verdict.passed, verdict
 
 

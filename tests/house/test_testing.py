@@ -30,7 +30,9 @@ def rounded_kernel(inputs: Inputs, window: int | None, p_dtype: torch.dtype) -> 
         s = case.score_scale * torch.einsum("hd,nhd->hn", inputs.q[b].float(), k)
         p = torch.exp(s - s.amax(1, keepdim=True))
         total = p.sum(1)
-        outs.append(torch.einsum("hn,nhd->hd", p.to(p_dtype).float(), v) / total[:, None])
+        most = 2.0**8 if p_dtype == torch.float8_e4m3fn else 1.0  # of e4m3, so that few p are among its last steps
+        p = (most * p).to(p_dtype).float() / most
+        outs.append(torch.einsum("hn,nhd->hd", p, v) / total[:, None])
         lses.append(total.log() + s.amax(1))
     return torch.stack(outs).to(case.out_dtype), torch.stack(lses)
 
@@ -64,6 +66,21 @@ def test_budget_is_tight_for_fp32() -> None:
     inputs = make(replace(BF16, dtype=torch.float32))
     inputs.check(*rounded_kernel(inputs, None, torch.float32))
     assert budget_used(*rounded_kernel(inputs, None, torch.bfloat16), inputs.truth()) > 100
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("case", [BF16, replace(BF16, spiked=True), replace(BF16, kv_lens=(4000, 70))], ids=str)
+def test_budget_lets_p_in_e4m3_pass_where_it_may_be(case: Case, seed: int) -> None:
+    """And nowhere else; a factor of what three mantissa bits are off all together, and a lost key, are still caught."""
+    inputs = make(case, seed=seed)
+    out, lse = rounded_kernel(inputs, None, torch.float8_e4m3fn)
+    truth = inputs.truth()
+    assert 0.05 < check_budget(out, lse, truth, p_e4m3=True) < 0.75
+    assert budget_used(out, lse, truth) > 1
+    assert budget_used(1.6 * out, None, truth, p_e4m3=True) > 1
+    if case.spiked:
+        out, _ = rounded_kernel(inputs, max(case.kv_lens) - 1, torch.float8_e4m3fn)
+        assert budget_used(out, None, truth, p_e4m3=True) > 1
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.03), (torch.float16, 0.003)])

@@ -118,12 +118,14 @@ class BenchCase(Case):
 
     - op: "decode" (one query token), "steps" (a few), "prefill", or "mixed"
     - draw: where ``kv_lens`` and ``q_lens`` come from; they are empty until then
+    - q_made: fp8 queries under a static scale are made of bf16 ones within the time
     """
 
     name: str
     op: Op
     draw: Draw
     tags: tuple[str, ...] = ()
+    q_made: bool = False
     kv_lens: tuple[int, ...] = ()
     global_tokens: int = 0
     bounds: str = "tight"
@@ -156,6 +158,8 @@ class BenchCase(Case):
         words.append("dense" if self.dense else f"pages of {self.page_size}")
         if self.storage != KVQuant(torch.bfloat16):
             words.append(stored_name(self.storage))
+        if self.dtype == torch.float8_e4m3fn:
+            words.append("fp8 q made of bf16" if self.q_made else "fp8 q")
         if self.size is not None:
             words.append(f"window {self.size}")
         if self.ranges:
@@ -195,7 +199,8 @@ def work_of(case: Case) -> Work:
         pairs, keys = pairs + more_pairs, keys + more_keys
         kept += 0 if case.dense else _kept_slots(window, kv_len, case.page_size)
     elements = case.num_q_heads * (case.head_dim + case.v_dim)
-    rows = case.dtype.itemsize * sum(case.row_counts) * elements
+    row = case.num_q_heads * (case.dtype.itemsize * case.head_dim + case.out_dtype.itemsize * case.v_dim)
+    rows = sum(case.row_counts) * row
     return Work(2 * elements * pairs, keys * per_key + rows, kept * per_key)
 
 

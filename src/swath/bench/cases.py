@@ -169,6 +169,39 @@ def _mixed() -> Iterable[BenchCase]:
         yield _case(f"mixed, decodes alone at 16k{name}", "decode", *decodes, **common)
 
 
+EIGHT_BITS: dict[str, tuple[Op, int, int, int, dict[str, Any]]] = {
+    "8k": ("prefill", 1, 8 * K, 8 * K, dict(page_size=64)),
+    "8k D256": ("prefill", 1, 8 * K, 8 * K, dict(page_size=64, heads=(16, 8), head_dim=256)),
+    "2k at 16k": ("prefill", 4, 2 * K, 16 * K, {}),
+    "16k w4096": ("prefill", 2, 16 * K, 16 * K, dict(page_size=64, size=4096)),
+    "16k w1024": ("prefill", 2, 16 * K, 16 * K, dict(page_size=64, size=1024, **GEMMA)),
+    "16k D256 w1024": ("prefill", 2, 16 * K, 16 * K, dict(page_size=64, size=1024, heads=(16, 8), head_dim=256)),
+    "16k": ("prefill", 1, 16 * K, 16 * K, dict(page_size=64)),
+    "8k D64": ("prefill", 1, 8 * K, 8 * K, dict(page_size=64, **GPT_OSS)),
+    "16k D64 w128": ("prefill", 2, 16 * K, 16 * K, dict(page_size=64, size=128, **GPT_OSS)),
+    "decode B64 8k": ("decode", 64, 1, 8 * K, {}),
+    "decode B128 16k w1024": ("decode", 128, 1, 16 * K, dict(size=1024)),
+}
+"""Calls over pages, whose cache and queries have 16 or 8 bits."""
+FP8_Q: dict[str, Any] = dict(storage="e4m3 head", dtype=torch.float8_e4m3fn, q_scale="tensor")
+IN_BITS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "int8": dict(storage="int8 channel"),
+    "int8 products": dict(storage="int8 channel", compute="int8"),
+    "fp8": dict(storage="e4m3 head"),
+    "fp8 q": FP8_Q,
+    "fp8 q made": FP8_Q | {"q_made": True},
+}
+
+
+def _eight_bits() -> Iterable[BenchCase]:
+    """The same calls in every form of 16 and 8 bits, for their times and errors side by side."""
+    for shape, (op, batch, q_len, kv_len, options) in EIGHT_BITS.items():
+        for form, bits in IN_BITS.items():
+            given = {**options, **bits, "tags": ("8-bit", shape)}
+            yield _case(f"8-bit {shape}, {form}", op, batch, q_len, kv_len, **given)
+
+
 def _seeds() -> Iterable[BenchCase]:
     """The shapes that the authors of the systems before swath test or time (see ``KEY``)."""
     window: dict[str, Any] = dict(size=1024, global_tokens=4)
@@ -272,9 +305,17 @@ def _cpu() -> Iterable[BenchCase]:
     yield _prefill("cpu prefill 1k w128", 1, K, size=128, tags=quick, **small)
 
 
-CASES = tuple(chain(_models(), _decodes(), _shapes(), _of_2026(), _mixed(), _seeds(), _table(), _sweeps(), _cpu()))
+CASES = tuple(
+    chain(_models(), _decodes(), _shapes(), _of_2026(), _mixed(), _eight_bits(), _seeds(), _table(), _sweeps(), _cpu())
+)
 """Every case of ``swath bench``. Those tagged "cpu" are for machines without a GPU, the others for GPUs."""
 BY_NAME = {case.name: case for case in CASES}
+
+
+def shape_in_bits(case: str) -> str | None:
+    """The shape in ``EIGHT_BITS`` that a case is of, by its name; None for other cases."""
+    found = BY_NAME.get(case)
+    return found.tags[1] if found is not None and found.tags[:1] == ("8-bit",) else None
 
 
 def select(

@@ -6,7 +6,7 @@ of the last sequence and of the longest query, the row whose window begins one k
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,11 +39,13 @@ class Gate:
         self.rows = sorted(starts[b] + i for b, i in _sample(inputs.case))
         self.truth = inputs.call.truth(torch.tensor(self.rows, device=inputs.q.device))
 
-    def check(self, out: Tensor) -> Verdict:
-        """Judge a result [..., Hq, D]; rows are counted over its leading dimensions."""
+    def check(self, out: Tensor, *, p_e4m3: bool = False) -> Verdict:
+        """Judge a result [..., Hq, D]; rows are counted over its leading dimensions. ``p_e4m3``: see ``Provider``."""
         flat, want = out.reshape(-1, *out.shape[-2:]), self.truth.out
         off = (flat[self.truth.rows].double() - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-30)
-        used = budget_used(flat, None, self.truth, quant=self._case.storage, compute=self._case.compute)
+        case = self._case
+        kind: dict[str, Any] = dict(quant=case.storage, compute=case.compute, e4m3=case.e4m3, p_e4m3=p_e4m3)
+        used = budget_used(flat, None, self.truth, **kind)
         return Verdict(float(off.nan_to_num(nan=torch.inf).max()), used)
 
 

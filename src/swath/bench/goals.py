@@ -99,12 +99,24 @@ def _groups() -> Iterable[Goal]:
         yield Goal(f"groups of {size} against 8, decode", f"{name}, B128 16k", (f"{other}, B128 16k",), 1.1)
 
 
+def _eight_bits() -> Iterable[Goal]:
+    """8-bit caches and queries, their passes included, against the same call over a cache of 16 bits."""
+    for shape, form, most in (
+        ("8k", "int8 products", 0.88), ("16k", "int8 products", 0.88), ("8k D256", "int8 products", 0.63),
+        ("2k at 16k", "int8 products", 0.88), ("16k w4096", "int8 products", 0.88), ("8k", "fp8 q", 0.76),
+        ("16k w1024", "fp8 q", 0.86), ("8k D64", "fp8 q", 0.86),
+    ):  # fmt: skip
+        case, base = f"8-bit {shape}, {form}", f"8-bit {shape}, bf16"
+        yield Goal(f"{shape}, {form} against bf16", case, (base,), most)
+
+
 GOALS = (
     Goal("paged against dense prefill", "paged 2k at 16k", ("2k at 16k dense",), 1.05),
     Goal("leading tokens against none", "stream 16k", ("stream 16k, no leading",), 1.08),
     Goal("int8 against bf16 prefill", "paged 2k at 16k int8 channel", ("paged 2k at 16k",), 1.08),
     Goal("int8 token against bf16 prefill", "paged 2k at 16k int8 token", ("paged 2k at 16k",), 1.08),
     *_mixed(),
+    *_eight_bits(),
     *_groups(),
     *_seeds(),
     *_table(),

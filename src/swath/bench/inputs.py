@@ -33,6 +33,13 @@ class Inputs:
         """q as [B, S, Hq, D]: decode and n-step decode, where all sequences have as many query tokens."""
         return self.q.view(self.case.num_seqs, -1, *self.q.shape[1:])
 
+    @cached_property
+    def wide_q(self) -> Tensor:
+        """bf16 rows that ``quantise_q`` makes fp8 queries under a static scale of again."""
+        if self.call.q_scale is None or self.call.q_scale.dim():
+            raise TypeError("the case has no static scale of queries")
+        return (self.call.q.float() * self.call.q_scale).to(torch.bfloat16)
+
     @property
     def cache(self) -> PagedKV:
         """The keys of a paged case."""
@@ -84,6 +91,20 @@ class Inputs:
     def nhd(self) -> tuple[Tensor, Tensor]:
         """Copies of the paged k and v as [num_pages, page_size, Hkv, D]: the native layout of most peers."""
         return self.cache.k.transpose(1, 2).contiguous(), self.cache.v.transpose(1, 2).contiguous()
+
+    @cached_property
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """The keys of a paged case as they are stored, laid end to end: [Tk, Hkv, D]."""
+        pages = [page_count(n, self.case.page_size) for n in self.case.kv_lens]
+        found = []
+        for x in self.nhd:
+            rows = x.view(torch.uint8 if x.dtype.itemsize == 1 else x.dtype)  # torch indexes no fp8 everywhere
+            of_each = [
+                rows[self.pages[b, :count].long()].flatten(0, 1)[:n]
+                for b, (n, count) in enumerate(zip(self.case.kv_lens, pages, strict=True))
+            ]
+            found.append(torch.cat(of_each).view(x.dtype))
+        return found[0], found[1]
 
     @cached_property
     def flat_pages(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,8 @@ KEY = {
     "laguna, step, muse ...": "windowed layers of models of 2026, by their heads",
     "images, chunks": "bounds of rows: images of 256 tokens that see each other, chunks of 8,192 (Llama 4)",
     "stream": "prefill under a window of 1,024 and 64 leading keys",
+    "8-bit 8k": "a call over pages whose cache is bf16, int8 (a scale a channel) or fp8 (a scale a head)",
+    "int8 products, fp8 q": '`compute="int8"`; fp8 queries, under a static scale; made: in the time',
     "ragged, mixed, sweep": "lengths that differ; chunks of prefill among decodes; one number varied, for the plots",
     "000a, 000b": "mojo_opset's shapes under a window with leading tokens: decode, and prefill over int8",
     "001, 002": "mojo_opset's prefill over int8 without a window, and its n-step decode under one",

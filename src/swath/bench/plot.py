@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from swath.bench.case import DECODES, BenchCase, Groups, stored_name, work_of
-from swath.bench.cases import BY_NAME, CASES
+from swath.bench.cases import BY_NAME, CASES, shape_in_bits
 from swath.bench.goals import X_FLOOR, X_PEER
-from swath.bench.judge import by_case, is_baseline, is_ours
+from swath.bench.judge import best, by_case, is_baseline, is_ours
 from swath.bench.results import Row, Timed, conditions, timed
 from swath.bench.units import in_words
 from swath.cli.palette import FAINT, INK, LOOKS, MUTED, TONES, UNKNOWN
@@ -49,6 +49,7 @@ def figures(rows: Iterable[Row]) -> dict[str, Figure]:
         drawn[f"floor-{kind}"] = _floors(mine, f"{kind.capitalize()}: time over the floor")
         drawn[f"context-{kind}"] = _sweep(mine, "context", _context, kind)
         drawn[f"window-{kind}"] = _sweep(mine, "window", lambda case: case.size or 0, kind)
+        drawn[f"error-{kind}"] = _errors(mine, kind)
     drawn["cache"] = _cache(known)
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
@@ -129,6 +130,32 @@ def _sweep(rows: list[Timed], tag: str, along: Callable[[BenchCase], int], kind:
     ax.set_ylabel("less is better", color=INK, size=TEXT)
     note = "dotted: no window; dashed: floor" if len(floors) > 1 else "dashed: floor"
     _legend(ax, {provider for provider, _ in lines}, note)
+    return figure
+
+
+def _errors(rows: list[Timed], kind: str) -> Figure | None:
+    """Time over ours in 16 bits against the error, of every form of the calls that come in several."""
+    rows = [row for row in rows if row.error and not is_baseline(row.provider)]
+    points = []
+    for row in rows:
+        base = best(r for r in rows if r.case == f"8-bit {shape_in_bits(row.case)}, bf16" and is_ours(r.provider))
+        if base is not None:
+            points.append((row.error or 0.0, row.us / base.us, row.provider))
+    if not points:
+        return None
+    figure = _figure(HEIGHT, f"{kind.capitalize()}: time against error", conditions(rows))
+    ax = figure.axes[0]
+    for error, ratio, provider in points:
+        ax.plot(error, ratio, linestyle="", **_style(provider))
+    errors = [error for error, _, _ in points]
+    ax.set_xscale("log")
+    ax.set_xlim(min(errors) / 1.5, max(errors) * 1.5)
+    _set_ticks(ax.xaxis, *ax.get_xlim(), "{:g}".format)
+    ax.set_ylim(0, max(ratio for _, ratio, _ in points) * 1.08)
+    ax.axhline(1, color=MUTED, linewidth=1, zorder=0)
+    ax.set_xlabel("relative error to float64 of the stored values", color=INK, size=TEXT)
+    ax.set_ylabel("time / ours in 16 bits", color=INK, size=TEXT)
+    _legend(ax, {provider for _, _, provider in points})
     return figure
 
 

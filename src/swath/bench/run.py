@@ -102,7 +102,7 @@ def _admit(
     row.version = provider.version
     try:
         runs: list[Run] = [provider.prepare(inputs) for inputs in sets]
-        passed = _judge(gate, runs[0](), row)
+        passed = _judge(gate, runs[0](), provider, row)
         eager = None
         if passed and clock.device.type == "cuda" and case.is_decode:
             row.host_us = host_us(runs[0])
@@ -110,7 +110,7 @@ def _admit(
             graphs = _captured(provider, runs, row)
             if graphs:
                 eager, runs = _rotating(runs), graphs
-                passed = _judge(gate, runs[0](), row)
+                passed = _judge(gate, runs[0](), provider, row)
         if not passed:
             return None
         if eager is None:
@@ -130,9 +130,9 @@ def _admit(
     return contender
 
 
-def _judge(gate: Gate, out: Tensor, row: Row) -> bool:
+def _judge(gate: Gate, out: Tensor, provider: Provider, row: Row) -> bool:
     """Whether a result may be timed; ``row`` gets its error, and why it may not."""
-    verdict = gate.check(out)
+    verdict = gate.check(out, p_e4m3=provider.p_e4m3)
     row.error, row.budget_used = verdict.error, verdict.budget_used
     if not verdict.passed:
         used = f"{verdict.budget_used:.3g} of its error budget (error {verdict.error:.1e})"

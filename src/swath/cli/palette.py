@@ -10,6 +10,8 @@ LOOKS = {
     "swath-triton": ("#00795a", "s"),
     "swath-cpu": ("#4254c5", "D"),
     "fa3": ("#c44e00", "^"),
+    "fa3-fp8": ("#e0661f", (4, 1, 0)),
+    "fa3-fp8-dense": ("#a85a1a", (6, 1, 0)),
     "fa4": ("#a1467e", "v"),
     "flashinfer": ("#7a6a00", "P"),
     "vllm": ("#5b3a8c", "X"),

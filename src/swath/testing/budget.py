@@ -18,6 +18,8 @@ For an element t of the output, in the names of ``Truth`` (oracle.py), the budge
   score.
 - fp8 queries and keys may multiply in e4m3 (``e4m3``). Hopper's tensor cores align 32 products with the largest of them
   and cut them to 13 bits; so D / 32 times 2^-13 (noise + score_size) is one more part of ``score``.
+- So may p and V (``p_e4m3``). Then u is 2^-4 for p, whose last steps are 2^-18 of the largest, where kernels multiply p
+  with 2^8; and its sum is cut every 32 keys: keys / 32 times 2^-13 (|t| + 4 quadrature).
 - ``rest``: no float32 p is below 2^-126, nor an element below the smallest of its type. Where ``4 score`` is 1 or more,
   as at scores of millions, another key may have the largest score: v_norm, for any of the values may come out.
 - ``sum``: sums over the keys, running rescales, the exponential.
@@ -50,22 +52,27 @@ UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-2
 _DEVIATIONS = 4.0
 _INT8_STEP = 1 / 254
 _FP16_STEP = 2.0**-25
+_FP8_UNIT, _FP8_STEP = 2.0**-4, 2.0**-18
+"""Of p in e4m3: half a unit in the last place of 1, and the smallest steps, of p times 2^8."""
 _FP8_SUM, _FP8_PRODUCTS = 2.0**-13, 32
 """What a sum of e4m3 products is cut to, relative to its largest term, and products that are added before that."""
 _SMALLEST_P = 2.0**-126
 
 
 def out_budget(
-    truth: Truth, dtype: torch.dtype, *, quant: KVQuant | None = None, compute: str = "float", e4m3: bool = False
-) -> Tensor:
+    truth: Truth, dtype: torch.dtype, *, quant: KVQuant | None = None, compute: str = "float", e4m3: bool = False,
+    p_e4m3: bool = False,
+) -> Tensor:  # fmt: skip
     """The largest error allowed for each element of ``out``, float64 [R, Hq, D]; ``dtype`` is out's."""
     u, e = UNIT[dtype], UNIT[torch.float32]
     t = truth.out.abs()
-    rounded_p = u * (1 + (quant is not None and quant.v_granularity == "token")) * (t + _DEVIATIONS * truth.quadrature)
+    rounding = (_FP8_UNIT if p_e4m3 else u) + u * (quant is not None and quant.v_granularity == "token")
+    cuts = (truth.keys / _FP8_PRODUCTS).ceil() * _FP8_SUM * p_e4m3  # [R, 1]
+    rounded_p = (rounding + cuts[..., None]) * (t + _DEVIATIONS * truth.quadrature)
     score_error = _score_error(truth, dtype, quant, compute, e4m3)[..., None]
     weights = score_error + _sum_error(truth)[..., None]
     has_fp16 = dtype == torch.float16 or (quant is not None and quant.is_quantised and dtype == torch.bfloat16)
-    step = _INT8_STEP if compute == "int8" else _FP16_STEP if has_fp16 else 0.0
+    step = _INT8_STEP if compute == "int8" else _FP8_STEP if p_e4m3 else _FP16_STEP if has_fp16 else 0.0
     steps = step * (_DEVIATIONS * truth.v_norm + truth.keys[..., None] * t) * truth.peak[..., None]
     if compute == "int8":
         steps += _DEVIATIONS * step * (truth.coarse_noise / truth.products.sqrt())[..., None] * truth.shared
@@ -114,12 +121,13 @@ def budget_used(
     quant: KVQuant | None = None,
     compute: str = "float",
     e4m3: bool = False,
+    p_e4m3: bool = False,
 ) -> float:
     """The share of its budget that the worst element uses: at most 1 for a right kernel, inf for NaN.
 
     ``out`` and ``lse`` are shaped as the operator returns them; only ``truth.rows`` of them are looked at.
     """
-    return max(map(_worst, _shares(out, lse, truth, quant, compute, e4m3)))
+    return max(map(_worst, _shares(out, lse, truth, quant, compute, e4m3, p_e4m3)))
 
 
 def check_budget(
@@ -130,13 +138,14 @@ def check_budget(
     quant: KVQuant | None = None,
     compute: str = "float",
     e4m3: bool = False,
+    p_e4m3: bool = False,
 ) -> float:
     """``budget_used``, raising where it is above 1.
 
     Raises:
         AssertionError: with the worst row, head and element, and what came there.
     """
-    shares = _shares(out, lse, truth, quant, compute, e4m3)
+    shares = _shares(out, lse, truth, quant, compute, e4m3, p_e4m3)
     for name, got, want, share in zip(("out", "lse"), (out, lse), (truth.out, truth.lse), shares, strict=False):
         if got is not None and not _worst(share) <= 1:
             at = tuple(int(i) for i in torch.unravel_index(share.argmax(), share.shape))
@@ -150,10 +159,11 @@ def check_budget(
 
 
 def _shares(
-    out: Tensor, lse: Tensor | None, truth: Truth, quant: KVQuant | None, compute: str, e4m3: bool
+    out: Tensor, lse: Tensor | None, truth: Truth, quant: KVQuant | None, compute: str, e4m3: bool, p_e4m3: bool
 ) -> list[Tensor]:
     """Error over budget of each element of out and, where there is one, of the LSE."""
-    shares = [_share(out, truth.rows, truth.out, out_budget(truth, out.dtype, quant=quant, compute=compute, e4m3=e4m3))]
+    allowed = out_budget(truth, out.dtype, quant=quant, compute=compute, e4m3=e4m3, p_e4m3=p_e4m3)
+    shares = [_share(out, truth.rows, truth.out, allowed)]
     if lse is not None:
         allowed = lse_budget(truth, out.dtype, quant=quant, compute=compute, e4m3=e4m3)
         shares.append(_share(lse, truth.rows, truth.lse, allowed))

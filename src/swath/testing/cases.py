@@ -140,6 +140,11 @@ class Case:
         return KVQuant(self.dtype) if self.quant is None else self.quant
 
     @property
+    def e4m3(self) -> bool:
+        """Whether queries and keys may multiply in e4m3."""
+        return self.dtype == self.storage.dtype == torch.float8_e4m3fn
+
+    @property
     def window(self) -> Window:
         """Which keys a query sees, where all sequences have as many leading tokens."""
         if not isinstance(self.global_tokens, int):

@@ -24,7 +24,8 @@ MAX_UNSET_BYTES = 64 << 20
 def make_filled(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
     """The tensors of ``case`` for timing: normal q, k and v, int8 spread over its range; seeds differ in every value.
 
-    The pages of the sequences fill the pool and are shuffled over it; entries after a sequence's last page are 0.
+    fp8 queries have a scale where the case has one. The pages of the sequences fill the pool and are shuffled over it;
+    entries after a sequence's last page are 0.
     """
     return _Filled(case, torch.device(device), seed).inputs()
 
@@ -46,6 +47,12 @@ class _Filled(Random):
 
     def scales(self, _granularity: str, shape: tuple[int, ...]) -> Tensor:
         return (self.uniform(0.5, 1.5, shape) / _SPREAD[self.case.storage.dtype]).to(self.case.scale_dtype)
+
+    def q_scale(self) -> Tensor | None:
+        case = self.case
+        if case.q_scale == "none":
+            return None
+        return self.uniform(0.5, 1.5, case.q_shape[:-1] if case.q_scale == "token" else ()) / _SPREAD[case.dtype]
 
     def shuffled(self, count: int) -> Tensor:
         return torch.randperm(count, generator=self.generator, device=self.device)

@@ -133,8 +133,7 @@ class Inputs:
         """
         case = self.case
         truth = self.truth() if truth is None else truth
-        e4m3 = case.dtype == case.storage.dtype == torch.float8_e4m3fn
-        return budget.check_budget(out, lse, truth, quant=case.storage, compute=case.compute, e4m3=e4m3)
+        return budget.check_budget(out, lse, truth, quant=case.storage, compute=case.compute, e4m3=case.e4m3)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """The same call with ``change`` of each of its tensors."""

@@ -13,6 +13,7 @@ from swath.bench.inputs import Inputs
 from swath.bench.providers.provider import Provider
 from swath.dispatch import backends
 from swath.ops.explain import explain
+from swath.ops.quantise import quantise_q
 from swath.target import interpreting
 
 GPU_BACKENDS = ("hopper", "triton")
@@ -37,6 +38,9 @@ def _prepare(impl: str, inputs: Inputs) -> Callable[[], Tensor]:
     reason = explain(function, *args, **options, impl=impl).reasons[impl]
     if reason is not None:
         raise NotImplementedError(reason)
+    if inputs.case.q_made:
+        wide, rest = inputs.wide_q, args[1:]
+        return lambda: function(quantise_q(wide, options["q_scale"])[0], *rest, **options, impl=impl)
     return lambda: function(*args, **options, impl=impl)
 
 

@@ -26,6 +26,7 @@ class Provider:
             The call returns out with rows as q's, [..., Hq, Dv].
         module: what must be importable. package: whose version is printed; both None for torch and swath.
         devices: whose tensors it takes. launch: of swath's own, the launch of a call in words.
+        p_e4m3: whether it rounds p to e4m3 before the product with V: its error budget is then that of 3 mantissa bits.
         builds: whether it compiles for many seconds before its first call: ``--quick`` leaves it out unless named.
     """
 
@@ -37,6 +38,7 @@ class Provider:
     devices: tuple[str, ...] = ("cuda",)
     launch: Callable[[Inputs], str] | None = None
     builds: bool = False
+    p_e4m3: bool = False
 
     def missing(self, device: torch.device) -> str | None:
         """Why it can do nothing on this machine, or None."""
@@ -64,15 +66,17 @@ def first_of(*reasons: tuple[bool, str]) -> str | None:
 
 def features(
     case: BenchCase, *, sink: bool = False, stored: tuple[str, ...] = (), head_dim: int = 256, narrow: bool = False,
-    ranges: type | tuple[type, ...] = (),
+    ranges: type | tuple[type, ...] = (), fp8_q: bool = False,
 ) -> str | None:  # fmt: skip
     """The reason that most peers share.
 
     No leading tokens, no sinks unless said, no 8-bit cache unless ``stored``, no heads beyond ``head_dim``, no values
-    narrower than keys unless ``narrow``, and no bounds of rows but by rules of the types ``ranges``.
+    narrower than keys unless ``narrow``, no bounds of rows but by rules of the types ``ranges``, and no fp8 queries
+    unless ``fp8_q``.
     """
     name = stored_name(case.storage)
     return first_of(
+        (case.dtype == torch.float8_e4m3fn and not fp8_q, "has no fp8 queries"),
         (case.head_dim > head_dim, f"has heads of up to {head_dim}"),
         (case.v_dim != case.head_dim and not narrow, "has values as wide as keys only"),
         (case.global_tokens != 0, "has no leading tokens"),

@@ -21,6 +21,7 @@ BLOCK_N, WARPS = 32, 4
 
 def _why_not(case: BenchCase) -> str | None:
     return first_of(
+        (case.dtype == torch.float8_e4m3fn, "has no fp8 queries"),
         (case.dense, "takes paged keys only"),
         (case.compute != "float", f"has no compute={case.compute!r}"),
         (case.v_dim != case.head_dim, "has values as wide as keys only"),

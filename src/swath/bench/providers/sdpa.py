@@ -47,6 +47,7 @@ def _prepare_fused(backend: SDPBackend, inputs: Inputs) -> Callable[[], Tensor]:
 
 def _why_not_masked(case: BenchCase) -> str | None:
     return first_of(
+        (case.dtype == torch.float8_e4m3fn, "has no fp8 queries"),
         (case.has_sink, "has no sinks"),
         (case.compute != "float", f"has no compute={case.compute!r}"),
     )
