@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm_stub
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm_batch import Batch, cache_tensor, config_of, metadata_of, run, spec_of
 
 import swath.engines.vllm
@@ -216,6 +217,20 @@ def test_layers_share_a_step_and_groups_its_lengths(vllm: SimpleNamespace) -> No
     assert other.block_table is table
     assert other.slots is slots
     assert other.seq_lens is step.seq_lens
+
+
+@pytest.mark.parametrize("name", ["decode", "verify", "mixed"])
+def test_a_step_is_made_without_work_for_the_device(name: str, vllm: SimpleNamespace) -> None:
+    """Between two steps' graphs the GPU waits for whatever a builder launches, and the host for what it calls."""
+
+    class Nothing(TorchDispatchMode):
+        def __torch_dispatch__(self, function: object, *others: object, **named: object) -> None:
+            raise AssertionError(f"a builder called {function}")
+
+    builder = vllm.backend.SwathBuilder(None, [], config_of(), torch.device("cpu"))
+    metadata = metadata_of(BATCHES[name], vllm, None, "cpu", graph=False)
+    with Nothing():
+        builder.build(0, metadata)
 
 
 def test_metadata_may_be_copied_field_by_field(vllm: SimpleNamespace) -> None:
