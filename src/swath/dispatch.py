@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -66,6 +67,17 @@ def choose(op: str, case: Any, impl: str) -> Backend:
     if reason is not None:
         raise bad_value("impl", f"a backend that can run this call; {impl!r} cannot", reason)
     return found[impl]
+
+
+def ready(backend: Backend, case: Any, arguments: tuple[Any, ...]) -> Callable[[Sequence[Any]], bool] | None:
+    """How a backend launches further calls like ``case``, which ran, from their arguments alone: True where it did.
+
+    None for a backend that has no module function ``ready``, or where that is not possible.
+
+    arguments: those of the public function in their order, and behind them the outputs.
+    """
+    make = getattr(backend, "ready", None)
+    return None if make is None else make(case, arguments)
 
 
 def reasons(op: str, case: Any) -> dict[str, str | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,9 +48,9 @@ class Problem:
     memo: dict[str, Any] | None = field(default=None, init=False)
 
     @property
-    def result(self) -> Tensor | tuple[Tensor, Tensor]:
-        """What the public function returns: out, or (out, lse) where an LSE was asked for."""
-        return self.out if self.lse is None else (self.out, self.lse)
+    def result(self) -> Any:
+        """What the public function returns."""
+        return result_of((self.out, self.lse))
 
     def remembered(self, key: str, find: Callable[[], Any]) -> Any:
         """What was found under ``key`` for a call of this signature, or what ``find`` returns."""
@@ -245,13 +245,15 @@ class Accepted:
     """Elements of a row of the output."""
     memo: dict[str, Any] = field(default_factory=dict)
     """What backends remember of such calls, by backend."""
+    ready: dict[str, Callable[[Sequence[Any]], bool] | None] = field(default_factory=dict)
+    """How to launch such calls from their arguments alone, by the ``impl`` asked for: see ``Operator.run_alike``."""
 
-    def problem(self, q: Tensor, keys: DenseKeys | PagedKeys, options: dict[str, Any]) -> Problem:
-        """The call with the tensors of ``options``, and its outputs made."""
-        fields = {**options, **self.values}
-        out, lse = make_outputs(q, self.v_head_dim, fields.pop("out", None), fields.pop("return_lse", False))
-        fields["window"] = Window.of(fields.get("window"))
-        problem = Problem(q, keys, out, lse, **fields)
+    def problem(self, q: Tensor, keys: DenseKeys | PagedKeys, options: dict[str, Any], outputs: Outputs) -> Problem:
+        """The call with the tensors of ``options``."""
+        fields = {**options, **self.values, "window": Window.of(options.get("window"))}
+        fields["out"], fields["lse"] = outputs
+        fields.pop("return_lse", None)
+        problem = Problem(q, keys, **fields)
         problem.memo = self.memo
         return problem
 
@@ -261,10 +263,20 @@ def output_dtype(q: Tensor) -> torch.dtype:
     return torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
 
 
-def make_outputs(q: Tensor, v_head_dim: int, out: Tensor | None, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+Outputs = tuple[Tensor | None, Tensor | None]
+"""out and LSE; None for what an operator does not make, or was not asked for."""
+
+
+def result_of(outputs: Outputs) -> Any:
+    """What a public function returns: out, or (out, lse) where there is an LSE."""
+    return outputs[0] if outputs[1] is None else outputs
+
+
+def make_outputs(q: Tensor, v_head_dim: int, options: dict[str, Any]) -> Outputs:
     """The given ``out`` or a new one with rows of ``v_head_dim``, and a new LSE if asked for."""
+    out = options.get("out")
     if out is None and v_head_dim == q.shape[-1]:  # in half the time of what follows
         out = torch.empty_like(q, dtype=output_dtype(q), memory_format=torch.contiguous_format)
     elif out is None:
         out = q.new_empty((*q.shape[:-1], v_head_dim), dtype=output_dtype(q))
-    return out, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
+    return out, torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if options.get("return_lse") else None

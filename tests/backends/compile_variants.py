@@ -250,7 +250,7 @@ def stand_on(arch: str) -> None:
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
-    triton.runtime.driver.set_active(_Driver(target))
+    triton.runtime.driver.set_active(StandIn(target))
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # what comes from Triton's cache has no report
 
@@ -285,7 +285,7 @@ def _amd_spills(kernel: Any) -> int:
     return 4 * int(found[1]) if found else 0
 
 
-class _Driver:
+class StandIn:
     """Stands for a GPU that is not there."""
 
     def __init__(self, target: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compile_variants import TARGETS, _Driver
+from compile_variants import TARGETS, StandIn
 
 from conftest import python_environment
 from swath import KVQuant, PagedKV
@@ -54,7 +54,7 @@ def stand_on(arch: str) -> None:
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
-    triton.runtime.driver.set_active(_Driver(target))
+    triton.runtime.driver.set_active(StandIn(target))
     triton.knobs.compilation.always_compile = True
 
 

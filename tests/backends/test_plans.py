@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from compile_variants import OPTIONS, problem_of, tiles_of
+from launches import Recorder, fresh_arguments, plain, recording
 from torch import Tensor
 
 from conftest import plan_for
@@ -20,7 +20,6 @@ from swath.ops import attention as attention_call
 from swath.ops import paged as paged_call
 from swath.ops import signature
 from swath.ops.signature import Memory, coarse
-from swath.problem import Problem
 from swath.target import Target
 from swath.testing import Case, Inputs, pairwise
 
@@ -222,57 +221,10 @@ def test_bounds_are_rounded_up() -> None:
     assert [coarse(n) for n in (None, -1, 0, 1, 64, 65, True, 2.5)] == [None, -1, 0, 64, 64, 128, True, 2.5]
 
 
-class Recorder:
-    """Stands for a compiled kernel and its launcher: keeps what it was launched with."""
-
-    function, packed_metadata = 11, (4, 1, 0)
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[Any, ...]] = []
-
-    def run(self, *args: Any) -> None:
-        self.launches.append(args)
-
-
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """Plans that compile nothing and launch on a Recorder, with all scratch in one place."""
-    pytest.importorskip("triton")
-    if target.interpreting():
-        pytest.skip("the interpreter has no compiled kernels to remember")
-    from swath.backends.triton import runtime as launcher
-
-    recorder = Recorder()
-    block = torch.empty(1 << 30, dtype=torch.uint8)
-    monkeypatch.setattr(launcher.KernelCall, "launch", lambda self, operands: recorder)
-    monkeypatch.setattr(
-        launcher.Scratch, "allocate", lambda self, device: block[: self.nbytes] if self.nbytes else None
-    )
-    active = SimpleNamespace(get_current_stream=lambda index: 7)
-    monkeypatch.setattr(launcher, "driver", SimpleNamespace(active=active))
-    return recorder
-
-
-def plain(x: Any) -> Any:
-    """What decides a launch argument: a tensor's address, and what a box is encoded from."""
-    if isinstance(x, Tensor):
-        return x.data_ptr()
-    if hasattr(x, "block_shape"):
-        return x.base.data_ptr(), tuple(x.shape), tuple(x.strides), tuple(x.block_shape), x.layout
-    return x
-
-
-def fresh_arguments(problem: Problem, arch: str, tiles: str) -> list[tuple[Any, ...]]:
-    """What each launch of a call must pass on, built anew."""
-    from swath.backends.triton.arguments import operands_of
-
-    plan = plan_for(tiles, problem, Target(arch, 132))
-    operands = {**operands_of(problem), **plan.scratch.tensors(torch.device("cpu"))}
-    rows = []
-    for call in plan.calls:
-        values = call.arguments(operands).values()
-        rows.append((call.grid, *map(plain, values)))
-    return rows
+    """Plans that compile nothing and launch on a Recorder."""
+    return recording(monkeypatch)
 
 
 @pytest.mark.parametrize("row", pairwise(OPTIONS), ids=lambda row: " ".join(row.values()))
@@ -287,10 +239,8 @@ def test_a_remembered_launch_passes_what_a_new_one_would(row: dict[str, str], re
         assert not recorder.launches, "the first run compiles"
         plan.run(operands_of(second), second.q.device)
         expected = fresh_arguments(second, arch, tiles)
-        launched = [(grid, *map(plain, values)) for grid, _, _, _, _, _, _, _, _, *values in recorder.launches]
-        assert launched == expected
         assert {args[1:9] for args in recorder.launches} == {(1, 1, 7, 11, (4, 1, 0), None, None, None)}
-        recorder.launches.clear()
+        assert recorder.taken() == expected
 
 
 def test_a_remembered_append_takes_its_own_tensors(recorder: Recorder) -> None:
@@ -306,7 +256,7 @@ def test_a_remembered_append_takes_its_own_tensors(recorder: Recorder) -> None:
     append.run(first)
     assert not recorder.launches, "the first run compiles"
     append.run(second)
-    ((grid, _, _, _, _, _, _, _, _, *values),) = recorder.launches
+    ((grid, *values),) = recorder.taken()
     cache = second.cache
     tensors = (second.k, second.v, cache.k, cache.v, cache.k_scale, cache.v_scale, second.slot_mapping)
     assert grid == 6

@@ -10,7 +10,7 @@ from pools import in_a_large_pool
 
 from conftest import PORTABLE, Capture, Prepare, check, each_backend
 from swath import KVQuant, attention, paged_attention
-from swath.testing import Case, Inputs
+from swath.testing import Case, Inputs, make
 from swath.testing.fuzz import Call, judge
 
 INT8_TOKEN, INT8_CHANNEL = KVQuant(torch.int8, "token"), KVQuant(torch.int8, "channel")
@@ -96,6 +96,31 @@ def test_no_call_synchronises(case: Case, prepare: Prepare, impl: str) -> None:
         public(*inputs.args, **options, impl=impl)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_calls_alike_on_two_streams(prepare: Prepare, impl: str) -> None:
+    """Each is launched on the stream that it is made on, with tensors and scratch of its own."""
+    pairs = [(prepare(Case((3000, 200, 250), quant=INT8_TOKEN), seed), torch.cuda.Stream()) for seed in range(2)]
+    torch.cuda.synchronize()
+    made = []
+    for _ in range(10):
+        for inputs, stream in pairs:
+            with torch.cuda.stream(stream):
+                made.append((inputs, inputs.run(impl)))
+    torch.cuda.synchronize()
+    for inputs, results in made:
+        inputs.check(*results)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_calls_alike_on_two_devices(impl: str) -> None:
+    """Whichever is the current one."""
+    both = [make(Case((3000, 200, 250), q_lens, group=4), f"cuda:{i}") for i in (0, 1) for q_lens in (1, 40)]
+    for current in (0, 1, 0, 1):
+        with torch.cuda.device(current):
+            for inputs in both:
+                if inputs.why_not(impl) is None:
+                    check(inputs, impl)
 
 
 def test_no_recompile_for_another_length_batch_or_window(prepare: Prepare, impl: str) -> None:

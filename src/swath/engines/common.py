@@ -20,7 +20,7 @@ from swath.ops.paged import PAGED_ATTENTION, paged_attention
 from swath.ops.signature import cache_look, tensor_look
 from swath.ops.torch_ops import must_dispatch
 from swath.pages import BlockTable
-from swath.problem import Accepted, Problem
+from swath.problem import Accepted
 from swath.vendors import vllm_pages
 from swath.window import Window
 
@@ -144,20 +144,21 @@ class Step:
         if torch.is_grad_enabled() or must_dispatch(arguments):
             made = paged_attention(*arguments, **options, impl=layer.impl)
         else:
-            made = PAGED_ATTENTION.execute(self._problem(layer, arguments, options), layer.impl).result
+            accepted = self._accept(layer, arguments, options)
+            made = PAGED_ATTENTION.run_alike(paged.STAGES, accepted, arguments, options, layer.impl)
         if arguments[0].dim() == 3:
             return made
         return made.flatten(0, 1) if isinstance(made, Tensor) else tuple(x.flatten(0, 1) for x in made)
 
-    def _problem(self, layer: Layer, arguments: Operands, options: dict[str, Any]) -> Problem:
-        """The checked call. What all layers share has one look, so layers that are alike are checked once a step."""
+    def _accept(self, layer: Layer, arguments: Operands, options: dict[str, Any]) -> Accepted:
+        """What the checks find: once a step for layers that are alike, since what all layers share has one look."""
         q, cache, out, sink = arguments[0], arguments[1], options["out"], layer.sink
         looks = (tensor_look(q), cache_look(cache), out is None or tensor_look(out), sink is None or tensor_look(sink))
         key = layer.numbers, options["return_lse"], looks
         accepted = self._accepted.get(key)
         if accepted is None:
-            accepted = self._accepted[key] = paged.accept(*arguments, **options)
-        return paged.prepare_like(accepted, *arguments, options)
+            accepted = self._accepted[key] = paged.accept(arguments, options)
+        return accepted
 
     def call(self, layer: Layer, q: Tensor, cache: PagedKV, out: Tensor | None) -> tuple[Operands, dict[str, Any]]:
         """The arguments of ``paged_attention``, by position and by name."""

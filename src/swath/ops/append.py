@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from swath import checks
 from swath.cache import PagedKV
 from swath.errors import bad_type, bad_value
 from swath.ops import arguments
-from swath.ops.operator import Operator
+from swath.ops.operator import Operands, Operator, Options, Stages
 from swath.ops.signature import Memory
-from swath.problem import AppendCase
+from swath.problem import Accepted, AppendCase, Outputs
 
 
 def append_kv(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor, *, impl: str = "auto") -> None:
@@ -34,17 +32,32 @@ def append_kv(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor, *, imp
     APPEND_KV((cache, k, v, slot_mapping), {}, impl)
 
 
-_memory: Memory[dict[str, Any]] = Memory()
+_memory: Memory[Accepted] = Memory()
+
+
+def _recall(operands: Operands, options: Options) -> Accepted:
+    return _memory.recall(_accept, operands, options)
+
+
+def _outputs(_accepted: Accepted, _operands: Operands, _options: Options) -> Outputs:
+    return None, None
+
+
+def _case(accepted: Accepted, operands: Operands, _options: Options, _outputs: Outputs) -> AppendCase:
+    cache, k, v, slot_mapping = operands
+    return AppendCase(cache, k, v, slot_mapping, accepted.memo)
+
+
+STAGES = Stages(_recall, _outputs, _case)
 
 
 def prepare(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> AppendCase:
     """Check the arguments of ``append_kv`` (see there)."""
-    memo = _memory.recall(_accept, (cache, k, v, slot_mapping), {})
-    return AppendCase(cache, k, v, slot_mapping, memo)
+    return STAGES.prepare((cache, k, v, slot_mapping), {})
 
 
-def _accept(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> dict[str, Any]:
-    """Every check of a call whose signature was not met before; what backends will remember of such calls."""
+def _accept(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> Accepted:
+    """Every check of a call whose signature was not met before."""
     if not isinstance(cache, PagedKV):
         raise bad_type("cache", "a PagedKV", type(cache).__name__)
     device = cache.k.device
@@ -59,8 +72,8 @@ def _accept(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> dict[
     checks.check_ints("slot_mapping", slot_mapping, k.shape[0], device)
     checks.check_no_grad(k=k, v=v)
     cache.check_writable()
-    return {}
+    return Accepted({}, cache.v_head_dim)
 
 
 ARGUMENTS = {"cache": PagedKV, "k": Tensor, "v": Tensor, "slot_mapping": Tensor}
-APPEND_KV = Operator("append_kv", "append", prepare, lambda case: case.result, ARGUMENTS, {}, "()", ("cache",))
+APPEND_KV = Operator("append_kv", "append", prepare, lambda case: case.result, ARGUMENTS, {}, "()", ("cache",), STAGES)

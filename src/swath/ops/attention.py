@@ -12,10 +12,10 @@ from swath import checks
 from swath.cache import DenseKeys
 from swath.errors import bad_type, bad_value
 from swath.ops import arguments
-from swath.ops.operator import Operator, spelled_out
+from swath.ops.operator import Operands, Operator, Options, Stages, spelled_out
 from swath.ops.signature import Memory, coarse
 from swath.ops.torch_ops import TorchOp
-from swath.problem import Accepted, Problem
+from swath.problem import Accepted, Outputs, Problem, make_outputs
 from swath.window import Window
 
 if TYPE_CHECKING:
@@ -105,12 +105,27 @@ def attention(
 _memory: Memory[Accepted] = Memory()
 
 
+def _recall(operands: Operands, options: Options) -> Accepted:
+    return _memory.recall(_accept, operands, options)
+
+
+def _outputs(accepted: Accepted, operands: Operands, options: Options) -> Outputs:
+    return make_outputs(operands[0], accepted.v_head_dim, options)
+
+
+def _case(accepted: Accepted, operands: Operands, options: Options, outputs: Outputs) -> Problem:
+    q, k, v, cu_seqlens_q, cu_seqlens_k = operands
+    return accepted.problem(q, DenseKeys(k, v, cu_seqlens_k), {**options, "cu_seqlens_q": cu_seqlens_q}, outputs)
+
+
+STAGES = Stages(_recall, _outputs, _case)
+
+
 def prepare(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
 ) -> Problem:  # fmt: skip
     """Check the arguments of ``attention`` (see there) and make its outputs."""
-    accepted = _memory.recall(_accept, (q, k, v, cu_seqlens_q, cu_seqlens_k), options)
-    return accepted.problem(q, DenseKeys(k, v, cu_seqlens_k), {**options, "cu_seqlens_q": cu_seqlens_q})
+    return STAGES.prepare((q, k, v, cu_seqlens_q, cu_seqlens_k), options)
 
 
 def _accept(
@@ -149,10 +164,13 @@ class AttentionOperator(Operator[Problem]):
     ``out`` returns the LSE alone.
     """
 
-    def __init__(self, name: str, prepare: Any, operands: dict[str, Any], options: type) -> None:
+    def __init__(
+        self, name: str, prepare: Any, stages: Stages[Problem], operands: dict[str, Any], options: type
+    ) -> None:  # fmt: skip
         arguments = {**operands, **get_type_hints(options), "return_lse": bool}
         returns = "(Tensor out, Tensor lse)"
-        super().__init__(name, "attention", prepare, _out_and_lse, arguments, defaults_of(options), returns)
+        defaults = defaults_of(options)
+        super().__init__(name, "attention", prepare, _out_and_lse, arguments, defaults, returns, stages=stages)
 
         def run(**named: Any) -> Tensor:
             return cast(Tensor, self._run(**named)[1])
@@ -177,4 +195,4 @@ def _out_and_lse(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 OPERANDS = {"q": Tensor, "k": Tensor, "v": Tensor, "cu_seqlens_q": Tensor, "cu_seqlens_k": Tensor}
-ATTENTION = AttentionOperator("attention", prepare, OPERANDS, AttentionOptions)
+ATTENTION = AttentionOperator("attention", prepare, STAGES, OPERANDS, AttentionOptions)

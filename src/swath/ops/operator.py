@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from swath import dispatch
 from swath.ops.arguments import check_names
 from swath.ops.torch_ops import TorchOp, must_dispatch
+from swath.problem import Accepted, Outputs, result_of
 
 
 class Case(Protocol):
@@ -23,6 +25,27 @@ class Case(Protocol):
 
 C = TypeVar("C", bound=Case)
 F = TypeVar("F", bound=Callable[..., Any])
+Operands = tuple[Any, ...]
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stages(Generic[C]):
+    """From the arguments of a public function to a case, in the steps that a call like an earlier one takes or not.
+
+    accept: what the checks find about a call, or found about one that looked the same.
+    outputs: where its results go, made or given.
+    case: the checked call.
+    """
+
+    accept: Callable[[Operands, Options], Accepted]
+    outputs: Callable[[Accepted, Operands, Options], Outputs]
+    case: Callable[[Accepted, Operands, Options, Outputs], C]
+
+    def prepare(self, operands: Operands, options: Options) -> C:
+        """All of them."""
+        accepted = self.accept(operands, options)
+        return self.case(accepted, operands, options, self.outputs(accepted, operands, options))
 
 
 class Operator(Generic[C]):
@@ -37,20 +60,24 @@ class Operator(Generic[C]):
         defaults: values of arguments that may be left out.
         returns: the results in the schema's language.
         mutates: names of arguments that are written into.
+        stages: of ``prepare``, where calls that look alike are remembered.
     """
 
     def __init__(
         self, name: str, module: str, prepare: Callable[..., C], results: Callable[[C], Any],
         arguments: dict[str, Any], defaults: dict[str, Any], returns: str, mutates: tuple[str, ...] = (),
+        stages: Stages[C] | None = None,
     ) -> None:  # fmt: skip
-        self.name, self.module, self.prepare, self.results = name, module, prepare, results
+        self.name, self.module, self.prepare, self.results, self.stages = name, module, prepare, results, stages
         self.arguments, self.defaults = {**arguments, "impl": str}, defaults
         self.torch_op = TorchOp(name, self.arguments, returns, self._run, self._fake, mutates)
 
-    def __call__(self, operands: tuple[Any, ...], options: dict[str, Any], impl: str) -> Any:
+    def __call__(self, operands: Operands, options: Options, impl: str) -> Any:
         """What the public function returns."""
         if not must_dispatch(operands):
-            return self.execute(self.prepare(*operands, **options), impl).result
+            if self.stages is None:
+                return self.execute(self.prepare(*operands, **options), impl).result
+            return self.run_alike(self.stages, self.stages.accept(operands, options), operands, options, impl)
         if torch.compiler.is_compiling():
             check_names(options, self.defaults, self.name)
         else:  # so that a wrong call is named as everywhere, and not by the schema
@@ -58,6 +85,24 @@ class Operator(Generic[C]):
             dispatch.check_impl(self.module, impl)
         named = dict(zip(self.arguments, operands, strict=False))
         return self.dispatched({**self.defaults, **named, **options, "impl": impl})
+
+    def run_alike(
+        self, stages: Stages[C], accepted: Accepted, operands: Operands, options: Options, impl: str
+    ) -> Any:  # fmt: skip
+        """What the public function returns for a call that looks like an accepted one.
+
+        A backend that can do so is ready after the first of them: it launches the others from their arguments.
+        """
+        outputs = stages.outputs(accepted, operands, options)
+        arguments = (*operands, *options.values(), *outputs)
+        ready = accepted.ready.get(impl) if type(impl) is str else None
+        if ready is None or not ready(arguments):
+            case = stages.case(accepted, operands, options, outputs)
+            backend = dispatch.choose(self.module, case, impl)
+            backend.run(case)
+            if impl not in accepted.ready:
+                accepted.ready[impl] = dispatch.ready(backend, case, arguments)
+        return result_of(outputs)
 
     def execute(self, case: C, impl: str) -> C:
         """Run a prepared case."""

@@ -12,10 +12,10 @@ from swath.cache import PagedKeys, PagedKV
 from swath.errors import bad_type, bad_value
 from swath.ops import arguments
 from swath.ops.attention import AttentionOperator, AttentionOptions, defaults_of
-from swath.ops.operator import spelled_out
+from swath.ops.operator import Operands, Options, Stages, spelled_out
 from swath.ops.signature import Memory, coarse
 from swath.pages import BlockTable, PageTable
-from swath.problem import Accepted, Problem
+from swath.problem import Accepted, Outputs, Problem, make_outputs
 from swath.quant import LARGEST
 
 if TYPE_CHECKING:
@@ -105,24 +105,31 @@ def paged_attention(
 _memory: Memory[Accepted] = Memory()
 
 
-def prepare(q: Tensor, cache: PagedKV, block_table: BlockTable, seq_lens: Tensor, **options: Any) -> Problem:
-    """Check the arguments of ``paged_attention`` (see there) and make its outputs."""
-    return prepare_like(accept(q, cache, block_table, seq_lens, **options), q, cache, block_table, seq_lens, options)
-
-
-def accept(q: Tensor, cache: PagedKV, block_table: BlockTable, seq_lens: Tensor, **options: Any) -> Accepted:
+def accept(operands: Operands, options: Options) -> Accepted:
     """What the checks find about a call, or found about one with this signature."""
-    return _memory.recall(_accept, (q, cache, block_table, seq_lens), options)
+    return _memory.recall(_accept, operands, options)
 
 
-def prepare_like(
-    accepted: Accepted, q: Tensor, cache: PagedKV, block_table: BlockTable, seq_lens: Tensor, options: dict[str, Any]
-) -> Problem:
-    """``prepare`` for a call that is known to look like one that was accepted."""
+def outputs(accepted: Accepted, operands: Operands, options: Options) -> Outputs:
+    """Where the results of a call go that looks like an accepted one."""
+    q, cache, _, _ = operands
     out = options.get("out")
     if type(out) is Tensor and type(cache.k) is Tensor and cache.holds(out):  # addresses are in no signature
         raise bad_value("out", "memory that is not the cache's", "a view of its pool")
-    return accepted.problem(q, PagedKeys(cache, PageTable.of(block_table), seq_lens), options)
+    return make_outputs(q, accepted.v_head_dim, options)
+
+
+def _case(accepted: Accepted, operands: Operands, options: Options, outputs: Outputs) -> Problem:
+    q, cache, block_table, seq_lens = operands
+    return accepted.problem(q, PagedKeys(cache, PageTable.of(block_table), seq_lens), options, outputs)
+
+
+STAGES = Stages(accept, outputs, _case)
+
+
+def prepare(q: Tensor, cache: PagedKV, block_table: BlockTable, seq_lens: Tensor, **options: Any) -> Problem:
+    """Check the arguments of ``paged_attention`` (see there) and make its outputs."""
+    return STAGES.prepare((q, cache, block_table, seq_lens), options)
 
 
 def _accept(q: Tensor, cache: PagedKV, block_table: Any, seq_lens: Tensor, **options: Any) -> Accepted:
@@ -199,4 +206,4 @@ def _check_split_size(split_size: int | None) -> None:
 
 
 OPERANDS = {"q": Tensor, "cache": PagedKV, "block_table": BlockTable, "seq_lens": Tensor}
-PAGED_ATTENTION = AttentionOperator("paged_attention", prepare, OPERANDS, PagedOptions)
+PAGED_ATTENTION = AttentionOperator("paged_attention", prepare, STAGES, OPERANDS, PagedOptions)

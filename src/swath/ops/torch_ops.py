@@ -36,12 +36,13 @@ def must_dispatch(operands: tuple[object, ...]) -> bool:
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return True
     all_meta = None
-    for x in operands:
-        x = x.k if isinstance(x, PagedKV) else x
-        if isinstance(x, Tensor):
-            if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-                return True
-            all_meta = x.is_meta and all_meta is not False
+    for operand in operands:
+        x: Any = operand.k if isinstance(operand, PagedKV) else operand
+        kind = type(x)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            all_meta = all_meta is not False and x.is_meta
+        elif isinstance(x, Tensor):
+            return True
     return bool(all_meta)
 
 

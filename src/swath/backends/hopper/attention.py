@@ -86,4 +86,4 @@ def _tiles() -> Tiles[HopperHeuristics]:
 
 
 runner = Runner(NAME, HOPPER, _tiles)
-plan, warm, run = runner.plan, runner.warm, runner.run
+plan, warm, run, ready = runner.plan, runner.warm, runner.run, runner.ready

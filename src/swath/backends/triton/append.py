@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from swath.quant import LARGEST
 from swath.target import on_device, why_no_triton
 
 if TYPE_CHECKING:
+    from swath.backends.triton.ready import ReadyCall
     from swath.backends.triton.runtime import Plan
 
 
@@ -37,6 +39,13 @@ def run(case: AppendCase) -> None:
     device = case.k.device
     with on_device(device):
         _plan(case).run(_operands(case), device)
+
+
+def ready(case: AppendCase, arguments: Sequence[Any]) -> ReadyCall | None:
+    """Further calls like one that ran, launched from their arguments (see ``dispatch.ready``)."""
+    from swath.backends.triton.ready import ready_call
+
+    return ready_call(_plan(case), _operands(case), arguments, case.k.device)
 
 
 def _plan(case: AppendCase) -> Plan:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from swath.backends.triton.arguments import operands_of
 from swath.backends.triton.heuristics import TRITON, Heuristics
@@ -13,6 +13,7 @@ from swath.target import Target, on_device, target_of, why_no_triton
 
 if TYPE_CHECKING:
     from swath.backends.triton.plan import Tiles
+    from swath.backends.triton.ready import ReadyCall
     from swath.backends.triton.runtime import Plan
 
 H = TypeVar("H", bound=Heuristics)
@@ -46,6 +47,12 @@ class Runner(Generic[H]):
         with on_device(device):
             self._plan(problem).run(operands_of(problem), device)
 
+    def ready(self, problem: Problem, arguments: Sequence[Any]) -> ReadyCall | None:
+        """Further calls like one that ran, launched from their arguments (see ``dispatch.ready``)."""
+        from swath.backends.triton.ready import ready_call
+
+        return ready_call(self._plan(problem), operands_of(problem), arguments, problem.q.device)
+
     def _plan(self, problem: Problem) -> Plan:
         """The plan that was made for the first call of this signature."""
         target = target_of(problem.q.device)
@@ -71,4 +78,4 @@ def _tiles() -> Tiles[Heuristics]:
 
 
 runner = Runner("triton", TRITON, _tiles)
-plan, warm, run = runner.plan, runner.warm, runner.run
+plan, warm, run, ready = runner.plan, runner.warm, runner.run, runner.ready

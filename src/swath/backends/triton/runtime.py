@@ -8,7 +8,6 @@ addresses of tensors in their places.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from operator import attrgetter
@@ -18,10 +17,10 @@ import torch
 from torch import Tensor
 from triton import FutureKernel, knobs
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from swath.backends.triton.arguments import Operands
 from swath.backends.triton.features import FUSED
+from swath.backends.triton.ready import Addresses, ReadyLaunch, ready_launch
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -110,14 +109,14 @@ class Plan:
     scratch: Scratch = field(default_factory=Scratch)
     _ready: list[ReadyLaunch] = field(default_factory=list)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has run, and need not ask Triton again."""
+        return bool(self._ready)
+
     def run(self, operands: Operands, device: torch.device) -> None:
         """Launch on ``device``, which is the current one."""
-        if self._ready and not _watched():
-            block = self.scratch.allocate(device) if self.scratch.nbytes else None
-            base = 0 if block is None else block.data_ptr()
-            stream = driver.active.get_current_stream(device.index)
-            for launch in self._ready:
-                launch(operands, base, stream)
+        if self._ready and self.launch({name: x.data_ptr() for name, x in operands.items() if x is not None}, device):
             return
         operands = {**operands, **self.scratch.tensors(device)}
         offsets = self.scratch.offsets()
@@ -125,6 +124,18 @@ class Plan:
         ready = [launch for launch in launches if launch is not None]
         if len(ready) == len(self.calls):
             self._ready[:] = ready
+
+    def launch(self, addresses: Addresses, device: torch.device) -> bool:
+        """Launch on operands at ``addresses``, on the current device; False, and nothing is launched, where this plan
+        has not run yet, or a profiler wants Triton to tell it of launches."""
+        if not self._ready or _watched():
+            return False
+        block = self.scratch.allocate(device) if self.scratch.nbytes else None
+        base = 0 if block is None else block.data_ptr()
+        stream = driver.active.get_current_stream(device.index)
+        for launch in self._ready:
+            launch(addresses, base, stream)
+        return True
 
     def load(self, operands: Operands) -> None:
         """Compile every kernel and its launcher, and load both, without running or allocating anything.
@@ -140,82 +151,6 @@ class Plan:
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.calls))
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class ReadyLaunch:
-    """A launch of a compiled kernel through Triton's own launcher, past its lookups (50 us for our entries).
-
-    The launcher takes addresses for tensors: of operands by name, and of scratch by its offset in the allocation.
-    """
-
-    run: Callable[..., None]
-    compiled: Any
-    grid: int
-    values: list[Any]
-    operands: list[tuple[int, str]]
-    scratch: list[tuple[int, int]]
-    boxes: list[tuple[int, str, int | None]]  # place, operand, and its offset where it is scratch
-
-    def __call__(self, operands: Operands, scratch: int, stream: int) -> None:
-        """Launch on ``stream`` with the addresses of ``operands``, and scratch that begins at ``scratch``."""
-        values = self.values.copy()
-        for place, name in self.operands:
-            values[place] = operands[name].data_ptr()  # type: ignore[union-attr]
-        for place, offset in self.scratch:
-            values[place] = scratch + offset
-        for place, name, at in self.boxes:
-            address = operands[name].data_ptr() if at is None else scratch + at  # type: ignore[union-attr]
-            values[place] = box_at(address, values[place])
-        kernel = self.compiled
-        self.run(self.grid, 1, 1, stream, kernel.function, kernel.packed_metadata, *UNWATCHED, *values)
-
-
-def box_at(address: int, box: Any) -> Any:
-    """A tensor descriptor like ``box`` at an address, in a quarter of the time of ``copy.copy``."""
-    other = object.__new__(type(box))
-    other.__dict__ = box.__dict__ | {"base": Address(address)}
-    return other
-
-
-@dataclass(slots=True)
-class Address:
-    """What a tensor is to a box that is encoded anew: an address."""
-
-    value: int
-
-    def data_ptr(self) -> int:
-        """The address, by the name that tensors give it."""
-        return self.value
-
-
-UNWATCHED = (None, None, None)
-"""No launch metadata, no hook before a launch, none after it."""
-
-
-def ready_launch(call: KernelCall, compiled: Any, operands: Operands, offsets: dict[str, int]) -> ReadyLaunch | None:
-    """The launch of a call that ran; None for the interpreter, and for a Triton that keeps its kernels otherwise."""
-    parts = ("run", "function", "packed_metadata")
-    if not isinstance(call.kernel, JITFunction) or not all(hasattr(compiled, part) for part in parts):
-        return None
-    parameters = call.kernel.arg_names
-    boxed = [(i, p, call.boxed(p)) for i, p in enumerate(parameters)]
-    boxes = [(i, name, offsets.get(name)) for i, _, name in boxed if name is not None]
-    taken = [(i, call.sources.get(p, p)) for i, p, name in boxed if p not in call.args and name is None]
-    values: list[Any] = [call.args.get(p) for p in parameters]
-    if boxes:
-        arguments = call.arguments(operands)
-        for i, _, _ in boxes:
-            values[i] = box_at(0, arguments[parameters[i]])  # a tensor here would be kept from being freed
-    return ReadyLaunch(
-        run=compiled.run,
-        compiled=compiled,
-        grid=call.grid,
-        values=values,
-        operands=[(i, name) for i, name in taken if name not in offsets and operands.get(name) is not None],
-        scratch=[(i, offsets[name]) for i, name in taken if name in offsets],
-        boxes=boxes,
-    )
 
 
 def _watched() -> bool:
