@@ -86,7 +86,7 @@ def attention_forward(
             window = layer.pages.window
         if not isinstance(band.q_column, Tensor) and band.q_column + band.q_len != kv_len:
             raise bad_value("attention_mask", "rows for the newest tokens", f"rows from column {band.q_column}")
-        return cast(Tensor, layer.attend(query, key.shape[2], band, window, scoring, settings.impl)), None
+        return cast(Tensor, layer.attend(query, key.shape[2], band, window, scoring, settings)), None
     return _dense(query, key, value, band, window, scoring, settings.impl), None
 
 

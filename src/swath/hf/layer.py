@@ -17,8 +17,10 @@ from swath.hf.masks import BandMask
 from swath.hf.pages import Pages, Pass
 from swath.hf.pools import magnitudes, rescale, static_scales
 from swath.hf.rotary import Rotary
+from swath.hf.settings import Settings
 from swath.ops.append import append_kv
 from swath.ops.paged import paged_attention
+from swath.ops.quantise import quantise_q
 from swath.quant import KVQuant, calibrate
 from swath.window import Window
 
@@ -111,7 +113,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         return handles
 
     @torch.compiler.disable(reason=ON_THE_HOST)  # type: ignore[untyped-decorator]
-    def attend(self, query: Tensor, keys: int, band: BandMask, window: Window, scoring: Scoring, impl: str) -> Tensor:
+    def attend(
+        self, query: Tensor, keys: int, band: BandMask, window: Window, scoring: Scoring, settings: Settings
+    ) -> Tensor:  # fmt: skip
         """Store the ``keys`` tokens of the last ``update``, then attend to all: query [B, Hq, T, D] to [B, T, Hq, Dv].
 
         A layer that reads the keys of another may have queries for the newest of the tokens alone.
@@ -132,13 +136,12 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
                 k, v = (x[:, :, part].transpose(1, 2).flatten(0, 1) for x in self.new)
                 append_kv(self.store, k, v, p.slot_mapping)
             if self.rotary is not None and p.max_kv_len > held_keys(window):
-                out[:, part] = attend_near(q[:, part], self.store, p, window, self.rotary, scoring, impl)
+                if settings.compute != "float" or settings.fp8_queries:
+                    raise bad_value("compute", "float, where leading tokens are kept near", settings.compute)
+                out[:, part] = attend_near(q[:, part], self.store, p, window, self.rotary, scoring, settings.impl)
                 continue
-            paged_attention(
-                q[:, part], self.store, p.block_table, p.seq_lens, max_kv_len=p.max_kv_len,
-                window=window if window.bounds is None else _rows_of(window, len(q), part),
-                out=out[:, part], impl=impl, **scoring,
-            )  # fmt: skip
+            seen = window if window.bounds is None else _rows_of(window, len(q), part)
+            _attend_pages(q[:, part], self.store, p, seen, out[:, part], scoring, settings)
         self.forget(self.get_seq_length())
         return out
 
@@ -212,6 +215,19 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         pages = torch.tensor(held, dtype=torch.long, device=store.k.device)
         for name, granularity in static.items():
             rescale(store, name, calibrate(largest[name == "v_scale"], store.quant.dtype, granularity), pages)
+
+
+def _attend_pages(
+    q: Tensor, store: PagedKV, p: Pass, window: Window, out: Tensor, scoring: Scoring, settings: Settings
+) -> None:
+    """Attention of one pass, q [B, T, Hq, D], into ``out`` [B, T, Hq, Dv], in the form that ``settings`` ask for."""
+    options: dict[str, Any] = dict(max_kv_len=p.max_kv_len, window=window, impl=settings.impl, **scoring)
+    options["compute"] = settings.compute
+    if settings.fp8_queries:
+        q8, q_scale = quantise_q(q)
+        out.copy_(paged_attention(q8, store, p.block_table, p.seq_lens, q_scale=q_scale, **options))
+    else:
+        paged_attention(q, store, p.block_table, p.seq_lens, out=out, **options)
 
 
 def _rows_of(window: Window, batch: int, part: slice) -> Window:

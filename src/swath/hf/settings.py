@@ -21,6 +21,8 @@ class Settings:
 
     window: WindowChoice = None
     impl: str = "auto"
+    compute: str = "float"
+    fp8_queries: bool = False
 
     def override(self, layer_idx: int) -> Window | None:
         """The window that replaces the model's own in a layer, if any."""
