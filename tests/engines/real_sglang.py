@@ -159,7 +159,7 @@ class Serving:
         runner = SimpleNamespace(
             req_to_token_pool=requests, token_to_kv_pool=self.pool, sliding_window_size=WINDOW - 1,
             model=torch.nn.ModuleList(self.layers), use_mla_backend=False,
-            model_config=SimpleNamespace(is_encoder_decoder=False, dtype=dtype),
+            model_config=sglang_stub.model_config(dtype),
         )  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(versions, "settings", lambda runner: versions.Settings(False, "EAGLE", 1, 4))
@@ -296,7 +296,7 @@ READ = {
     "sglang.srt.model_executor.model_runner": {
         "ModelRunner": ("req_to_token_pool", "token_to_kv_pool", "model", "use_mla_backend", "model_config"),
     },
-    "sglang.srt.configs.model_config": {"ModelConfig": ("is_encoder_decoder", "dtype")},
+    "sglang.srt.configs.model_config": {"ModelConfig": ("is_encoder_decoder", "dtype", "hf_text_config")},
     "sglang.srt.mem_cache.memory_pool": {"ReqToTokenPool": ("req_to_token",)},
 }  # fmt: skip
 """Attributes that the adapter reads, of classes that the stub has not."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sglang_stub import model_config
 from torch import Tensor, nn
 
 from swath.pages import page_count
@@ -91,7 +92,7 @@ class Served:
         runner = SimpleNamespace(
             req_to_token_pool=SimpleNamespace(req_to_token=self.requests), token_to_kv_pool=self.pool,
             sliding_window_size=batch.window - 1, model=nn.ModuleList(self.layers), use_mla_backend=False,
-            model_config=SimpleNamespace(is_encoder_decoder=False, dtype=batch.dtype),
+            model_config=model_config(batch.dtype),
         )  # fmt: skip
         self.backend = sglang.backend.SwathBackend(runner)
         self.backend.impl = impl

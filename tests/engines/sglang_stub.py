@@ -231,6 +231,14 @@ OLD_MODULES |= {"sglang.srt.server_args": CHOICES}
 """And in 0.5.15, as far as the adapter cares."""
 
 
+def model_config(
+    dtype: torch.dtype, *, is_encoder_decoder: bool = False, model_type: str = "llama", **text: Any
+) -> SimpleNamespace:
+    """What the adapter reads of a model's configuration, in a ``ModelConfig`` that is made by hand."""
+    text_config = SimpleNamespace(model_type=model_type, **text)
+    return SimpleNamespace(is_encoder_decoder=is_encoder_decoder, dtype=dtype, hf_text_config=text_config)
+
+
 @contextmanager
 def installed(modules: dict[str, tuple[str, ...]] = MODULES) -> Iterator[None]:
     """``import sglang`` finds the stub, unless SGLang is installed; the adapter is imported for it, and forgotten."""

@@ -233,12 +233,25 @@ def test_layers_are_refused_while_the_server_starts(attribute: str, sglang: Simp
         sglang.backend.SwathBackend(runner)
 
 
+def test_gemma_3_is_causal_though_its_layers_say_otherwise(sglang: SimpleNamespace) -> None:
+    """0.5.15 calls them bidirectional, and only its own Triton backend could ever read that."""
+    both_ways = dict(attn_type=sglang.AttentionType.DECODER_BIDIRECTIONAL, sliding_window_size=23)
+    served = Served(BATCHES["decode"], sglang, "auto", "cpu")
+    runner = runner_of(served, [sglang.RadixAttention(4, 64, 0.125, 2, WINDOWED, **both_ways)])
+    runner.model_config = sglang_stub.model_config(torch.bfloat16, model_type="gemma3_text")
+    sglang.backend.SwathBackend(runner)
+    for config in (dict(model_type="llama"), dict(model_type="gemma3_text", use_bidirectional_attention=True)):
+        runner.model_config = sglang_stub.model_config(torch.bfloat16, **config)
+        with pytest.raises(ValueError, match="attn_type"):
+            sglang.backend.SwathBackend(runner)
+
+
 def runner_of(served: Served, layers: list[torch.nn.Module]) -> SimpleNamespace:
     """A runner with the pools of ``served``, and other layers."""
     return SimpleNamespace(
         req_to_token_pool=SimpleNamespace(req_to_token=served.requests), token_to_kv_pool=served.pool,
         sliding_window_size=23, model=torch.nn.ModuleList(layers), use_mla_backend=False,
-        model_config=SimpleNamespace(is_encoder_decoder=False, dtype=torch.bfloat16),
+        model_config=sglang_stub.model_config(torch.bfloat16),
     )  # fmt: skip
 
 
@@ -248,7 +261,7 @@ def test_models_and_pools_of_other_kinds_are_refused(sglang: SimpleNamespace, se
     page_major = small_pool(sglang.MHATokenToKVPool)
     page_major.kv_cache_layout = "page_major"
     for name, change in {
-        "encoder": dict(model_config=SimpleNamespace(is_encoder_decoder=True, dtype=torch.bfloat16)),
+        "encoder": dict(model_config=sglang_stub.model_config(torch.bfloat16, is_encoder_decoder=True)),
         "MLA": dict(use_mla_backend=True),
         "page_major": dict(token_to_kv_pool=page_major),
         "OtherPool": dict(token_to_kv_pool=small_pool(of_others)),

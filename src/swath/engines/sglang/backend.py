@@ -63,6 +63,7 @@ class SwathBackend(AttentionBackend):  # type: ignore[misc]  # SGLang ships no t
         self.dtype: torch.dtype = runner.model_config.dtype
         self.window: int | None = None  # keys that the window's pool keeps of a sequence
         self.settings = versions.settings(runner)
+        self.mistaken_type = versions.mistaken_type(runner)
         self.split_size = common.BATCH_INVARIANT_SPLIT if self.settings.deterministic else None
         self.forward_metadata: Steps | None = None
         self._kept: dict[Any, Kept] = {}
@@ -255,7 +256,7 @@ class SwathBackend(AttentionBackend):  # type: ignore[misc]  # SGLang ships no t
 
     def _check_layer(self, layer: Any) -> None:
         """Refuse what swath does not compute, and a window larger than its pool keeps."""
-        check_layer(layer)
+        check_layer(layer, self.mistaken_type)
         size = common.window_size(layer.sliding_window_size)
         if self.window is not None and self._windowed(layer) and not (size and size <= self.window):
             raise bad_value("RadixAttention.sliding_window_size", f"at most {self.window - 1}, as its pool keeps", size)

@@ -13,7 +13,6 @@ from swath.ops.arguments import MAX_HEAD_DIM
 
 ONLY = {
     "is_cross_attention": False,
-    "attn_type": AttentionType.DECODER,
     "logit_capping_method": "tanh",
     "pos_encoding_mode": "NONE",
     "use_irope": False,  # attention within chunks (Llama 4)
@@ -38,8 +37,10 @@ def check_pool(pool: Any) -> None:
         raise bad_value("kv_cache_dtype", "bf16, fp8_e4m3 or fp8_e5m2", pool.quant_method.name)
 
 
-def check_layer(layer: Any) -> None:
-    """Causal attention with a window or without."""
+def check_layer(layer: Any, mistaken: AttentionType | None = None) -> None:
+    """Causal attention with a window or without; a layer of type ``mistaken`` is causal too."""
+    if layer.attn_type not in (AttentionType.DECODER, mistaken):
+        raise bad_value("RadixAttention.attn_type", AttentionType.DECODER.value, layer.attn_type.value)
     for name, wanted in ONLY.items():
         if getattr(layer, name) != wanted:
             raise bad_value(f"RadixAttention.{name}", repr(wanted), repr(getattr(layer, name)))

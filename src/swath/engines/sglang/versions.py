@@ -43,6 +43,19 @@ def settings(runner: Any) -> Settings:
     return Settings(deterministic, *(getattr(spec, name) for name in names))
 
 
+def mistaken_type(runner: Any) -> Any:
+    """The type that layers of a ``ModelRunner``'s model have though they are causal, or None.
+
+    0.5.15 calls every layer of Gemma 3 bidirectional. It reads that in its Triton backend alone, and there only without
+    graphs and chunks; newer releases say so where the model's configuration does.
+    """
+    from sglang.srt.layers.radix_attention import AttentionType
+
+    config = runner.model_config.hf_text_config
+    is_causal = config.model_type == "gemma3_text" and not getattr(config, "use_bidirectional_attention", False)
+    return AttentionType.DECODER_BIDIRECTIONAL if is_causal else None
+
+
 def read_to_the_end() -> Any:
     """What ``shared_read_ends`` answers: SGLang's table of requests is read until the forward pass is over.
 
