@@ -58,7 +58,14 @@ EIGHT_BITS = [
     ("long ragged", "queries tensor", "64", "size+count", "softcap", "16"),
     ("long ragged", "queries head", "256", "none", "plain", "16"),
 ]
-"""Long prefills in int8, and of fp8 queries, whose scores the paired target multiplies in 8 bits."""
+FAST = [
+    ("long ragged", "int8 fast", "128", "none", "plain", "64"),
+    ("long ragged", "int8 fast", "256", "size+count", "sink+lse", "64"),
+    ("long ragged", "queries fast", "128", "size", "sink+lse", "flat 64"),
+    ("long ragged", "queries fast", "256", "none", "plain", "64"),
+    ("long ragged", "queries fast", "64", "none", "softcap", "64"),
+]
+"""Long prefills in int8, and of fp8 queries, whose scores the paired target multiplies in 8 bits, and p and V too."""
 TABLES = [
     ("decode", "bf16", "128", "size+tensor", "plain", "tokens 16"),
     ("ragged", "fp16", "64", "size", "plain", "tokens 16"),
@@ -103,7 +110,7 @@ def suite_variants(arch: str) -> list[Variant]:
     rows = pairwise(OPTIONS) + named(HEADS)
     if arch != PAIRED_TARGET:
         return covering(list(variants(arch, rows)))
-    return list(variants(arch, rows + named(ONE_PASS + BOUNDS + EIGHT_BITS + TABLES)))
+    return list(variants(arch, rows + named(ONE_PASS + BOUNDS + EIGHT_BITS + FAST + TABLES)))
 
 
 def named(rows: Iterable[tuple[str, ...]]) -> list[dict[str, str]]:
@@ -195,6 +202,8 @@ def problem_of(row: dict[str, str]) -> Problem:
         options["split_size"] = 256
     if granularity == "compute":
         granularity, options["compute"] = "channel", "int8"
+    if granularity == "fast":
+        granularity, options["compute"] = "channel" if storage == "int8" else "head", "fast"
     cache = _cache(storage, granularity, (kv_heads, page_size, head_dim, v_head_dim), dtype)
     if row["paging"].startswith("apart"):
         cache = PagedKV(cache.k, cache.v.transpose(1, 2).contiguous().transpose(1, 2), cache.k_scale, cache.v_scale)

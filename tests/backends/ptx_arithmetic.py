@@ -59,8 +59,14 @@ def fragment_columns(i: int) -> np.ndarray:
 
 
 def left_fragment(registers: Sequence[np.ndarray], dtype: str) -> np.ndarray:
-    """The left operand [16, 16] of a product from four registers, which have two columns each."""
-    left = np.zeros((16, 16))
+    """The left operand [16, 16] of a product from four registers, which have two columns each; of 8 bits [16, 32]."""
+    left = np.zeros((16, 32 if dtype == "e4m3" else 16))
+    if dtype == "e4m3":
+        for i, register in enumerate(registers):
+            four = as_floats(np.ascontiguousarray(register).view(np.uint8).reshape(32, 4), dtype)
+            for column in range(4):
+                left[fragment_rows(2 * i), i // 2 * 16 + np.arange(32) % 4 * 4 + column] = four[:, column]
+        return left
     for i, register in enumerate(registers):
         pair = as_floats(np.ascontiguousarray(register).view(np.uint16).reshape(32, 2), dtype)
         for side in (0, 1):
@@ -113,6 +119,8 @@ def _integer(warp: Warp, step: Instruction) -> np.ndarray:
     if kind in ("mul", "mad"):
         return _product(warp, step, form, type_)
     inputs = [warp.read(x, type_) for x in step.operands[1:]]
+    if kind == "prmt":
+        return _permuted(*inputs)
     if kind in ("shl", "shr"):
         return _shifted(inputs[0], warp.read(step.operands[2], "u32"), kind == "shl")
     if kind == "bfe":
@@ -123,6 +131,19 @@ def _integer(warp: Warp, step: Instruction) -> np.ndarray:
         return (quotient if kind == "div" else x - quotient * y).astype(inputs[0].dtype)
     result = INTEGERS[kind](*inputs)
     return np.maximum(result, 0).astype(result.dtype) if form == "relu" else result
+
+
+def _permuted(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """Four of the eight bytes of a and b, which the lowest nibbles of the selector number; none as copies of a sign."""
+    wide = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.zeros(32, np.uint32)
+    for i in range(4):
+        nibble = selector >> np.uint32(4 * i) & np.uint32(15)
+        if (nibble > 7).any():
+            raise NotImplementedError("prmt of signs")
+        byte = wide >> (nibble.astype(np.uint64) * np.uint64(8)) & np.uint64(255)
+        result |= byte.astype(np.uint32) << np.uint32(8 * i)
+    return result
 
 
 def _product(warp: Warp, step: Instruction, form: str, type_: str) -> np.ndarray:
@@ -165,10 +186,18 @@ def _converted(warp: Warp, step: Instruction) -> np.ndarray:
     if to in ("bf16x2", "f16x2"):
         high, low = (_in_16_bits(warp.read(x, "f32"), to) for x in step.operands[1:3])
         return high.astype(np.uint32) << np.uint32(16) | low
+    if to == "e4m3x2":
+        high, low = (_in_e4m3(warp.read(x, "f32")) for x in step.operands[1:3])
+        return high.astype(np.uint16) << np.uint16(8) | low
     x = warp.read(step.operands[1], source)
     if to == "f32":
         return (as_floats(x, source) if source == "bf16" else x).astype(np.float32)
     return x.astype({"s": SIGNED, "u": UNSIGNED, "b": UNSIGNED}[to[0]][bits_of(to)])
+
+
+def _in_e4m3(x: np.ndarray) -> np.ndarray:
+    """Bytes, half to even, saturated at 448."""
+    return torch.from_numpy(np.clip(x, -448, 448)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
 def _in_16_bits(x: np.ndarray, to: str) -> np.ndarray:

@@ -49,6 +49,51 @@ CASES = {
     "int8 products": Case(
         (1300,), (64,), q_start=(300,), **SMALL | {"group": 8}, quant=KVQuant(torch.int8, "channel"), compute="int8"
     ),
+    "fast, fp8 queries": Case(
+        (330, 90),
+        (64, 34),
+        **SMALL | {"group": 8},
+        dtype=E4M3,
+        quant=KVQuant(E4M3, "head", "channel"),
+        q_scale="token",
+        page_size=64,
+        global_tokens=(0, 7),
+        size=60,
+        holes=True,
+        compute="fast",
+    ),
+    "fast, two consumers": Case(
+        (1350,),
+        (140,),
+        **SMALL | {"group": 4},
+        dtype=E4M3,
+        quant=KVQuant(E4M3, "tensor"),
+        q_scale="tensor",
+        page_size=64,
+        compute="fast",
+    ),
+    "fast, heads of 64": Case(
+        (1400,),
+        (30,),
+        **SMALL | {"group": 20, "head_dim": 64},
+        dtype=E4M3,
+        quant=KVQuant(E4M3),
+        q_scale="tensor",
+        page_size=64,
+        softcap=20.0,
+        sink="fp32",
+        compute="fast",
+    ),
+    "fast, int8": Case(
+        (1300,),
+        (64,),
+        q_start=(300,),
+        **SMALL | {"group": 8, "head_dim": 256},
+        quant=KVQuant(torch.int8, "head"),
+        page_size=128,
+        sink="q",
+        compute="fast",
+    ),
     "hostile bounds": Case((90,), (70,), ranges="hostile", softcap=5.0, tail=300, **SMALL | {"head_dim": 64}),
 }
 
@@ -113,16 +158,25 @@ def copy(problem: Any, operands: Any) -> None:
         live = (pages >= 0) & (pages < cache.num_pages)
         for name, x in (("new_k", cache.k), ("new_v", cache.v)):
             rows = operands[name][b * each : (b + 1) * each]
-            rows[live] = x[pages[live]].to(rows.dtype)
-    scale = cache.k_scale.float().repeat_interleave(problem.group, 0)  # [Hq] or [Hq, D]
-    if problem.compute == "int8":
-        x = problem.q.float() * scale
+            stored = x[pages[live]].float().to(rows.dtype)
+            rows[live] = side_by_side(stored) if name == "new_v" and problem.compute == "fast" else stored
+    scale = torch.ones(()) if cache.k_scale is None else cache.k_scale.float()
+    scale = scale.expand(cache.num_kv_heads) if scale.dim() == 0 else scale
+    scale = scale.repeat_interleave(problem.group, 0)  # [Hq] or [Hq, D]
+    if problem.q.dtype != E4M3:
+        x = problem.q.float() * (scale if scale.dim() == 2 else scale[:, None])
         step = x.abs().amax(-1, keepdim=True) / 127
         operands["new_q"].copy_((x / step).round())
         operands["new_q_scale"].copy_(step[..., 0] * problem.score_unit)
     else:
         operands["new_q"].copy_(problem.q)
         operands["new_q_scale"].copy_(problem.q_scale * scale * problem.score_unit)
+
+
+def side_by_side(v: torch.Tensor) -> torch.Tensor:
+    """Values [pages, Hkv, page_size, Dv] as [pages, Hkv, Dv, page_size], the keys of each 16 in wgmma's order."""
+    order = [8 * b + 2 * q + e for q in range(4) for b in range(2) for e in range(2)]
+    return v.view(torch.uint8).unflatten(2, (-1, 16))[:, :, :, order].flatten(2, 3).mT.view(v.dtype)
 
 
 def main() -> None:

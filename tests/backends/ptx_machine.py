@@ -21,8 +21,6 @@ from ptx_warp import Warp
 SHARED_BASE, SHARED_BYTES = 1024, 232_448
 DESCRIPTORS = 0xD0000000
 """What the addresses of descriptors begin with, which the kernel has by value: these plus the parameter's number."""
-ROW_BYTES = 128
-"""Of a row of a box, in shared memory swizzled in eights of rows."""
 PATIENCE = 50
 """Turns of all warps without progress after which they wait for one another."""
 
@@ -102,14 +100,14 @@ class Machine:
         rows = np.zeros(box, values.dtype)
         rows[inside] = values[there]
         raw = rows.reshape(-1, box[-1]).view(np.uint8)
-        self.shared[swizzled(to, len(raw))] = raw
+        self.shared[swizzled(to, *raw.shape)] = raw
         self.mbarriers[mbarrier].count(nbytes=raw.size)
 
     def store_box(self, descriptor: int, coordinates: Sequence[int], at: int) -> None:
         """Copy what lies inside the tensor of a box in shared memory."""
         box, inside, there = self._box(descriptor, coordinates)
-        rows = np.ascontiguousarray(self.shared[swizzled(at, int(np.prod(box[:-1])))])
         values = self._values(descriptor)
+        rows = np.ascontiguousarray(self.shared[swizzled(at, int(np.prod(box[:-1])), box[-1] * values.itemsize)])
         values[there] = rows.view(values.dtype).reshape(box)[inside]
 
     def _values(self, descriptor: int) -> np.ndarray:
@@ -128,11 +126,11 @@ class Machine:
         return list(desc.block_shape), tuple(inside), tuple(there)
 
 
-def swizzled(address: int, rows: int) -> np.ndarray:
-    """Where the bytes [rows, 128] of rows from ``address`` on lie in shared memory."""
-    return swizzle(address + np.arange(rows * ROW_BYTES).reshape(rows, ROW_BYTES))
+def swizzled(address: int, rows: int, width: int) -> np.ndarray:
+    """Where the bytes [rows, width] of rows from ``address`` on lie in shared memory."""
+    return swizzle(address + np.arange(rows * width).reshape(rows, width), width)
 
 
-def swizzle(address: np.ndarray) -> np.ndarray:
-    """16-byte chunks of a row change places with the row's number among eight."""
-    return address ^ ((address >> 7 & 7) << 4)
+def swizzle(address: np.ndarray, width: int = 128) -> np.ndarray:
+    """16-byte chunks of a row change places with the number of its 128 bytes: among eight, or in rows of 64 four."""
+    return address ^ ((address >> 7 & width // 16 - 1) << 4)

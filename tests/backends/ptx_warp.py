@@ -265,7 +265,7 @@ class Warp:
             self.write(register, rows.view(np.uint32).reshape(LANES), lanes)
 
     def _wgmma(self, step: Instruction, lanes: np.ndarray) -> None:
-        """The warp's 16 of the 64 rows of d = a @ b (+ d), of 16-bit a and b, or 8-bit ones in shared memory."""
+        """The warp's 16 of the 64 rows of d = a @ b (+ d), of a and b of 16 or 8 bits."""
         d, a, b, adds = step.operands[:4]
         shape = re.search(r"m64n(\d+)k(?:16|32)", step.name)
         if shape is None:
@@ -288,15 +288,16 @@ class Warp:
 
     def _matrix(self, descriptor: int, rows: np.ndarray, dtype: str, by_column: bool) -> np.ndarray:
         """Rows [n, 32 bytes] of a matrix in shared memory whose rows, or ``by_column`` columns, are swizzled in 128
-        bytes."""
+        bytes, or rows of 8 bits in 64."""
         from ptx_machine import swizzle
 
         start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-        if descriptor >> 62 != 1:
-            raise NotImplementedError("another swizzle than that of 128 bytes")
+        width = {1: 128, 2: 64}.get(descriptor >> 62)
+        if width is None or (width == 64 and dtype not in ("s8", "e4m3")):
+            raise NotImplementedError("another swizzle than that of 128 bytes, or of 64 for 8 bits")
         if dtype in ("s8", "e4m3"):
             row, k = np.meshgrid(rows, np.arange(32), indexing="ij")
-            at = swizzle(start + row // 8 * stride + row % 8 * 128 + k)
+            at = swizzle(start + row // 8 * stride + row % 8 * width + k, width)
             return arithmetic.as_floats(self.machine.shared[at], dtype)
         row, k = np.meshgrid(rows, np.arange(16), indexing="ij")
         if by_column:

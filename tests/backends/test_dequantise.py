@@ -7,9 +7,11 @@ from itertools import accumulate, pairwise
 
 import pytest
 import torch
+from compile_variants import problem_of
 
 from conftest import Prepare, plan_for
 from swath import KVQuant, PagedKV, target
+from swath.backends.hopper import heuristics as hopper
 from swath.backends.triton.heuristics import dequantise as launch
 from swath.backends.triton.heuristics.splits import MAX_STEPS
 from swath.cache import PagedKeys
@@ -42,6 +44,18 @@ CASES = {
         MIXED, quant=KVQuant(torch.float8_e4m3fn, "head", "token"), dtype=torch.float8_e4m3fn, q_scale="token", group=8
     ),
     "int8 products": replace(MIXED, quant=INT8_CHANNEL, compute="int8", group=8, size=60, holes=True),
+    "fast": replace(MIXED, quant=INT8_CHANNEL, compute="fast", group=8, size=60, page_size=64, holes=True),
+    "fast, fp8 queries": replace(
+        MIXED,
+        quant=KVQuant(torch.float8_e4m3fn, "head", "channel"),
+        dtype=torch.float8_e4m3fn,
+        q_scale="token",
+        compute="fast",
+        group=8,
+        page_size=128,
+        sink="fp32",
+        spiked=True,
+    ),
     "as many tokens each": replace(MIXED, kv_lens=(90, -2, 100), q_lens=64, group=8),
 }
 
@@ -171,6 +185,32 @@ def test_what_int8_tiles_multiply(q_lens: int | tuple[int, ...], granularity: st
     assert ((new_q * factor[..., None] - scaled).abs() <= 0.5001 * factor[..., None]).all()
 
 
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("impl", ["triton"], indirect=True)
+def test_what_fast_products_have_for_values(stored: torch.dtype, prepare: Prepare, impl: str) -> None:
+    """Bytes of e4m3, of a page of 128 keys the columns one after the other. Keys are in wgmma's order within 16, which
+    is written out here."""
+    from swath.backends.triton.arguments import operands_of
+
+    e4m3 = torch.float8_e4m3fn
+    case = Case((200, 70), (40, 24), group=16, quant=KVQuant(stored, "head"), page_size=128, compute="fast")
+    inputs = prepare(case if stored == torch.int8 else replace(case, dtype=e4m3, q_scale="token"))
+    problem = tooling.prepare(inputs.op, *inputs.args, **inputs.options)
+    plan = plan_for("hopper", problem, target.target_of(problem.q.device))
+    operands = {**operands_of(problem), **plan.scratch.tensors(problem.q.device)}
+    (call,) = (call for call in plan.calls if call.kernel.fn.__name__ == "dequantise_kernel")
+    call.launch(operands)
+    order = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    pages, new_v = inputs.block_table[0, :2].long(), operands["new_v"][:2]
+    want = inputs.cache.v[pages].float().to(e4m3).view(torch.uint8)  # half to even, as the copy
+    want = want.unflatten(2, (8, 16))[:, :, :, order].flatten(2, 3).mT
+    assert (new_v.dtype, new_v.shape) == (e4m3, (2, 2, 64, 128))
+    first = new_v.view(torch.uint8)
+    assert torch.equal(first[0], want[0])
+    assert torch.equal(first[1, ..., :64], want[1, ..., :64]), "keys 128 to 191 of 200"
+    assert operands["new_k"].dtype == stored
+
+
 @pytest.mark.parametrize(("granularity", "q_scale"), [("none", "tensor"), ("tensor", "token"), ("head", "none")])
 @pytest.mark.parametrize("sign", [1, -1, 0])
 @pytest.mark.parametrize("impl", ["triton"], indirect=True)
@@ -229,3 +269,22 @@ def test_sequences_are_ranked_among_hundreds(prepare: Prepare, impl: str, monkey
     for rank, b in enumerate(long[:3]):
         expected[b, :5] = rank * pages + torch.arange(5, dtype=torch.int32)
     assert torch.equal(operands["new_table"].cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"storage": "int8 fast"}, "int8 fast"),
+        ({"storage": "int8 fast", "head_dim": "64"}, ""),
+        ({"storage": "int8 fast", "window": "size"}, ""),
+        ({"storage": "int8 fast", "paging": "16"}, ""),  # keys of a box lie side by side in a page
+        ({"storage": "queries fast"}, "e4m3 fast"),
+        ({"storage": "queries fast", "head_dim": "64", "window": "size+tensor"}, "e4m3 fast"),
+        ({"storage": "queries fast", "paging": "544"}, "e4m3"),
+        ({"storage": "queries fast", "window": "bounds"}, "e4m3"),
+        ({"storage": "queries fast", "queries": "decode"}, None),
+    ],
+)
+def test_fast_products_where_they_fit(row: dict[str, str], expected: str | None) -> None:
+    plain = {"head_dim": "128", "window": "none", "scoring": "plain", "queries": "ragged", "paging": "64"}
+    assert hopper.copies(problem_of(plain | row)) == expected

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from swath.backends.device.softmax import FLOOR, SLACK
-from swath.backends.hopper.softmax import LOWEST, thread_max_ptx
+from swath.backends.hopper.softmax import E4M3_LOWEST, E4M3_SLACK, LOWEST, P_LOG2, thread_max_ptx
 
 VALUES = 16
 """Scores of a thread: two rows by turns in pairs."""
@@ -58,14 +58,18 @@ def run_ptx(text: str, values: list[float], m: tuple[float, float]) -> list[floa
     return [as_float(f"${i}") for i in range(len(values))]
 
 
-MAXIMA = [FLOOR.value, -900.0, -15.5, -15.0, -3.0, 0.0, 40.0]
+MAXIMA = [FLOOR.value, -900.0, -15.5, -15.0, -8.5, -3.0, 0.0, 40.0]
 
 
+@pytest.mark.parametrize("e4m3", [False, True])
 @pytest.mark.parametrize("case", ["mixed", "below 0", "far below 0", "hidden", "zeros", "one"])
-def test_maxima_move_m_as_floats_would(case: str) -> None:
-    """m becomes what a maximum of floats makes it, or no score of the row is above 0 and its p 2^15 at most."""
+def test_maxima_move_m_as_floats_would(case: str, e4m3: bool) -> None:
+    """m becomes what a maximum of floats makes it, or no score of the row is above 0 and its p 2^15 at most: of e4m3,
+    which ends at 448, 2^8.75. There m is 8 less than the maximum."""
     torch.manual_seed(0)
-    text = thread_max_ptx(VALUES)
+    less = float(P_LOG2.value) if e4m3 else 0.0
+    slack, lowest = (E4M3_SLACK.value, E4M3_LOWEST.value) if e4m3 else (SLACK.value, LOWEST.value)
+    text = thread_max_ptx(VALUES, less)
     for turn in range(60):
         x = torch.randn(VALUES) * (10.0 if turn % 2 else 0.3)
         if case == "below 0":
@@ -79,17 +83,17 @@ def test_maxima_move_m_as_floats_would(case: str) -> None:
         elif case == "one":
             x = -x.abs()
             x[turn % VALUES] *= -1
-        m = (MAXIMA[turn % 7], MAXIMA[turn // 7 % 7])
+        m = (MAXIMA[turn % 8], MAXIMA[turn // 8 % 8])
         found = run_ptx(text, x.tolist(), m)
         for row in (0, 1):
             own = [i for i in range(VALUES) if i // 2 % 2 == row]
             assert len({found[i] for i in own}) == 1
             exact, high = max(float(x[i]) for i in own), found[own[0]]
-            moved = max(m[row], high) if max(m[row], high) > m[row] + SLACK.value else m[row]
-            wanted = max(m[row], exact) if max(m[row], exact) > m[row] + SLACK.value else m[row]
+            moved = max(m[row], high - less) if high - less > m[row] + slack else m[row]
+            wanted = max(m[row], exact - less) if exact - less > m[row] + slack else m[row]
             assert high <= exact
-            if min(m) < LOWEST.value:
+            if min(m) < lowest:
                 assert moved == wanted
             elif moved != wanted:
                 assert exact <= 0
-                assert exact - moved <= -LOWEST.value
+                assert exact - moved <= -lowest

@@ -27,8 +27,10 @@ ERRORS = {
     "16 or 32 bits": 1e-5,
     "int8 cache": 0.02,
     "int8 cache and products": 0.5,
+    "int8 cache, fast": 0.02,
     "fp8 cache": 0.06,
     "fp8 cache and queries": 0.07,
+    "fp8 cache and queries, fast": 0.07,
 }
 """Relative to float64 of the numbers before any rounding. p in 127ths of the largest, as the cpu backend has it, leaves
 nothing of keys that weigh less than a 254th of that: here all but the needle."""
@@ -54,7 +56,8 @@ def test_needles_outside_a_window_are_not_found() -> None:
 
 
 def test_perplexities_of_every_form() -> None:
-    """Of a model that knows nothing: all are about as many as it has words, and no two forms are the same."""
+    """Of a model that knows nothing: about as many as it has words, and no two the same, but for "fast", which allows
+    what a CPU does not do."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -64,13 +67,13 @@ def test_perplexities_of_every_form() -> None:
     ids = torch.randint(96, (300,))
     said = precision.perplexities(SimpleNamespace(model=model), ids, Budget(300, 100, 128, 0))
     assert said.keys() == FORMS.keys()
-    assert len(set(said.values())) == len(FORMS)
+    assert len(set(said.values())) == len([name for name in FORMS if "fast" not in name])
     base = said["16 or 32 bits"]
     assert all(abs(math.log(x / base)) < 0.05 for x in said.values())
 
 
 def test_forms_are_checked_where_they_are_registered() -> None:
-    with pytest.raises(ValueError, match=r"^compute: wanted one of 'float', 'int8', got 'int4'"):
+    with pytest.raises(ValueError, match=r"^compute: wanted one of 'float', 'int8', 'fast', got 'int4'"):
         hf.register("wrong", compute="int4")
     with pytest.raises(TypeError, match=r"^fp8_queries: wanted a bool, got int"):
         hf.register("wrong", fp8_queries=1)

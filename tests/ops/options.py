@@ -28,6 +28,7 @@ STORAGE: list[Fields] = [
     {"quant": KVQuant(INT8, "token", "channel")},
     {"quant": KVQuant(INT8, "head", "tensor"), "compute": "int8"},
     {"quant": KVQuant(INT8, "channel"), "compute": "int8", "dtype": F16},
+    {"quant": KVQuant(INT8, "channel", "head"), "compute": "fast"},
     {"quant": KVQuant(E4M3)},
     {"quant": KVQuant(E4M3, "tensor", "head"), "dtype": F16},
     {"quant": KVQuant(E4M3, "token"), "dtype": F32},

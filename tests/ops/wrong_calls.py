@@ -194,7 +194,7 @@ def paged() -> Iterator[Wrong]:
     yield Wrong(PAGED, "block_table", ValueError, "on meta", lambda table: table.to("meta"))
     yield Wrong(PAGED, "block_table", ValueError, "one dimension", lambda table: table[0])
     yield from values(PAGED, "block_table", TypeError, None, [1, 2, 3])
-    yield from values(PAGED, "compute", ValueError, "int4", None, "int8")
+    yield from values(PAGED, "compute", ValueError, "int4", None, "int8", "fast")
     yield Wrong(f"{PAGED} int8", "compute", ValueError, "int8 with token scales", lambda _: "int8")
     yield from values(PAGED, "split_size", ValueError, 0, 63, 96, -64, 2**31)
     yield from values(PAGED, "split_size", TypeError, 64.0, True, "64")

@@ -188,9 +188,12 @@ IN_BITS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "int8": dict(storage="int8 channel"),
     "int8 products": dict(storage="int8 channel", compute="int8"),
+    "int8 fast": dict(storage="int8 channel", compute="fast"),
     "fp8": dict(storage="e4m3 head"),
     "fp8 q": FP8_Q,
     "fp8 q made": FP8_Q | {"q_made": True},
+    "fp8 q fast": FP8_Q | {"compute": "fast"},
+    "fp8 q made, fast": FP8_Q | {"q_made": True, "compute": "fast"},
 }
 
 

@@ -63,7 +63,7 @@ def explain(
     causal: Causal = True,
     softcap: Annotated[float, typer.Option(metavar="X", help="Soft cap of the scores; 0 is none.")] = 0.0,
     sink: Annotated[bool, typer.Option("--sink", help="With a sink logit for each query head.")] = False,
-    compute: Annotated[str, typer.Option(metavar="NAME", help="float or int8.")] = "float",
+    compute: Annotated[str, typer.Option(metavar="NAME", help="float, int8 or fast.")] = "float",
     device: Device = None,
     target: Gpu = None,
     as_json: Json = False,

@@ -229,8 +229,7 @@ def _paged_rows() -> list[Row]:
         return {_stored(quant): Call(op, case_of(quant=quant, **others)) for quant in granularities}
 
     forms = {"decode": 1, "n-step decode": 4, "chunked prefill (`cu_seqlens_q`)": 64}
-    sizes = (1, 8, 16, 48, 64, 544, 1024)
-    kept = ("tensor", "head", "channel", "token")
+    sizes, kept = (1, 8, 16, 48, 64, 544, 1024), ("tensor", "head", "channel", "token")
     fp8_queries = case_of(dtype=E4M3, quant=KVQuant(E4M3, "token"))
     return [
         Row("queries", {words: Call(op, case_of(q_len=n)) for words, n in forms.items()}, verbatim=True),
@@ -246,6 +245,7 @@ def _paged_rows() -> list[Row]:
         Row("`q_scale` of e4m3 queries", {"one for all": Call(op, fp8_queries, _q_scale),
                                           "one a row": Call(op, fp8_queries, _q_scale_per_row)}),
         Row('`compute="int8"`, scale per', over(*(KVQuant(INT8, g) for g in kept[:3]), compute="int8")),
+        Row('`compute="fast"`, int8 cache, scale per', over(*(KVQuant(INT8, g) for g in kept), compute="fast")),
         Row("page_size", {str(n): Call(op, case_of(page_size=n)) for n in sizes}),
         Row("`block_table`", {"[B, max_pages]": Call(op), "(page_ids, page_indptr)": Call(op, change=_flat),
                               '`PageTable(rows=..., unit="token")`': Call(op, change=_request_table)}),

@@ -21,7 +21,7 @@ import swath
 from swath import KVQuant, PagedKV, hf, paged_attention, quantise_q, slots
 from swath.cli.files import write_all
 from swath.cli.output import one_line_errors
-from swath.demo.measure import ATTENTION, PAGE_SIZE, score
+from swath.demo.measure import ATTENTION, score
 from swath.demo.model import load
 from swath.demo.run import device_name
 from swath.demo.settings import Budget, pick_device
@@ -29,6 +29,8 @@ from swath.demo.texts import topics
 from swath.ops.append import append_kv
 from swath.quant import calibrate
 
+PAGE_SIZE = 64
+"""As ``compute="fast"`` has them."""
 BUDGET = Budget(tokens=3072, scored=1024, chunk=1024, decode_steps=0)
 
 
@@ -47,8 +49,10 @@ FORMS = {
     "16 or 32 bits": Form(),
     "int8 cache": Form(INT8),
     "int8 cache and products": Form(INT8, "int8"),
+    "int8 cache, fast": Form(INT8, "fast"),
     "fp8 cache": Form(FP8),
     "fp8 cache and queries": Form(FP8, fp8_queries=True),
+    "fp8 cache and queries, fast": Form(FP8, "fast", fp8_queries=True),
 }
 
 

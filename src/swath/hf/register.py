@@ -37,8 +37,8 @@ def register(
             with leading tokens (``Window(128, global_tokens=4)``) for a model trained with full attention, say.
             Leading tokens count from the first real token. None: what the model says.
         impl: the swath backend for attention.
-        compute, fp8_queries: how queries multiply with the keys of an 8-bit PagedCache: ``compute="int8"`` as in
-            ``paged_attention``; with ``fp8_queries`` as fp8, which ``quantise_q`` makes of them.
+        compute, fp8_queries: how queries multiply with the keys of an 8-bit PagedCache: ``compute`` is "float", "int8"
+            or "fast", as in ``paged_attention``; with ``fp8_queries`` ``quantise_q`` makes them fp8 first.
 
     Raises:
         TypeError, ValueError: naming the argument.

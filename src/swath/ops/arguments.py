@@ -17,7 +17,7 @@ from swath.window import Window
 Q_DTYPES = WIDE
 MAX_HEAD_DIM = 512
 GQA_LAYOUTS = ("grouped", "interleaved")
-COMPUTES = ("float", "int8")
+COMPUTES = ("float", "int8", "fast")
 SMALLEST_FACTOR, LARGEST_FACTOR = 1e-37, 1e38
 """Of scores: what float32 holds in base 2 with all of its bits."""
 

@@ -85,7 +85,8 @@ def paged_attention(
         out: as q with rows of Dv (bf16 for fp8 queries), to write into; rows past ``cu_seqlens_q[-1]`` stay untouched.
             It may be q itself, and shares no memory with other arguments.
         return_lse: also return the log of the softmax denominator: natural log, fp32, as q without D.
-        compute: "float", or "int8" to multiply in int8 (int8 cache with tensor, head or channel scales).
+        compute: "float"; "int8" to multiply in int8 (int8 cache with tensor, head or channel scales); "fast" to let
+            scores, p and values multiply in 8 bits where that is faster, at errors of some percent (8-bit cache).
         split_size: a multiple of 64: cut the keys at its multiples, so that no bit of a row depends on the batch.
         impl: "auto" or the backend to use.
 
@@ -195,6 +196,8 @@ def _check_compute(compute: str, cache: PagedKV) -> None:
     if compute == "int8" and (cache.k.dtype != torch.int8 or "token" in (cache.quant.k, cache.quant.v_granularity)):
         came = f"{cache.k.dtype} with {cache.quant.k!r} and {cache.quant.v_granularity!r} scales"
         raise bad_value("compute", "'float', or an int8 cache with tensor, head or channel scales for 'int8'", came)
+    if compute == "fast" and cache.k.dtype not in LARGEST:
+        raise bad_value("compute", "'float', or an 8-bit cache for 'fast'", cache.k.dtype)
 
 
 def _check_split_size(split_size: int | None) -> None:

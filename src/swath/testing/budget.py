@@ -18,8 +18,9 @@ For an element t of the output, in the names of ``Truth`` (oracle.py), the budge
   score.
 - fp8 queries and keys may multiply in e4m3 (``e4m3``). Hopper's tensor cores align 32 products with the largest of them
   and cut them to 13 bits; so D / 32 times 2^-13 (noise + score_size) is one more part of ``score``.
-- So may p and V (``p_e4m3``). Then u is 2^-4 for p, whose last steps are 2^-18 of the largest, where kernels multiply p
-  with 2^8; and its sum is cut every 32 keys: keys / 32 times 2^-13 (|t| + 4 quadrature).
+- So may p and V (``p_e4m3``, and ``compute="fast"``). Then u is 2^-4 for p, whose last steps are 2^-18 of the largest,
+  where kernels multiply p with 2^8; and its sum is cut every 32 keys: keys / 32 times 2^-13 (|t| + 4 quadrature). Of an
+  int8 cache "fast" also rounds V to e4m3, another 2^-4, and q to int8.
 - ``rest``: no float32 p is below 2^-126, nor an element below the smallest of its type. Where ``4 score`` is 1 or more,
   as at scores of millions, another key may have the largest score: v_norm, for any of the values may come out.
 - ``sum``: sums over the keys, running rescales, the exponential.
@@ -66,7 +67,10 @@ def out_budget(
     """The largest error allowed for each element of ``out``, float64 [R, Hq, D]; ``dtype`` is out's."""
     u, e = UNIT[dtype], UNIT[torch.float32]
     t = truth.out.abs()
+    p_e4m3 = p_e4m3 or compute == "fast"
     rounding = (_FP8_UNIT if p_e4m3 else u) + u * (quant is not None and quant.v_granularity == "token")
+    if compute == "fast" and quant is not None and quant.dtype == torch.int8:
+        rounding += _FP8_UNIT
     cuts = (truth.keys / _FP8_PRODUCTS).ceil() * _FP8_SUM * p_e4m3  # [R, 1]
     rounded_p = (rounding + cuts[..., None]) * (t + _DEVIATIONS * truth.quadrature)
     score_error = _score_error(truth, dtype, quant, compute, e4m3)[..., None]
@@ -98,7 +102,8 @@ def _score_error(truth: Truth, dtype: torch.dtype, quant: KVQuant | None, comput
     error = rounded_k + truth.noise * truth.products * e + 8 * truth.score_size * e
     if e4m3:
         error += truth.products / _FP8_PRODUCTS * _FP8_SUM * (truth.noise + truth.score_size)
-    return error + truth.coarse_noise * _INT8_STEP if compute == "int8" else error
+    in_int8 = compute == "int8" or (compute == "fast" and quant is not None and quant.dtype == torch.int8)
+    return error + truth.coarse_noise * _INT8_STEP if in_int8 else error
 
 
 def _key_rounding(dtype: torch.dtype, quant: KVQuant | None) -> float:

@@ -238,7 +238,7 @@ class _Queries:
             q = fold_scores(q, keys.quant.k, keys.k_scale)
         cap_log2 = problem.softcap * LOG2_E
         unit = problem.score_unit
-        if problem.compute == "float":
+        if problem.compute != "int8":
             return cls(q * unit, None, cap_log2)
         step = token_scale(q, torch.int8)[..., None]
         return cls(quantise(q, step, torch.int8).float(), step * unit, cap_log2)

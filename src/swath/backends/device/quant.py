@@ -160,6 +160,13 @@ def encode_fp8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.conste
     return tl.where(x == x, code, 0x7F).to(tl.uint8)
 
 
+@triton.jit
+def key_of_column(column):
+    """The key in a column of V in e4m3, whose keys lie side by side: within 16 in the order in which a thread of wgmma
+    that computed scores has them, so that p becomes an operand without an exchange."""
+    return column // 16 * 16 + column // 2 % 2 * 8 + column // 4 % 4 * 2 + column % 2
+
+
 TO_E4M3 = tl.constexpr(
     "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; "
     "mov.b32 $0, {low, high}; }"

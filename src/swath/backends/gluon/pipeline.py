@@ -47,14 +47,16 @@ def stages_of(PIPE, C):
 
 @gluon.constexpr_function
 def columns_of(PIPE, C):
-    """The columns of a row in the pipeline "k", "v" or "q"."""
-    return C.F.value.v_head_dim if PIPE == "v" else C.F.value.head_dim
+    """The columns of a row in the pipeline "k", "v" or "q", or of results, "out"."""
+    return C.F.value.v_head_dim if PIPE in ("v", "out") else C.F.value.head_dim
 
 
 @gluon.constexpr_function
 def bytes_of(PIPE, C):
-    """Bytes of an element in the pipeline "k", "v" or "q"."""
-    return 1 if C.F.value.dots and PIPE != "v" else 2
+    """Bytes of an element in the pipeline "k", "v" or "q", or of results, "out"."""
+    if PIPE == "out":
+        return 2
+    return 1 if (C.F.value.v_e4m3 if PIPE == "v" else C.F.value.dots) else 2
 
 
 @gluon.constexpr_function
@@ -65,14 +67,27 @@ def query_type(wide, C):
 
 @gluon.constexpr_function
 def box_columns(PIPE, C):
-    """Columns of a TMA box of the pipeline "k", "v" or "q"; results leave in boxes like those of V."""
+    """Columns of a TMA box of the pipeline "k", "v" or "q", or of results, "out"."""
     return min(columns_of(PIPE, C), BOX_BYTES.value // bytes_of(PIPE, C))
 
 
 @gluon.constexpr_function
 def blocks_of(PIPE, C):
-    """TMA boxes side by side in a row of the pipeline "k", "v" or "q"."""
-    return columns_of(PIPE, C) // box_columns(PIPE, C)
+    """TMA boxes side by side in a row of the pipeline "k", "v" or "q", or of results, "out"."""
+    return 1 if PIPE == "v" and C.F.value.v_e4m3 else columns_of(PIPE, C) // box_columns(PIPE, C)
+
+
+@gluon.constexpr_function
+def value_box(C):
+    """Rows and columns of a TMA box of V: keys and columns, or of V in e4m3, which wgmma takes with its keys side by
+    side, columns and keys."""
+    return (C.F.value.v_head_dim, C.box_rows) if C.F.value.v_e4m3 else (C.box_rows, box_columns("v", C))
+
+
+@gluon.constexpr_function
+def box_keys(PIPE, shape, C):
+    """Keys of a TMA box of the pipeline "k" or "v", whose memory has this shape."""
+    return shape[2] if PIPE == "v" and C.F.value.v_e4m3 else shape[1]
 
 
 @gluon.constexpr_function
@@ -80,7 +95,7 @@ def query_boxes(C):
     """Boxes of 64 rows of 128 bytes that an MMA warpgroup has in a stage of q: as many as its queries take, or if q has
     two stages, as whole tiles of its results, which are stored from there."""
     boxes = -(-columns_of("q", C) * bytes_of("q", C) // BOX_BYTES.value)
-    tile = blocks_of("v", C) if C.q_stages > 1 else 1
+    tile = blocks_of("out", C) if C.q_stages > 1 else 1
     return -(-boxes // tile) * tile
 
 
@@ -244,6 +259,15 @@ def as_tiles(pipe, rows: gl.constexpr, columns: gl.constexpr, DTYPE: gl.constexp
     return Pipeline(reinterpret(pipe.stages, DTYPE, [TILES, rows, WIDTH], LAYOUT), pipe.full)
 
 
+@gluon.jit
+def as_columns(pipe, columns: gl.constexpr, keys: gl.constexpr):
+    """The pipeline of V in e4m3 as tiles [columns, keys]: a run of TMA boxes, side by side."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(pipe.stages.shape[2], 8, 2)
+    DTYPE: gl.constexpr = pipe.stages.dtype
+    TILES: gl.constexpr = tiles_in(pipe.stages.shape, DTYPE, columns * keys, DTYPE)
+    return Pipeline(reinterpret(pipe.stages, DTYPE, [TILES, columns, keys], LAYOUT), pipe.full)
+
+
 @gluon.constexpr_function
 def tiles_in(shape, dtype, elements, tile_dtype):
     """Tiles of ``elements`` in memory of a shape."""
@@ -252,9 +276,9 @@ def tiles_in(shape, dtype, elements, tile_dtype):
 
 
 @gluon.constexpr_function
-def keys_of(boxes, barriers, blocks):
-    """The keys of a tile in a pipeline whose ``stages`` and ``full`` have these shapes."""
-    return boxes[0] * boxes[1] // (barriers[0] * blocks)
+def keys_of(PIPE, boxes, barriers, C):
+    """The keys of a tile in the pipeline "k" or "v", whose ``stages`` and ``full`` have these shapes."""
+    return boxes[0] * box_keys(PIPE, boxes, C) // (barriers[0] * blocks_of(PIPE, C))
 
 
 @gluon.jit

@@ -92,8 +92,8 @@ def output_tile(index, WG: gl.constexpr, q_pipe, C: gl.constexpr):
 @gluon.jit
 def store_by_tma(index, work, WG: gl.constexpr, output, C: gl.constexpr):
     """Start to store the rows in the stage ``index`` of the q pipeline."""
-    BLOCKS: gl.constexpr = blocks_of("v", C)
-    COLUMNS: gl.constexpr = box_columns("v", C)
+    BLOCKS: gl.constexpr = blocks_of("out", C)
+    COLUMNS: gl.constexpr = box_columns("out", C)
     for block in gl.static_range(BLOCKS):
         box = query_box(index, WG, block, output.q_pipe, output.desc, C)
         tma_store(output.desc, q_coordinates(work, WG, block * COLUMNS, C), box)

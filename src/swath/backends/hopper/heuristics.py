@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swath.backends.triton.features import Features
 from swath.backends.triton.heuristics import Heuristics
-from swath.backends.triton.heuristics.dequantise import copy_pays, dequantises
+from swath.backends.triton.heuristics.dequantise import FAST, copy_pays, dequantises
 from swath.backends.triton.heuristics.splits import (
     FULL,
     MAX_STEPS,
@@ -23,7 +23,7 @@ from swath.backends.triton.heuristics.splits import (
 )
 from swath.backends.triton.heuristics.tiles import SHORT_WINDOW, is_short, pack_heads
 from swath.backends.triton.work import Work
-from swath.cache import PagedKeys
+from swath.cache import PagedKeys, PagedKV
 from swath.problem import Problem
 from swath.window import LARGEST_SIZE
 
@@ -144,14 +144,14 @@ def narrow_keys_launch(F: Features, problem: Problem) -> HopperLaunch:
     those of 128; for few keys and heads of 64 nothing else was measured."""
     few = keys_of_tile(problem) <= SOME_KEYS
     if F.head_dim > 128:
-        return HopperLaunch(64, 3, 1)
+        return HopperLaunch(64, 4 if F.v_e4m3 else 3, 1)
     if F.head_dim == 128 and few:
         return HopperLaunch(
             64, 3, 2, consumers=1, programs=2, consumer_registers=216, producer_registers=40, registers=128
         )
     if few:
         return HopperLaunch(64, 3, 2, consumers=1, programs=3, consumer_registers=136, registers=80)
-    return HopperLaunch(128, 3 if F.head_dim > 64 else 4, 2)
+    return HopperLaunch(128, 3 if F.head_dim > 64 and not F.v_e4m3 else 4, 2)
 
 
 def narrow_values_launch(F: Features, few: bool) -> HopperLaunch:
@@ -190,17 +190,29 @@ def copies(problem: Problem) -> str | None:
     fp8 queries multiply as they are, so that K's scales must be ones that scores can take. int8 products are made where
     they are faster, for all scores are converted: 8,192 tokens of 16 heads of 256 took 622 us so and 768 in 16 bits, of
     32 heads of 128 764 and 766, of 64 heads of 64 1,259 and 1,101; chunks of 2,048 tokens at 16,384 keys 2,649 and
-    2,832, under a window of 1,024 317 and 294.
+    2,832, under a window of 1,024 317 and 294. For ``compute="fast"`` V is named too, as ``FAST``.
     """
     if not copy_pays(problem):
         return None
+    cache, wide = cast(PagedKeys, problem.keys).cache, problem.q.dtype in SIXTEEN_BITS
+    fast = f" {FAST}" if problem.compute == "fast" and fits_fast(problem, cache) else ""
+    pays = problem.head_dim in (128, 256) and keys_of_tile(problem) > SOME_KEYS
     if problem.compute == "int8":
-        pays = problem.head_dim in (128, 256) and keys_of_tile(problem) > SOME_KEYS
-        return ("int8" if pays else "") if problem.q.dtype in SIXTEEN_BITS else None
+        return ("int8" if pays else "") if wide else None
     if problem.q.dtype == torch.float8_e4m3fn:
-        cache = cast(PagedKeys, problem.keys).cache
-        return "e4m3" if cache.k.dtype == problem.q.dtype and cache.quant.k in ("none", "tensor", "head") else None
+        takes = cache.k.dtype == problem.q.dtype and cache.quant.k in ("none", "tensor", "head")
+        return f"e4m3{fast}" if takes else None
+    if fast and pays and wide and cache.k.dtype == torch.int8:
+        return f"int8{fast}"
     return "" if dequantises(problem) else None
+
+
+def fits_fast(problem: Problem, cache: PagedKV) -> bool:
+    """Whether p and V may multiply in e4m3: keys lie side by side in whole boxes of a page, scores and results can take
+    the scales, and no row has bounds."""
+    static = "token" not in (cache.quant.k, cache.quant.v_granularity)
+    heads = problem.v_head_dim == problem.head_dim and problem.head_dim in (64, 128, 256)
+    return static and heads and cache.page_size % BOX_ROWS == 0 and problem.window.bounds is None
 
 
 def mixed_steps(problem: Problem) -> int:

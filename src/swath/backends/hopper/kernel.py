@@ -29,6 +29,7 @@ from swath.backends.gluon.pipeline import (
     CONSUMER_ROWS,
     Descriptors,
     Pipelines,
+    as_columns,
     as_tiles,
     barriers_suffice,
     blocks_of,
@@ -40,6 +41,7 @@ from swath.backends.gluon.pipeline import (
     new_pipeline,
     query_boxes,
     query_state,
+    value_box,
     with_narrow_tile,
 )
 from swath.backends.gluon.scheduler import (
@@ -56,7 +58,7 @@ from swath.backends.hopper.config import config_of
 from swath.backends.hopper.epilogue import Output, epilogue, q_heads
 from swath.backends.hopper.load import load_qk_warp, load_v_warp
 from swath.backends.hopper.mainloop import QueryRows, attend_once, mainloop, score_layout
-from swath.backends.hopper.softmax import sum_of_threads
+from swath.backends.hopper.softmax import P_LOG2, sum_of_threads
 from swath.backends.triton.kernels.walk import reach_in_list
 
 
@@ -66,7 +68,10 @@ def mma_warpgroup(WG: gl.constexpr, output, score_scales, pipes, batch, C: gl.co
     D: gl.constexpr = columns_of("k", C)
     DV: gl.constexpr = columns_of("v", C)
     k = as_tiles(pipes.k, C.block_n, D, pipes.k.stages.dtype)
-    v = as_tiles(pipes.v, C.block_n, DV, pipes.v.stages.dtype)
+    if C.F.v_e4m3:
+        v = as_columns(pipes.v, DV, C.block_n)
+    else:
+        v = as_tiles(pipes.v, C.block_n, DV, pipes.v.stages.dtype)
     if C.narrow_n > 0:
         narrow_k = as_tiles(pipes.narrow_k, C.narrow_n, D, pipes.k.stages.dtype)
         narrow_v = as_tiles(pipes.narrow_v, C.narrow_n, DV, pipes.v.stages.dtype)
@@ -187,6 +192,8 @@ def initial_state(i, head, sink, C: gl.constexpr):
     if sink is not None:
         last: gl.constexpr = heads_of(C) - 1  # after the last work tile there is no head, but an address
         m, l = state_of_sink(gl.load(sink + q_heads(i, gl.minimum(head, last), C)).to(gl.float32))
+        if C.F.v_e4m3:
+            m, l = m - P_LOG2, l * (2.0**P_LOG2)
     return m, l
 
 
@@ -226,10 +233,12 @@ def hopper_tile_kernel(
     K_BLOCKS: gl.constexpr = blocks_of("k", C)
     V_BLOCKS: gl.constexpr = blocks_of("v", C)
     BOXES: gl.constexpr = C.block_n // C.box_rows
-    # Of q's memory results are another user, so that it is counted in boxes of their type, which is that of V.
-    q_pipe = new_pipeline(C.q_stages, C.consumers * query_boxes(C), CONSUMER_ROWS, box_columns("v", C), v_desc.dtype)
+    V_BOX: gl.constexpr = value_box(C)
+    # Of q's memory results are another user, so that it is counted in boxes of their type.
+    OUT: gl.constexpr = out.dtype.element_ty
+    q_pipe = new_pipeline(C.q_stages, C.consumers * query_boxes(C), CONSUMER_ROWS, box_columns("out", C), OUT)
     k_pipe = new_pipeline(C.stages, K_BLOCKS * BOXES, C.box_rows, box_columns("k", C), k_desc.dtype)
-    v_pipe = new_pipeline(C.stages, V_BLOCKS * BOXES, C.box_rows, box_columns("v", C), v_desc.dtype)
+    v_pipe = new_pipeline(C.stages, V_BLOCKS * BOXES, V_BOX[0], V_BOX[1], v_desc.dtype)
     narrow_k, narrow_v = None, None
     if C.narrow_n > 0:
         narrow_k = with_narrow_tile(k_pipe, K_BLOCKS, C.narrow_n, C.narrow_rows)

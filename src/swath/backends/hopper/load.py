@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from swath.backends.device.cache import load_entries, pages_of, slot_of, table_row
+from swath.backends.device.quant import key_of_column
 from swath.backends.device.window import seen_bits
 from swath.backends.gluon.compat import reinterpret, tma_load
 from swath.backends.gluon.key_tiles import key_tile, key_tiles_of, narrow_tile
@@ -24,6 +25,7 @@ from swath.backends.gluon.pipeline import (
     Pipeline,
     blocks_of,
     box_columns,
+    box_keys,
     bytes_of,
     columns_of,
     keys_of,
@@ -203,7 +205,10 @@ def load_stage(count, cuts, loads, key_tiles, cut_loaded, batch, C: gl.constexpr
             mbarrier.wait(cut_loaded, cuts & 1)
             cuts += 1
             for i in gl.static_range(len(loads)):
-                zero_unseen(state.index, loads[i].start, key_tiles, loads[i].pipe, batch, C, APART)
+                if C.F.v_e4m3:
+                    zero_unseen_columns(state.index, loads[i].start, key_tiles, loads[i].pipe, C)
+                else:
+                    zero_unseen(state.index, loads[i].start, key_tiles, loads[i].pipe, batch, C, APART)
             producer_commit(state)
         else:
             start_loads("v", state.index, loads, key_tiles, state.full, C)
@@ -257,8 +262,9 @@ def start_boxes(PIPE: gl.constexpr, index, load, key_tiles, full, C: gl.constexp
     start, page, desc, pipe = load
     BLOCKS: gl.constexpr = blocks_of(PIPE, C)
     COLUMNS: gl.constexpr = pipe.stages.shape[2]
-    ROWS: gl.constexpr = pipe.stages.shape[1]
-    BOXES: gl.constexpr = keys_of(pipe.stages.shape, pipe.full.shape, BLOCKS) // ROWS
+    ROWS: gl.constexpr = box_keys(PIPE, pipe.stages.shape, C)
+    BOXES: gl.constexpr = keys_of(PIPE, pipe.stages.shape, pipe.full.shape, C) // ROWS
+    BY_COLUMN: gl.constexpr = PIPE == "v" and C.F.v_e4m3
     # Not static: what does not depend on i is then found once before it is unrolled, a fifth fewer instructions.
     for i in range(BOXES):
         pos = key_at(start + i * ROWS, key_tiles.walk, C.F)
@@ -273,7 +279,10 @@ def start_boxes(PIPE: gl.constexpr, index, load, key_tiles, full, C: gl.constexp
         for block in gl.static_range(BLOCKS):
             box = pipe.stages.index((index * BLOCKS + block) * BOXES + i)
             box = reinterpret(box, desc.dtype, desc.block_type.shape, desc.layout)
-            tma_load(desc, [entry, key_tiles.kv_head, row, block * COLUMNS], full, box)
+            if BY_COLUMN:
+                tma_load(desc, [entry, key_tiles.kv_head, 0, row], full, box)
+            else:
+                tma_load(desc, [entry, key_tiles.kv_head, row, block * COLUMNS], full, box)
 
 
 @gluon.jit
@@ -281,7 +290,7 @@ def zero_unseen(index, start, key_tiles, pipe, batch, C: gl.constexpr, APART: gl
     """Set the rows of a loaded V tile that no query sees to zero."""
     BLOCKS: gl.constexpr = blocks_of("v", C)
     ROWS: gl.constexpr = 8
-    CHUNKS: gl.constexpr = keys_of(pipe.stages.shape, pipe.full.shape, BLOCKS) // ROWS
+    CHUNKS: gl.constexpr = keys_of("v", pipe.stages.shape, pipe.full.shape, C) // ROWS
     STAGES: gl.constexpr = pipe.full.shape[0]
     # A chunk is [8, 64]. A lane has 8 neighbouring columns of a row, in one register each: 0 to 7, 8 to 15, ... for
     # the 8 lanes of a row. The 4 rows of a warp's first pass are 0 to 3, then come 4 to 7.
@@ -304,10 +313,33 @@ def zero_unseen(index, start, key_tiles, pipe, batch, C: gl.constexpr, APART: gl
 
 
 @gluon.jit
+def zero_unseen_columns(index, start, key_tiles, pipe, C: gl.constexpr):
+    """The same for V in e4m3, whose keys are columns of a box, in the order of ``key_of_column``. No row has bounds."""
+    KEYS: gl.constexpr = pipe.stages.shape[2]
+    ROWS: gl.constexpr = 8
+    CHUNKS: gl.constexpr = pipe.stages.shape[1] // ROWS
+    BOXES: gl.constexpr = keys_of("v", pipe.stages.shape, pipe.full.shape, C) // KEYS
+    STAGES: gl.constexpr = pipe.full.shape[0]
+    # A chunk is [8, 64] bytes: a lane has 16 neighbouring ones of a row, and the 4 lanes of a row have all.
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [1, 1], [1, 0])
+    BYTES: gl.constexpr = gl.NVMMASharedLayout(KEYS, 8, 2)
+    chunks = reinterpret(pipe.stages, gl.uint8, [STAGES * BOXES * CHUNKS, ROWS, KEYS], BYTES)
+    column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, LAYOUT))
+    for i in range(BOXES):
+        pos = key_at(start + i * KEYS, key_tiles.walk, C.F)
+        if not all_seen(pos, pos + KEYS, key_tiles.band):
+            seen = seen_by_any(pos + key_of_column(column), key_tiles.band)
+            for row in range(CHUNKS):
+                chunk = chunks.index((index * BOXES + i) * CHUNKS + row)
+                chunk.store(gl.where(seen[None, :], chunk.load(LAYOUT), 0))
+    fence_async_shared()
+
+
+@gluon.jit
 def edge_cuts_a_box(start, key_tiles, pipe, C: gl.constexpr):
     """Whether an edge of the visible keys runs through a TMA box of a tile, not only between its boxes."""
-    ROWS: gl.constexpr = pipe.stages.shape[1]
-    BOXES: gl.constexpr = keys_of(pipe.stages.shape, pipe.full.shape, blocks_of("v", C)) // ROWS
+    ROWS: gl.constexpr = box_keys("v", pipe.stages.shape, C)
+    BOXES: gl.constexpr = keys_of("v", pipe.stages.shape, pipe.full.shape, C) // ROWS
     if BOXES <= 2:
         return edge_cuts(start, key_tiles, ROWS, C) | edge_cuts(start + (BOXES - 1) * ROWS, key_tiles, ROWS, C)
     else:  # a box a lane

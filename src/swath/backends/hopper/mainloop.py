@@ -85,7 +85,7 @@ def mainloop(kv_count, work_count, WG: gl.constexpr, rows, output, pipes, batch,
         consumer_release("q", work_count, C)
     v = pipeline_state(pipes.v, kv_count + key_tiles.walk.total - 1)
     consumer_wait(v)
-    return m, l, warpgroup_mma(as_operand(p, acc, v.tile.dtype), v.tile, acc, is_async=True)
+    return m, l, warpgroup_mma(as_operand(p, acc, v.tile.dtype), right_operand(v.tile, C), acc, is_async=True)
 
 
 @gluon.jit
@@ -103,7 +103,7 @@ def overlap(first, end, kv_count, p, state, q, rows, pipes, batch, MASKED: gl.co
         scores = start_scores(q.tile, k.tile, C)  # [M, N] = [M, D] @ [D, N]
         acc = rescale_acc(acc, alpha)
         consumer_wait(v)
-        values = warpgroup_mma(p16, v.tile, acc, is_async=True)  # [M, Dv] += [M, N] @ [N, Dv]
+        values = warpgroup_mma(p16, right_operand(v.tile, C), acc, is_async=True)  # [M, Dv] += [M, N] @ [N, Dv]
         s = warpgroup_mma_wait(1, deps=[scores])
         s, scale = masked_scores(s, start, new_from, rows, batch, MASKED, C)
         p, m, l, alpha = fragment_softmax(s, scale, m, l, C)
@@ -201,14 +201,27 @@ def as_operand(p, acc, DTYPE: gl.constexpr):
     """p [M, N] as the operand of its product with V, which stays in the registers of the threads that computed it.
 
     Scores leave a thread the columns 0, 1, 8, 9, 16, 17, ... (plus 2 t for thread t of a row's four). That is also how
-    wgmma takes its left operand from registers, so that only the dtype changes.
+    wgmma takes its left operand from registers, so that only the dtype changes. Of 8 bits it takes 4 neighbours of a
+    thread: keys are counted in another order then, that of ``key_of_column``.
     """
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
-    return gl.convert_layout(p.to(DTYPE), OPERAND, assert_trivial=True)
+    if DTYPE == gl.float8e4nv:
+        M: gl.constexpr = p.shape[0]
+        N: gl.constexpr = p.shape[1]
+        p = p.to(DTYPE).reshape((M, N // 16, 2, 4, 2)).permute((0, 1, 3, 2, 4)).reshape((M, N))
+        return gl.convert_layout(p, gl.DotOperandLayout(0, acc.type.layout, 4), assert_trivial=True)
+    else:
+        OPERAND: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+        return gl.convert_layout(p.to(DTYPE), OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def right_operand(tile, C: gl.constexpr):
+    """A tile of V as [N, Dv]; in e4m3 it lies in shared memory as [Dv, N]."""
+    return tile.permute((1, 0)) if C.F.v_e4m3 else tile
 
 
 @gluon.jit
 def new_accumulator(C: gl.constexpr):
     """acc [M, Dv] of rows before any key."""
-    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.F.v_head_dim, 16])
+    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.F.v_head_dim, 32 // bytes_of("v", C)])
     return gl.full((CONSUMER_ROWS, C.F.v_head_dim), 0.0, gl.float32, layout=VALUES)

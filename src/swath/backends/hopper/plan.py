@@ -28,7 +28,7 @@ GLUON_DTYPES = {
 
 @dataclass(frozen=True, eq=False, slots=True)
 class BoxedCall(KernelCall):
-    """A launch that takes some operands as boxes of these rows: q as ``q_desc``."""
+    """A launch that takes some operands as boxes of these rows, or rows and columns: q as ``q_desc``."""
 
     boxes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -47,7 +47,7 @@ class BoxedCall(KernelCall):
         if x is None:
             return None
         x = in_four_dimensions(name, x)
-        shape = [*box, min(x.shape[-1], BOX_BYTES.value // x.element_size())]
+        shape = [*box] if len(box) == 4 else [*box, min(x.shape[-1], BOX_BYTES.value // x.element_size())]
         layout = gl.NVMMASharedLayout.get_default_for(shape, GLUON_DTYPES[x.dtype])
         return TensorDescriptor.from_tensor(x, shape, layout)
 
@@ -78,6 +78,8 @@ def hopper_tiles(work: Work, scratch: Scratch, heuristics: HopperHeuristics) -> 
     else:
         args["out_desc"] = None
     boxes |= dict.fromkeys("kv", (1, 1, launch.box_rows))
+    if F.v_e4m3:
+        boxes["v"] = (1, 1, F.v_head_dim, launch.box_rows)
     if launch.narrow_n:
         boxes |= dict.fromkeys(("narrow_k", "narrow_v"), (1, 1, launch.narrow_rows))
         sources = {"narrow_k": sources.get("k", "k"), "narrow_v": sources.get("v", "v")} | sources

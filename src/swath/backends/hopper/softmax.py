@@ -43,10 +43,11 @@ def fragment_softmax(s, scale, m, l, C: gl.constexpr):
 
     ``scale`` is a number, or of 8-bit queries without a soft cap one a row [M]. Else as in
     ``device.softmax.online_softmax``, but ``l`` [M, 4] is a sum for each thread, and m [M] may be up to ``SLACK`` below
-    the maximum.
+    the maximum. For a p of e4m3 m is ``P_LOG2`` less, so that p and l are that much more.
     """
-    m_new = fragment_max((s,), scale, m) if loops_over_64(C) else kept_max(s, scale, m)
-    m_new = gl.where(m_new > m + SLACK, m_new, m)
+    LOG2: gl.constexpr = P_LOG2 if C.F.v_e4m3 else 0
+    m_new = fragment_max((s,), scale, m, LOG2) if loops_over_64(C) else kept_max(s, scale, m, LOG2)
+    m_new = gl.where(m_new > m + (E4M3_SLACK if C.F.v_e4m3 else SLACK), m_new, m)
     p = exp_scores(s, scale, m_new, C.F.dots != "" and not C.F.softcap)
     alpha = gl.exp2(m - m_new)
     return p, m_new, l * of_rows(alpha, l)[:, None] + thread_sums(p), alpha
@@ -86,37 +87,50 @@ def rescale_ptx(values):
 
 
 @gluon.jit
-def fragment_max(tiles, scale, m):
-    """The maximum m [M] after all scores in ``tiles``, each [M, N] with an N of its own."""
+def fragment_max(tiles, scale, m, LESS: gl.constexpr = 0):
+    """The maximum m [M] after all scores in ``tiles``, each [M, N] with an N of its own; scores count ``LESS`` less."""
     columns = gl.max(every_eighth(tiles[0]), 1)  # [M, 8]
     for i in gl.static_range(1, len(tiles)):
         more = gl.max(every_eighth(tiles[i]), 1)
         columns = gl.maximum(gl.convert_layout(columns, more.type.layout), more)
-    return gl.maximum(m, gl.convert_layout(gl.max(columns, 1), m.type.layout) * scale)
+    return gl.maximum(m, less(gl.convert_layout(gl.max(columns, 1), m.type.layout) * scale, LESS))
 
 
 @gluon.jit
-def kept_max(s, scale, m):
+def less(x, BY: gl.constexpr):
+    """x less a constant, which may be 0."""
+    if BY == 0:
+        return x
+    else:
+        return x - BY
+
+
+@gluon.jit
+def kept_max(s, scale, m, LESS: gl.constexpr = 0):
     """``fragment_max`` of one tile for an m that is kept until scores exceed it by ``SLACK``, in fewer instructions.
 
     It may be too small where that does not matter: see ``thread_max_ptx``.
     """
     VALUES: gl.constexpr = s.shape[0] * s.shape[1] // 128  # of a thread
     own = gl.inline_asm_elementwise(
-        thread_max_ptx(VALUES), of_two(VALUES), [s, of_rows(m, s)[:, None]], dtype=gl.float32, is_pure=True, pack=VALUES
-    )
+        thread_max_ptx(VALUES, LESS), of_two(VALUES), [s, of_rows(m, s)[:, None]], dtype=gl.float32, is_pure=True,
+        pack=VALUES,
+    )  # fmt: skip
     # Each value of a thread is now the maximum of its row: one is kept, without an instruction.
     columns = gl.reduce(every_eighth(own), 1, first).reshape((s.shape[0], THREADS, COLUMNS // THREADS))  # [M, 4, 2]
     own = gl.convert_layout(gl.reduce(columns, 2, first), BY_THREAD, assert_trivial=True)  # [M, 4]
-    return gl.maximum(m, gl.convert_layout(gl.max(own, 1), m.type.layout) * scale)
+    return gl.maximum(m, less(gl.convert_layout(gl.max(own, 1), m.type.layout) * scale, LESS))
 
 
 LOWEST = gl.constexpr(-15)
 """In base 2, the least m that scores below 0 need not be compared with: p is 2^15 at most, and float16 ends at 2^16."""
+P_LOG2, E4M3_SLACK, E4M3_LOWEST = gl.constexpr(8), gl.constexpr(0.75), gl.constexpr(-8.75)
+"""Of a p in e4m3, which ends at 448: it is 2^8 where others are 1, so that few are among its last steps, and 2^8.75 at
+most."""
 
 
 @gluon.constexpr_function
-def thread_max_ptx(values):
+def thread_max_ptx(values, less=0):
     """PTX of the maxima of a thread's two rows of scores, which become all values of their row.
 
     sm_90 has a maximum of three integers, and none of three floats. The bits of floats from 0 on compare as integers
@@ -125,7 +139,7 @@ def thread_max_ptx(values):
     or more, which stays or becomes that score. In a warp with a lower m the smallest integer is taken instead, which is
     the maximum then.
     """
-    rows, bound = (2 * values, 2 * values + 2), f"{LOWEST.value}.0"
+    rows, bound = (2 * values, 2 * values + 2), f"{float((E4M3_LOWEST if less else LOWEST).value)}"
     return (
         "{ .reg .pred low; .reg .b32 high0, high1, low0, low1; "
         f"setp.lt.f32 low, ${rows[0]}, {bound}; setp.lt.or.f32 low, ${rows[1]}, {bound}, low; "

@@ -46,6 +46,7 @@ class Features:
     q_scale: str = ""  # "", "tensor" or "row"
     compute_int8: bool = False
     dots: str = ""  # of tiles over copied keys: the 8-bit type that queries and keys multiply in, if they do
+    v_e4m3: bool = False  # of tiles over copied keys: p and V multiply in e4m3, V with its keys side by side
     fp32: bool = False  # IEEE dots in float32: of float32 queries, unless they multiply in int8
     pdl: bool = False  # the reduce is launched before the splits have ended
     interpret: bool = False

@@ -16,6 +16,7 @@ from swath.backends.triton.arguments import shared_args, shared_views, with_posi
 from swath.backends.triton.features import Features, kernel_dtype
 from swath.backends.triton.heuristics import Heuristics
 from swath.backends.triton.heuristics.dequantise import (
+    FAST,
     most_unclaimed,
     scratch_pages,
     scratch_rows,
@@ -126,8 +127,9 @@ def triton_tiles(work: Work, _scratch: Scratch, heuristics: Heuristics) -> Kerne
 def copied(work: Work, dots: str, scratch: Scratch) -> tuple[list[KernelCall], list[Work]]:
     """The launch that copies visible pages into scratch, and what tiles then see: the scratch as a 16-bit cache.
 
-    It has the stored values where their scales can be applied to scores or results later. For products in the
-    8-bit type ``dots`` K stays as it is, and one more launch prepares the queries. Where more sequences may need the
+    It has the stored values where their scales can be applied to scores or results later. For products in the 8-bit
+    type that ``dots`` names K stays as it is, and one more launch prepares the queries; where ``dots`` ends with
+    ``FAST``, V becomes e4m3, its keys side by side. Where more sequences may need the
     scratch than have room there, a second work is for the others, over the cache itself.
     """
     problem = work.problem
@@ -136,12 +138,17 @@ def copied(work: Work, dots: str, scratch: Scratch) -> tuple[list[KernelCall], l
     pages, rows, width = scratch_pages(problem, keys), scratch_rows(problem, keys), table_pages(problem, keys)
     shape = (rows * pages, cache.num_kv_heads, cache.page_size)
     dtype = problem.out.dtype
+    dots, _, values = dots.partition(" ")
+    v_e4m3 = values == FAST
+    rows_of_v = (*shape[:2], cache.v_head_dim, cache.page_size) if v_e4m3 else (*shape, cache.v_head_dim)
     scratch.add("new_k", cache.k.dtype if dots else dtype, *shape, cache.head_dim)
-    scratch.add("new_v", dtype, *shape, cache.v_head_dim)
+    scratch.add("new_v", torch.float8_e4m3fn if v_e4m3 else dtype, *rows_of_v)
     scratch.add("new_table", torch.int32, problem.num_seqs, width)
     made = scratch.tensors("meta")
-    copy = PagedKeys(PagedKV(made["new_k"].to(dtype), made["new_v"]), PageTable(made["new_table"]), keys.seq_lens)
-    F = replace(work.features, pairs=False, dots=dots)
+    k, v = (made[name].to(dtype) for name in ("new_k", "new_v"))
+    copy = PagedKeys(PagedKV(k, v.view(*shape, cache.v_head_dim)), PageTable(made["new_table"]), keys.seq_lens)
+    int8 = work.features.compute_int8 or dots == "int8"
+    F = replace(work.features, pairs=False, dots=dots, v_e4m3=v_e4m3, compute_int8=int8)
     folds = F.copied_k_fold, F.copied_v_fold
     names = {"k": "new_k", "v": "new_v", "table": "new_table", "table_index": ""}
     names |= {f"{name}_scale": "" for name, fold in zip("kv", folds, strict=True) if fold == "none"}
@@ -149,7 +156,7 @@ def copied(work: Work, dots: str, scratch: Scratch) -> tuple[list[KernelCall], l
     if dots:
         calls.append(quantising(work, F, scratch))
         names |= {"q": "new_q", "q_scale": "new_q_scale"}
-    parts = [replace(work, problem=replace(problem, keys=copy), sources=names, copied=Copied(*folds, dots))]
+    parts = [replace(work, problem=replace(problem, keys=copy), sources=names, copied=Copied(*folds, dots, v_e4m3))]
     if rows < most_unclaimed(problem):
         scratch.add("copied", torch.int32, 3)
         scratch.add("others", torch.int32, 3)
@@ -165,6 +172,7 @@ def copying(work: Work, F: Features, pages: int, rows: int, width: int) -> Kerne
     grid = rows * pages * F.kv_heads
     stored = cast(PagedKeys, problem.keys).cache.k.dtype
     views = shared_views(work, F) | ({"new_k": kernel_dtype(stored)} if F.dots else {})
+    views |= {"new_v": torch.uint8} if F.v_e4m3 else {}
     return KernelCall(dequantise_kernel, grid, args, {"num_warps": 4}, views=views)
 
 

@@ -12,11 +12,12 @@ from swath.target import Target
 
 @dataclass(frozen=True)
 class Copied:
-    """Features of tiles over a copy of 8-bit keys: granularities of the scales that it lacks, and 8-bit products."""
+    """Features of tiles over a copy of 8-bit keys: granularities of scales that it lacks, and products in 8 bits."""
 
     k_fold: str
     v_fold: str
     dots: str
+    v_e4m3: bool
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ def _prepare(inputs: Inputs) -> Callable[[], Tensor]:
 
 
 def _why_not_fp8(case: BenchCase) -> str | None:
-    return features(case, sink=True, stored=("e4m3 none", "e4m3 tensor", "e4m3 head"), fp8_q=True) or first_of(
+    stored = ("e4m3 none", "e4m3 tensor", "e4m3 head")
+    return features(case, sink=True, stored=stored, fp8_q=True, computes=("float", "fast")) or first_of(
         (not case.e4m3, "multiplies queries, keys and values that are all e4m3"),
         (case.q_scale == "token", "has a scale of queries for a sequence and kv head, not for each row"),
     )

@@ -66,13 +66,13 @@ def first_of(*reasons: tuple[bool, str]) -> str | None:
 
 def features(
     case: BenchCase, *, sink: bool = False, stored: tuple[str, ...] = (), head_dim: int = 256, narrow: bool = False,
-    ranges: type | tuple[type, ...] = (), fp8_q: bool = False,
+    ranges: type | tuple[type, ...] = (), fp8_q: bool = False, computes: tuple[str, ...] = ("float",),
 ) -> str | None:  # fmt: skip
     """The reason that most peers share.
 
     No leading tokens, no sinks unless said, no 8-bit cache unless ``stored``, no heads beyond ``head_dim``, no values
-    narrower than keys unless ``narrow``, no bounds of rows but by rules of the types ``ranges``, and no fp8 queries
-    unless ``fp8_q``.
+    narrower than keys unless ``narrow``, no bounds of rows but by rules of the types ``ranges``, no fp8 queries
+    unless ``fp8_q``, and no ``compute`` but ``computes``.
     """
     name = stored_name(case.storage)
     return first_of(
@@ -82,6 +82,6 @@ def features(
         (case.global_tokens != 0, "has no leading tokens"),
         (bool(case.ranges) and not isinstance(case.ranges, ranges), f"has no {case.ranges}"),
         (case.has_sink and not sink, "has no sinks"),
-        (case.compute != "float", f"has no compute={case.compute!r}"),
+        (case.compute not in computes, f"has no compute={case.compute!r}"),
         (case.storage.is_quantised and name not in stored, f"has no cache of {name}"),
     )

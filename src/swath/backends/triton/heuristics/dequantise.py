@@ -10,6 +10,8 @@ from swath.cache import PagedKeys
 from swath.pages import page_count
 from swath.problem import Problem
 
+FAST = "fast"
+"""At the end of what K is copied as: V is copied as e4m3, and multiplies in it."""
 SCRATCH_BYTES = 512 << 20
 """Most that a call may take to hold dequantised pages."""
 COPY_BYTES = 2
@@ -23,7 +25,7 @@ where 16-bit tiles took 6.1."""
 def dequantises(problem: Problem) -> bool:
     """Whether a prefill over an 8-bit cache copies visible pages into 16-bit scratch first."""
     wide = problem.q.dtype in (torch.bfloat16, torch.float16)
-    return wide and problem.compute == "float" and copy_pays(problem)
+    return wide and problem.compute != "int8" and copy_pays(problem)
 
 
 def copies(problem: Problem) -> str | None:

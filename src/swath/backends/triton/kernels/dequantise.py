@@ -2,7 +2,8 @@
 
 Every 8-bit value is one of float16 and of bfloat16. So nothing is rounded where a scale can be applied later: to scores
 (K's tensor and head scales) or to results (V's, and its channel scales). Other scales are multiplied into the copy. For
-8-bit products K is copied as it is, and ``quantise.py`` has its scales.
+8-bit products K is copied as it is, and ``quantise.py`` has its scales. For products with V in e4m3 its values lie side
+by side by key, and int8 ones are rounded.
 
 The scratch is a paged cache of its own for the sequences that splits do not claim. The j-th page in sight of the r-th
 of them goes to scratch page ``r * pages + j``, and the entry of a new page table names it, or is -1 for a dead page.
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 
 from swath.backends.device.cache import load_entries, page_in_sight, pages_of, table_row, v_offset
-from swath.backends.device.quant import channel_scale, decode, head_scale, sign_of
+from swath.backends.device.quant import channel_scale, decode, encode_e4m3, head_scale, key_of_column, sign_of
 from swath.backends.device.window import Rows, band_of, bounds_of, rows_of, view_of
 from swath.backends.triton.kernels.query import keys_within, lead_of, ranked_sequence, sequence_of, store_claim
 
@@ -48,6 +49,25 @@ def copy_page(source, target, scale, scale_at, scale_token, kv_head, token_strid
                 x *= sign_of(head_scale(scale, kv_head, False, F))  # a factor of scores is above 0
         to = target + token[:, None] * DIM + column[None, :]
         tl.store(to, x.to(target.dtype.element_ty), mask=mask)
+
+
+VALUES_AT_ONCE = tl.constexpr(64)
+"""Keys of V that are laid side by side together: a divisor of ``page_size``."""
+
+
+@triton.jit
+def copy_columns(source, target, token_stride, F: tl.constexpr):
+    """V of one kv head of a page, stored [page_size, Dv] at ``source``, to [Dv, page_size] in e4m3 at ``target``."""
+    n, column = tl.arange(0, VALUES_AT_ONCE), tl.arange(0, F.block_dv)
+    live = column < F.v_head_dim
+    for first in range(0, F.page_size, VALUES_AT_ONCE):
+        token = first + key_of_column(n)
+        row = v_offset(token * token_stride, 0, 0, token, F)
+        x = tl.load(source + row[:, None] + column[None, :], mask=live[None, :], other=0)
+        if F.stored == "int8":
+            x = encode_e4m3(x.to(tl.float32), not F.interpret)
+        to = target + column[:, None] * F.page_size + first + n[None, :]
+        tl.store(to, tl.trans(x), mask=live[:, None])
 
 
 BOUNDS_AT_ONCE = tl.constexpr(1024)
@@ -128,5 +148,8 @@ def dequantise_kernel(
     scale_at = entry * ks_page + head * ks_head
     copy_page(k + source, new_k + k_target, k_scale, scale_at, ks_token, kv_head, kv_token, False, F, BLOCK_T)
     source = v_offset(source, entry, head, 0, F)
-    scale_at = entry * vs_page + head * vs_head
-    copy_page(v + source, new_v + v_target, v_scale, scale_at, vs_token, kv_head, kv_token, True, F, BLOCK_T)
+    if F.v_e4m3:
+        copy_columns(v + source, new_v + v_target, kv_token, F)
+    else:
+        scale_at = entry * vs_page + head * vs_head
+        copy_page(v + source, new_v + v_target, v_scale, scale_at, vs_token, kv_head, kv_token, True, F, BLOCK_T)
