@@ -156,8 +156,10 @@ def copy(problem: Any, operands: Any) -> None:
     for b in range(problem.num_seqs):
         pages = table[b, :each].long()
         live = (pages >= 0) & (pages < cache.num_pages)
+        operands["new_table"][b, :each].masked_fill_(~live, -1)
         for name, x in (("new_k", cache.k), ("new_v", cache.v)):
             rows = operands[name][b * each : (b + 1) * each]
+            rows.view(torch.uint8).fill_(0x7F)  # NaN, where nothing is copied
             stored = x[pages[live]].float().to(rows.dtype)
             rows[live] = side_by_side(stored) if name == "new_v" and problem.compute == "fast" else stored
     scale = torch.ones(()) if cache.k_scale is None else cache.k_scale.float()
