@@ -36,7 +36,7 @@ def judge_attention(call: Call, impl: str, device: torch.device | str) -> Verdic
     stray = written_outside(canary, inputs, truth)
     if stray:
         raise BrokenError(f"{stray} elements changed around out, or in rows that no sequence owns")
-    ran = Ran(call, inputs, sent, backend, out, lse, truth)
+    ran = Ran(call, inputs, sent, impl, backend, out, lse, truth)
     for name, promise in PROMISES.items():
         if name in call.twists:
             promise.check(ran)
