@@ -112,7 +112,9 @@ def _decode(engine: Engine, load: Load) -> Decode:
                 for _ in range(PROFILED_STEPS):
                     next(going)
     if not gaps:
-        raise RuntimeError(f"no step gave all {load.sequences} sequences a token: the engine has room for fewer at once")
+        raise RuntimeError(
+            f"no step gave all {load.sequences} sequences a token: the engine has room for fewer at once"
+        )
     found = spent(kernels).each(PROFILED_STEPS) if kernels else None
     return Decode(first_tokens_s, median(gaps) * 1e6, found)
 

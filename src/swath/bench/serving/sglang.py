@@ -65,7 +65,8 @@ def start(job: Job, load: Load) -> SglangEngine:
         model_path=str(folder), skip_tokenizer_init=True, load_format="dummy", random_seed=0, log_level="warning",
         context_length=load.longest, max_running_requests=MOST_REQUESTS, chunked_prefill_size=load.prompt_len,
         max_prefill_tokens=load.prompt_len, max_total_tokens=(load.context + load.new_tokens + PAGE) * MOST_REQUESTS,
-        swa_full_tokens_ratio=1.0, disable_radix_cache=True, page_size=PAGE, kv_cache_dtype=CACHES.get(job.cache, job.cache),
+        swa_full_tokens_ratio=1.0, disable_radix_cache=True, page_size=PAGE,
+        kv_cache_dtype=CACHES.get(job.cache, job.cache),
         attention_backend=registered(job), sampling_backend="pytorch", grammar_backend="none", **_platform(),
     )  # fmt: skip
     engine = SglangEngine(args)

@@ -23,7 +23,7 @@ from swath.testing.ranges import RULES
 CALLS_A_VARIANT = 1000
 """Numbers of a variant: the last three digits of a seed."""
 
-OPS = {"paged_attention": 70, "attention": 12, "append_kv": 8, "merge_states": 5, "slots": 5}
+OPS = {"paged_attention": 68, "attention": 12, "append_kv": 8, "merge_states": 5, "slots": 5, "quantise_q": 2}
 """Public functions, by how often they are called in a hundred."""
 
 Fields = dict[str, Any]
@@ -202,7 +202,12 @@ def ranges(r: Random, _made: Fields, _sizes: Sizes) -> Fields:
     return {"ranges": r.choice((*RULES, "random", "random")), "windowed": False, "causal": True}
 
 
-VARIANT: tuple[Draw, ...] = (operator, storage, heads, memory, values, queries, options, ranges)
+def products(r: Random, made: Fields, _sizes: Sizes) -> Fields:
+    """Products in 8 bits throughout, over 8-bit caches."""
+    return {"compute": "fast"} if "quant" in made and r.random() < 0.15 else {}
+
+
+VARIANT: tuple[Draw, ...] = (operator, storage, heads, memory, values, queries, options, ranges, products)
 """What kernels are compiled for. Each draw sees what those before it made."""
 
 

@@ -12,7 +12,7 @@ from swath.testing.fuzz.promises import PROMISES, Ran
 from swath.testing.fuzz.truth import exact
 from swath.testing.fuzz.twists import build
 from swath.testing.fuzz.verdict import BrokenError, Verdict, demand_within_budget, taker
-from swath.testing.fuzz.writers import judge_append, judge_merge, judge_slots
+from swath.testing.fuzz.writers import judge_append, judge_merge, judge_quantise, judge_slots
 from swath.testing.inputs import SENTINEL, Canary, Inputs
 from swath.testing.oracle import Truth
 
@@ -55,6 +55,7 @@ JUDGES: dict[str, Callable[[Call, str, torch.device | str], Verdict]] = {
     "paged_attention": judge_attention,
     "attention": judge_attention,
     "append_kv": judge_append,
+    "quantise_q": judge_quantise,
     "merge_states": judge_merge,
     "slots": judge_slots,
 }

@@ -1,4 +1,4 @@
-"""Calls of ``append_kv``, ``merge_states`` and ``slots``, each beside a truth of its own."""
+"""Calls of ``append_kv``, ``quantise_q``, ``merge_states`` and ``slots``, each beside a truth of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from swath.cache import PagedKV
 from swath.ops.append import append_kv
 from swath.ops.merge import merge_states
+from swath.ops.quantise import quantise_q
 from swath.ops.slots import slots
 from swath.testing.budget import UNIT
 from swath.testing.fuzz.draw import Call
@@ -85,6 +86,27 @@ def after_append(x: Tensor, pool: Tensor, scale: Tensor | None, where: list[int]
         rows = wide.round() if pool.dtype == torch.int8 else wide
     pool[page, :, offset] = rows.to(pool.dtype)
     return pool, scale
+
+
+def judge_quantise(call: Call, impl: str, device: torch.device | str) -> Verdict:
+    """Queries in fp8: every byte of them and of their scales."""
+    r, stored = call.random("quantise"), torch.float8_e4m3fn
+    dtype = r.choice((torch.bfloat16, torch.float16, torch.float32))
+    q = _tokens(call, "q", (sum(call.case.row_counts), call.case.head_dim), dtype)
+    scale = None if r.random() < 0.6 else torch.tensor(r.choice((0.0, 0.02, 3.0, -0.5)))
+    wide = q.float()
+    peak = wide.abs().amax(-1)
+    unit = scale if scale is not None else torch.where(peak > 0, peak / LARGEST[stored], 1.0)
+    over = unit.where(unit != 0, 1.0)
+    rows = (wide / (over[..., None] if scale is None else over)).clamp(-LARGEST[stored], LARGEST[stored])
+    args = mapped((q, scale), mover(device))
+    backend = taker("quantise_q", args, {}, impl)
+    for name, got, want in zip(
+        ("out", "q_scale"), quantise_q(*args, impl=backend), (rows.to(stored), unit), strict=True
+    ):
+        if not same_bits(got.cpu(), want):
+            raise BrokenError(f"quantise_q: {name} has other bytes than wanted, {dtype} queries, scale {scale}")
+    return Verdict(backend)
 
 
 def judge_merge(call: Call, impl: str, device: torch.device | str) -> Verdict:
