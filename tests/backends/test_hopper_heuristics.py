@@ -1,0 +1,155 @@
+"""Launch rules of Hopper's tiles, and which calls they take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from compile_variants import OPTIONS, problem_of
+
+from swath import Window
+from swath.backends.hopper.attention import why_not_tiles
+from swath.backends.hopper.heuristics import MOST_TOKENS, decodes_in_tiles, draws_tiles, hopper_launch
+from swath.backends.triton.work import Work
+from swath.cache import DenseKeys, PagedKeys, PagedKV
+from swath.pages import PageTable
+from swath.problem import Problem
+from swath.target import Target
+
+ROW = {name: values[0] for name, values in OPTIONS.items()}
+
+
+def problem(**row: str) -> Problem:
+    return problem_of(ROW | row)
+
+
+@pytest.mark.parametrize(
+    ("row", "window", "consumers"),
+    [
+        ({"queries": "dense"}, Window(129), 2),  # 16 queries see 144 keys
+        ({"queries": "dense"}, Window(130), 1),
+        ({"queries": "dense"}, Window(137), 1),  # 8 queries see 144
+        ({"queries": "dense"}, Window(138), 0),
+        ({"queries": "dense", "scoring": "interleaved"}, Window(128), 0),  # 64 queries see 191
+        ({"queries": "dense", "head_dim": "128"}, Window(128), 0),
+        ({"queries": "dense"}, Window(65, causal=False), 2),
+        ({"queries": "dense"}, Window(69, causal=False), 1),
+        ({"queries": "dense"}, Window(70, causal=False), 0),
+        ({"queries": "dense"}, Window(64, global_tokens=4), 0),
+        ({"queries": "dense"}, Window(), 0),
+        ({"queries": "dense"}, Window(0), 2),
+        ({"queries": "ragged", "paging": "16"}, Window(114), 2),
+        ({"queries": "ragged", "paging": "16"}, Window(122), 1),
+        ({"queries": "ragged", "paging": "16"}, Window(123), 0),
+    ],
+)
+def test_hopper_takes_one_pass_where_two_tiles_hold_all_keys(
+    row: dict[str, str], window: Window, consumers: int
+) -> None:
+    one = replace(problem(**{"head_dim": "64"} | row), window=window)
+    work = Work(one, Target("sm_90", 132))
+    launch = hopper_launch(work)
+    assert (launch.consumers if launch.narrow_n else 0) == consumers
+    assert launch.box_rows <= (launch.narrow_n if launch.narrow_n and work.features.page_size else launch.block_n)
+    unbounded = hopper_launch(replace(work, problem=replace(one, max_kv_len=1 << 20)))
+    assert (unbounded.consumers if unbounded.narrow_n else 0) == consumers, "no bound of lengths decides"
+
+
+def decode(num_seqs: int, steps: int, group: int, window: Window) -> Problem:
+    """``steps`` tokens each over 16,384 keys in pages of 16 x 8 heads of 128."""
+    kv_heads, head_dim, page_size, pages = 8, 128, 16, 1024
+    pool = torch.empty(pages, kv_heads, page_size, head_dim, dtype=torch.bfloat16, device="meta")
+    table = torch.empty(num_seqs, pages, dtype=torch.int32, device="meta")
+    keys = PagedKeys(PagedKV(pool, pool), PageTable(table), torch.empty(num_seqs, dtype=torch.int32, device="meta"))
+    q = torch.empty(num_seqs, steps, group * kv_heads, head_dim, dtype=torch.bfloat16, device="meta")
+    return replace(problem(queries="steps"), q=q, keys=keys, window=window, max_kv_len=16384, max_q_len=steps)
+
+
+@pytest.mark.parametrize(
+    ("window", "num_seqs", "steps", "group", "in_tiles"),
+    [
+        (Window(1024), 128, 1, 4, True),
+        (Window(1024, global_tokens=64), 128, 1, 4, True),
+        (Window(1024), 33, 1, 4, True),
+        (Window(1024), 32, 1, 4, False),  # not enough for all places
+        (Window(1024), 36, 1, 4, False),  # a second round that is nearly empty
+        (Window(128), 128, 1, 4, False),
+        (Window(4096), 128, 1, 4, False),
+        (Window(), 128, 1, 4, False),
+        (Window(1024), 128, 1, 16, True),
+        (Window(1024), 128, 1, 1, False),  # not measured
+        (Window(1024), 128, 1, 3, False),  # its heads do not share a row tile
+        (Window(1024), 128, 1, 32, False),
+        (Window(), 128, 4, 8, True),
+        (Window(4096), 128, 4, 8, True),
+        (Window(128), 128, 4, 8, False),
+        (Window(), 128, 4, 4, False),  # 16 rows, which splits take as fast
+        (Window(), 32, 4, 8, False),
+        (Window(1024), 128, 4, 4, True),
+    ],
+)
+def test_decode_in_tiles_fills_its_places(
+    window: Window, num_seqs: int, steps: int, group: int, in_tiles: bool
+) -> None:
+    num_sms = 132
+    one = decode(num_seqs, steps, group, window)
+    assert decodes_in_tiles(one, num_sms) == in_tiles
+    assert not decodes_in_tiles(replace(one, split_size=256), num_sms), "bits would depend on the batch"
+    assert not decodes_in_tiles(replace(one, gqa="interleaved"), num_sms)
+
+
+def test_decode_draws_its_tiles_where_they_differ_much() -> None:
+    assert not draws_tiles(decode(128, 4, 8, Window(1024)))
+    assert draws_tiles(decode(128, 4, 8, Window()))
+    assert draws_tiles(problem(queries="ragged"))
+
+
+def chunks(lengths: Sequence[int], window: Window, **more: Any) -> Problem:
+    """A ragged call of 32 heads over 4 of 128, with so many query tokens."""
+    total = sum(lengths)
+    q = torch.empty(total, 32, 128, dtype=torch.bfloat16, device="meta")
+    kv = torch.empty(total, 4, 128, dtype=torch.bfloat16, device="meta")
+    cu = torch.empty(len(lengths) + 1, dtype=torch.int32, device="meta")
+    bounds = {"max_q_len": max(lengths), "max_kv_len": 16384}
+    one = problem(queries="dense")
+    return replace(one, q=q, cu_seqlens_q=cu, keys=DenseKeys(kv, kv, cu), window=window, **bounds, **more)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "window", "pack", "consumers"),
+    [
+        ((2048,) * 4, Window(), 1, 2),  # whole tiles: no row of a last one is lost
+        ((2048,) * 4, Window(1024), 1, 2),
+        ((2048, 2000, 2048, 2048), Window(1024), 8, 2),
+        ((1000,) * 8, Window(), 8, 2),
+        ((9000,), Window(1024), 1, 2),
+        ((2048,), Window(1024), 1, 1),  # few rows
+        ((2048,), Window(4096), 1, 2),
+        ((2048,) * 4, Window(512), 8, 1),
+    ],
+)
+def test_hopper_packs_short_sequences_and_halves_few_rows(
+    lengths: tuple[int, ...], window: Window, pack: int, consumers: int
+) -> None:
+    one = chunks(lengths, window)
+    launch = hopper_launch(Work(one, Target("sm_90", 132)))
+    assert (launch.pack, launch.consumers) == (pack, consumers)
+
+
+def test_hopper_launches_do_not_depend_on_the_batch_with_split_size() -> None:
+    launches = set()
+    for lengths in ((2048,), (1000,) * 8, (9000,) * 4):
+        one = chunks(lengths, Window(1024), split_size=256)
+        launches.add(hopper_launch(Work(one, Target("sm_90", 132))))
+    assert len(launches) == 1
+
+
+def test_hopper_takes_no_more_keys_than_its_positions_are_right_for() -> None:
+    one = chunks((2048,), Window(1024))
+    for tokens, taken in ((MOST_TOKENS - 2048, True), (MOST_TOKENS - 2047, False)):
+        kv = torch.empty(tokens, 4, 128, dtype=torch.bfloat16, device="meta")
+        reason = why_not_tiles(replace(one, keys=DenseKeys(kv, kv, one.cu_seqlens_q)), 132)
+        assert (reason is None) if taken else ("room for more" in str(reason))
