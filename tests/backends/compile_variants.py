@@ -88,6 +88,14 @@ HEADS = [
     ("ragged", "bf16", "256/128", "size+count", "sink+lse", "flat 16"),
 ]
 """The largest heads, and values that are narrower than keys, or lie otherwise in memory, with every kernel."""
+HALVES = [
+    ("dense", "bf16", "512", "none", "sink+lse", "16"),
+    ("ragged", "fp16", "512", "none", "softcap", "flat 16"),
+    ("ragged", "bf16", "512", "bounds", "sink+lse", "16"),
+    ("many steps", "bf16", "512", "wide window", "sink+lse", "16"),
+    ("dense", "bf16", "512/256", "wide window", "plain", "16"),
+]
+"""Prefill of the paired target with heads of 512, where rows may see many keys."""
 
 
 class Variant(NamedTuple):
@@ -110,7 +118,7 @@ def suite_variants(arch: str) -> list[Variant]:
     rows = pairwise(OPTIONS) + named(HEADS)
     if arch != PAIRED_TARGET:
         return covering(list(variants(arch, rows)))
-    return list(variants(arch, rows + named(ONE_PASS + BOUNDS + EIGHT_BITS + FAST + TABLES)))
+    return list(variants(arch, rows + named(ONE_PASS + BOUNDS + EIGHT_BITS + FAST + TABLES + HALVES)))
 
 
 def named(rows: Iterable[tuple[str, ...]]) -> list[dict[str, str]]:
@@ -160,6 +168,7 @@ WINDOWS = {
     "size+count": Window(1024, global_tokens=4),
     "size+tensor": Window(1024, torch.zeros(2, dtype=torch.int32), max_global_tokens=64),
     "both sides": Window(60, causal=False),
+    "wide window": Window(5000, global_tokens=4),
     "bounds": Window(),
     "bounds+count": Window(global_tokens=4),
     "bounds nearby": Window(),

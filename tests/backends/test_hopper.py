@@ -28,6 +28,8 @@ ONCE_PAGED = replace(ONCE, dense=False, page_size=8, size=122)
 E4M3 = torch.float8_e4m3fn
 FP8 = replace(PAGED, dtype=E4M3, quant=KVQuant(E4M3, "head"), q_scale="token")
 INT8 = replace(PAGED, quant=KVQuant(torch.int8, "channel"), compute="int8")
+WIDE = replace(LONG, kv_lens=(4700, 4300, 261, 40), q_lens=(500, 213, 130, 40), head_dim=512)
+"""Heads of 512, some of whose rows do not see what windows of little more than 4,096 keys hide."""
 
 CASES = {
     "full": LONG,
@@ -67,6 +69,13 @@ CASES = {
         PAGED, kv_lens=(300, 1300, 150), q_lens=150, head_dim=256, v_head_dim=128, page_size=48
     ),
     "256/64, window and leading keys": replace(LONG, head_dim=256, v_head_dim=64, size=200, global_tokens=70),
+    "512": replace(LONG, head_dim=512),
+    "512 under a window, packed heads": replace(WIDE, group=8, size=4100, sink="fp32", global_tokens=3),
+    "512, pages of 16 and holes": replace(WIDE, dense=False, size=4200, holes=True, layout="apart"),
+    "512, soft cap, sink and LSE": replace(LONG, head_dim=512, dtype=torch.float16, softcap=5.0, sink="fp32"),
+    "512, a uniform batch": replace(PAGED, kv_lens=(300, 1300, 150), q_lens=150, head_dim=512, page_size=48),
+    "512, strides of others": replace(PAGED, head_dim=512, strided=True, tail=20),
+    "512/256": replace(LONG, head_dim=512, v_head_dim=256, causal=False),
     "128/64": replace(LONG, head_dim=128, v_head_dim=64, tail=30),
     "128/64 over pages of 8": replace(PAGED, head_dim=128, v_head_dim=64, page_size=8, size=333, layout="apart"),
     "packed heads": replace(ONCE, sink="q"),
@@ -174,6 +183,7 @@ BOUNDS = {
     "int8 pages": replace(PAGED, quant=KVQuant(torch.int8, "channel")),
     "padding rows, wide integers": replace(PAGED, q_lens=(700, 0, 130, 1), tail=150, index_dtype=torch.int64),
     "192/128": replace(LONG, head_dim=192, v_head_dim=128),
+    "512": replace(LONG, head_dim=512, sink="q"),
     "int8 products of 256": replace(INT8, head_dim=256, global_tokens=5),
     "fp8 queries": FP8,
 }

@@ -153,3 +153,47 @@ def test_hopper_takes_no_more_keys_than_its_positions_are_right_for() -> None:
         kv = torch.empty(tokens, 4, 128, dtype=torch.bfloat16, device="meta")
         reason = why_not_tiles(replace(one, keys=DenseKeys(kv, kv, one.cu_seqlens_q)), 132)
         assert (reason is None) if taken else ("room for more" in str(reason))
+
+
+def wide_chunk(
+    window: Window, bounded: bool = False, split_size: int | None = None, v_head_dim: int = 512, keys: int = 9000
+) -> Problem:
+    """2,048 query tokens with heads of 512, in a call that may have so many keys."""
+    window = replace(window, bounds=torch.zeros(2048, 2, dtype=torch.int32)) if bounded else window
+    one = chunks((2048,), window, split_size=split_size)
+    q, k = (torch.empty(2048, heads, 512, dtype=torch.bfloat16, device="meta") for heads in (32, 4))
+    dense = DenseKeys(k, k[..., :v_head_dim], one.cu_seqlens_q)
+    return replace(one, q=q, out=q[..., :v_head_dim], keys=dense, max_kv_len=keys)
+
+
+@pytest.mark.parametrize("split_size", [None, 256])
+@pytest.mark.parametrize("keys", [2048, 9000])
+@pytest.mark.parametrize(
+    ("window", "bounded", "lacks"),
+    [
+        (Window(), False, None),
+        (Window(4096), False, "at most 4,096 keys"),
+        (Window(4097), False, None),
+        (Window(2048, causal=False), False, "at most 4,096 keys"),
+        (Window(3000, causal=False), False, None),
+        (Window(), True, None),
+        (Window(global_tokens=4), True, "registers spill"),
+    ],
+)
+def test_hopper_takes_heads_of_512_where_a_window_may_show_many_keys(
+    window: Window, bounded: bool, lacks: str | None, keys: int, split_size: int | None
+) -> None:
+    reason = why_not_tiles(wide_chunk(window, bounded, split_size, keys=keys), 132)
+    assert reason is None if lacks is None else lacks in str(reason)
+
+
+def test_hopper_halves_values_of_512() -> None:
+    assert why_not_tiles(wide_chunk(Window(), v_head_dim=256), 132) is None
+    assert "v_head_dim 128; it has 256, 512" in str(why_not_tiles(wide_chunk(Window(), v_head_dim=128), 132))
+
+
+def test_promised_bounds_keep_heads_of_512_from_hopper_but_decide_no_bit_with_split_size() -> None:
+    for split_size, taken in ((None, False), (256, True)):
+        one = wide_chunk(Window(), True, split_size)
+        near = replace(one, window=replace(one.window, max_visible=1024))
+        assert (why_not_tiles(near, 132) is None) == taken

@@ -9,11 +9,13 @@ import torch
 from swath.backends.hopper.heuristics import (
     BOX_BYTES,
     HOPPER,
+    MANY_KEYS,
     MOST_TOKENS,
     HopperHeuristics,
     copies,
     decodes_in_tiles,
     in_boxes,
+    sees_many,
 )
 from swath.backends.triton.attention import Runner
 from swath.backends.triton.features import STORED
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
 
 NAME = "hopper"
 ARCH = "sm_90"
-HEAD_DIMS = (64, 128, 192, 256)
+HEAD_DIMS = (64, 128, 192, 256, 512)
 V_HEAD_DIMS = (64, 128, 256)
+DOTS_HEAD_DIMS = (64, 128, 256)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -54,15 +57,19 @@ def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
         return f"{reason}, unless many sequences see about 1,024 keys or have many rows (16-bit caches, heads of 128)"
     if problem.head_dim not in HEAD_DIMS:
         return f"head_dim {problem.head_dim}; it has {', '.join(map(str, HEAD_DIMS))}"
-    if problem.v_head_dim not in V_HEAD_DIMS:
-        return f"v_head_dim {problem.v_head_dim}; it has {', '.join(map(str, V_HEAD_DIMS))}"
+    v_head_dims = (256, 512) if problem.head_dim == 512 else V_HEAD_DIMS
+    if problem.v_head_dim not in v_head_dims:
+        return f"v_head_dim {problem.v_head_dim}; it has {', '.join(map(str, v_head_dims))}"
     dots = copies(problem)
     if problem.q.dtype == torch.float8_e4m3fn and dots is None:
         return "fp8 queries; they multiply with e4m3 keys in long prefills, without K scales a channel or token"
     if problem.q.dtype == torch.float32:
         return f"{problem.q.dtype} queries; it multiplies values of 16 and 8 bits"
-    if dots and problem.head_dim == 192:
-        return "head_dim 192 of fp8 queries; they have 64, 128, 256"
+    if dots and problem.head_dim not in DOTS_HEAD_DIMS:
+        return f"head_dim {problem.head_dim} of fp8 queries; they have {', '.join(map(str, DOTS_HEAD_DIMS))}"
+    wide = why_not_512(problem) if problem.head_dim == 512 else None
+    if wide is not None:
+        return wide
     if problem.keys.capacity + problem.q.shape[:-2].numel() > MOST_TOKENS:
         return f"room for more than {MOST_TOKENS:,} keys and query tokens in a sequence"
     fetched = [problem.q]
@@ -76,6 +83,18 @@ def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
         return "8-bit keys that are decoded in the tiles, not copied first"
     if not all(map(in_boxes, fetched)):
         return f"q, k or v is empty, or has a stride or an address that is no multiple of {BOX_BYTES} bytes"
+    return None
+
+
+def why_not_512(problem: Problem) -> str | None:
+    """What is not measured or does not fit of heads of 512: a launch for each half of V, with 32 keys in a tile."""
+    if copies(problem) is not None:
+        return "head_dim 512 over 8-bit keys"
+    window = problem.window
+    if window.bounds is not None and not (isinstance(window.global_tokens, int) and window.global_tokens == 0):
+        return "head_dim 512 under bounds of rows beside leading tokens: registers spill"
+    if not sees_many(problem):
+        return f"head_dim 512 under a window that shows a row at most {MANY_KEYS:,} keys: not measured yet"
     return None
 
 

@@ -68,7 +68,9 @@ def epilogue(state, count, work, WG: gl.constexpr, output, batch, C: gl.constexp
     o = scale_values(acc * of_rows(inverse, acc)[:, None], output.v_scale, kv_head, column, C.F)  # [M, Dv]
     o = o.to(output.out.dtype.element_ty)
     if output.desc is None:
-        store_by_threads(gl.convert_layout(o, store_layout(C.F.v_head_dim)), q_begin, work, output, batch, C)
+        if C.F.head_dim <= 256:  # beyond, an exchange between threads finds no shared memory
+            o = gl.convert_layout(o, store_layout(C.F.v_head_dim))
+        store_by_threads(o, q_begin, work, output, batch, C)
     else:
         index = pipeline_state(output.q_pipe, count).index
         tile = output_tile(index, WG, output.q_pipe, C)

@@ -70,6 +70,10 @@ PACKED_TOKENS = 2048
 positions of all its heads. 32 ragged sequences took, packed and not: 227 and 275 us (up to 511 tokens each), 2,786 and
 3,118 (up to 2,047), 8,340 and 8,900 (up to 4,095); one of 8,192 tokens 788 and 781. Chunks that are all whole tiles
 have no such rows: four of 2,048 tokens under a window of 1,024 took 277 and 267."""
+MANY_KEYS = 4096
+"""Heads of 512 are taken where a window may show a row more keys: 128 tiles, beside which the two ends of a row tile,
+once for each half of V, are little. Without a window 8,192 tokens of 32 heads took 5,222 us, in Triton's tiles 11,992.
+"""
 VERY_FEW_KEYS = 256
 """Of rows of 64: a window of 128 took 340 us in four programs with tiles of 32 keys, 406 in three with tiles of 64."""
 ONE_PASS = (
@@ -118,12 +122,21 @@ def keys_of_tile(problem: Problem) -> int:
     return keys_in_sight(problem, TILE_ROWS)
 
 
+def sees_many(problem: Problem) -> bool:
+    """Whether a window may show rows more than ``MANY_KEYS``, by itself: how many keys there are does not count."""
+    if problem.split_size is None:
+        return problem.window.visible_guess(1, LARGEST_SIZE) > MANY_KEYS
+    return keys_in_sight(problem, 1) > MANY_KEYS
+
+
 def looped_launch(F: Features, problem: Problem) -> HopperLaunch:
     """For row tiles that may see any number of key tiles."""
     if F.dots:
         return narrow_keys_launch(F, problem)
     keys = keys_of_tile(problem)
     few = keys <= (SOME_KEYS if F.page_size > 0 or few_rows(problem) else FEW_KEYS)
+    if F.head_dim > 256:  # of which V's columns are one half, as in ``hopper_tiles``
+        return HopperLaunch(32, 2, 1)
     if F.v_head_dim > 128:
         return HopperLaunch(64, 2, 1)
     if F.head_dim > 128:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,13 @@ from swath.backends.gluon.pipeline import BOX_BYTES, CONSUMER_ROWS
 from swath.backends.hopper.heuristics import HopperHeuristics, draws_tiles, in_boxes
 from swath.backends.hopper.kernel import hopper_tile_kernel
 from swath.backends.triton.arguments import Operands, shared_args
+from swath.backends.triton.features import Features
 from swath.backends.triton.heuristics.tiles import tile_slots
 from swath.backends.triton.runtime import KernelCall, Scratch
 from swath.backends.triton.work import Work
 
+MOST_V_COLUMNS = 256
+"""Columns of V that a launch takes at most: a warpgroup has registers for so many."""
 GLUON_DTYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
@@ -28,9 +31,13 @@ GLUON_DTYPES = {
 
 @dataclass(frozen=True, eq=False, slots=True)
 class BoxedCall(KernelCall):
-    """A launch that takes some operands as boxes of these rows, or rows and columns: q as ``q_desc``."""
+    """A launch that takes some operands as boxes of these rows, or rows and columns: q as ``q_desc``.
+
+    first: the first column of V and out that it takes; both have 16 bits if it is not 0.
+    """
 
     boxes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    first: int = 0
 
     def boxed(self, parameter: str) -> str | None:
         """The operand that a parameter takes as boxes, if it does."""
@@ -39,14 +46,20 @@ class BoxedCall(KernelCall):
 
     def arguments(self, operands: Operands) -> dict[str, Any]:
         """All arguments of the kernel by name."""
-        boxed = {f"{name}_desc": self._box(name, box, operands) for name, box in self.boxes.items()}
-        return KernelCall.arguments(self, operands) | boxed
+        given = KernelCall.arguments(self, operands)
+        if self.first:
+            given["out"] = given["out"][..., self.first :]
+        return given | {f"{name}_desc": self._box(name, box, operands) for name, box in self.boxes.items()}
+
+    def offset(self, parameter: str) -> int:
+        """Bytes of a parameter's operand that the launch passes over at its beginning."""
+        return 2 * self.first if parameter in ("v_desc", "out") else 0
 
     def _box(self, name: str, box: tuple[int, ...], operands: Operands) -> TensorDescriptor | None:
         x = operands[self.sources.get(name, name)]
         if x is None:
             return None
-        x = in_four_dimensions(name, x)
+        x = in_four_dimensions(name, x if name != "v" else x[..., self.first :])
         shape = [*box] if len(box) == 4 else [*box, min(x.shape[-1], BOX_BYTES.value // x.element_size())]
         layout = gl.NVMMASharedLayout.get_default_for(shape, GLUON_DTYPES[x.dtype])
         return TensorDescriptor.from_tensor(x, shape, layout)
@@ -59,19 +72,31 @@ def in_four_dimensions(name: str, x: Tensor) -> Tensor:
     return x[None] if name in ("q", "out") else x.transpose(0, 1)[None]
 
 
-def hopper_tiles(work: Work, scratch: Scratch, heuristics: HopperHeuristics) -> BoxedCall:
-    """Tiles for the sequences that no other launch claims."""
-    problem, F = work.problem, work.features
+def hopper_tiles(work: Work, scratch: Scratch, heuristics: HopperHeuristics) -> list[BoxedCall]:
+    """Tiles for the sequences that no other launch claims: one launch, or one for each half of wider values.
+
+    The halves take the same scores: there are 1.5 times the products, and an accumulator that registers hold.
+    """
+    F = work.features
+    if F.v_head_dim <= MOST_V_COLUMNS:
+        return [launch_of(work, F, 0, scratch, heuristics)]
+    half = replace(F, v_head_dim=F.v_head_dim // 2)
+    return [launch_of(work, half, first, scratch, heuristics) for first in (0, half.v_head_dim)]
+
+
+def launch_of(work: Work, F: Features, first: int, scratch: Scratch, heuristics: HopperHeuristics) -> BoxedCall:
+    """The launch for the columns of V and out from ``first`` on that ``F`` has."""
+    problem = work.problem
     launch = heuristics.hopper_launch(work)
     rows = CONSUMER_ROWS.value
     steps, slots = tile_slots(problem, launch.consumers * rows // launch.pack)
     num_tiles = slots * (F.kv_heads * F.group // launch.pack)
     args = shared_args(work, F) | {"steps": steps, "num_tiles": num_tiles, "LAUNCH": launch}
+    sources = work.sources | {"counter": f"counter_{first}"}
     if draws_tiles(problem):
-        scratch.add("counter", torch.int32, 1, zeroed=True)
+        scratch.add(f"counter_{first}", torch.int32, 1, zeroed=True)
     else:
         args["counter"] = None
-    sources = work.sources
     boxes: dict[str, tuple[int, ...]] = {"q": (1, rows // launch.pack, launch.pack)}
     if launch.q_stages > 1 and in_boxes(problem.out):
         boxes["out"] = boxes["q"]
@@ -85,4 +110,4 @@ def hopper_tiles(work: Work, scratch: Scratch, heuristics: HopperHeuristics) -> 
         sources = {"narrow_k": sources.get("k", "k"), "narrow_v": sources.get("v", "v")} | sources
     programs = min(num_tiles, launch.programs * work.target.num_sms)
     options = {"num_warps": 4} | ({"maxnreg": launch.registers} if launch.registers else {})
-    return BoxedCall(hopper_tile_kernel, programs, args, options, sources, boxes=boxes)
+    return BoxedCall(hopper_tile_kernel, programs, args, options, sources, boxes=boxes, first=first)

@@ -6,7 +6,7 @@ turns that into a ``KernelCall``. ``plan_of`` puts them in order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -44,8 +44,8 @@ QUANTISE_ROWS = 32
 """Query tokens of a head that a program of ``quantise_kernel`` has."""
 
 H = TypeVar("H", bound=Heuristics)
-Tiles = Callable[[Work, Scratch, H], KernelCall]
-"""Makes the launch of a backend's tiles, and adds what scratch they take, as ``triton_tiles`` does."""
+Tiles = Callable[[Work, Scratch, H], Sequence[KernelCall]]
+"""Makes the launches of a backend's tiles, and adds what scratch they take, as ``triton_tiles`` does."""
 
 
 def plan_of(problem: Problem, target: Target, heuristics: H, tiles: Tiles[H]) -> Plan:
@@ -69,7 +69,7 @@ def plan_of(problem: Problem, target: Target, heuristics: H, tiles: Tiles[H]) ->
         plan.calls.extend(copies)
     for part in rest:
         made = triton_tiles if part.features.quantised else tiles
-        plan.calls.append(made(part, plan.scratch, heuristics))
+        plan.calls.extend(made(part, plan.scratch, heuristics))
     return plan
 
 
@@ -111,7 +111,7 @@ def slices_of(work: Work, steps: int, block_m: int, owners: int, heuristics: Heu
     return even_slices(in_step(launch, F, block_m, busy * count, target), count, tiles)
 
 
-def triton_tiles(work: Work, _scratch: Scratch, heuristics: Heuristics) -> KernelCall:
+def triton_tiles(work: Work, _scratch: Scratch, heuristics: Heuristics) -> tuple[KernelCall]:
     """Triton's tiles for the sequences that no other launch claims."""
     F, problem = work.features, work.problem
     launch = heuristics.tile_launch(work)
@@ -121,7 +121,7 @@ def triton_tiles(work: Work, _scratch: Scratch, heuristics: Heuristics) -> Kerne
     args = shared_args(work, F) | {"steps": steps, "BLOCK_M": block_m, "PACK": pack}
     args |= {"BLOCK_N": launch.block_n, "STAGES": launch.stages}
     grid, options = slots * (F.kv_heads * F.group // pack), {"num_warps": launch.warps}
-    return KernelCall(tile_kernel, grid, args, options, work.sources, shared_views(work, F))
+    return (KernelCall(tile_kernel, grid, args, options, work.sources, shared_views(work, F)),)
 
 
 def copied(work: Work, dots: str, scratch: Scratch) -> tuple[list[KernelCall], list[Work]]:

@@ -50,8 +50,9 @@ class ReadyLaunch:
     run: Callable[..., None]
     values: list[Any]  # all that ``run`` takes; what is not known yet is 0
     operands: list[tuple[int, str]]
+    moved: list[tuple[int, str, int]]  # operands of which the launch takes what is behind an offset
     scratch: list[tuple[int, int]]
-    boxes: list[tuple[int, str, int | None]]  # place, operand, and its offset where it is scratch
+    boxes: list[tuple[int, str | None, int]]  # place, operand (None: scratch), and its offset
 
     def __call__(self, addresses: Addresses, scratch: int, stream: int) -> None:
         """Launch on ``stream`` with operands at ``addresses``, and scratch that begins at ``scratch``."""
@@ -59,10 +60,12 @@ class ReadyLaunch:
         values[STREAM] = stream
         for place, name in self.operands:
             values[place] = addresses[name]
+        for place, name, offset in self.moved:
+            values[place] = addresses[name] + offset
         for place, offset in self.scratch:
             values[place] = scratch + offset
-        for place, name, at in self.boxes:
-            values[place] = box_at(addresses[name] if at is None else scratch + at, values[place])
+        for place, box, offset in self.boxes:
+            values[place] = box_at((scratch if box is None else addresses[box]) + offset, values[place])
         self.run(*values)
 
 
@@ -74,8 +77,13 @@ def ready_launch(call: KernelCall, compiled: Any, operands: Operands, offsets: d
     before: list[Any] = [call.grid, 1, 1, 0, compiled.function, compiled.packed_metadata, *UNWATCHED]
     parameters = call.kernel.arg_names
     boxed = [(i, p, call.boxed(p)) for i, p in enumerate(parameters, len(before))]
-    boxes = [(i, name, offsets.get(name)) for i, _, name in boxed if name is not None]
-    taken = [(i, call.sources.get(p, p)) for i, p, name in boxed if p not in call.args and name is None]
+    boxes: list[tuple[int, str | None, int]] = [
+        (i, None, offsets[name]) if name in offsets else (i, name, call.offset(p))
+        for i, p, name in boxed
+        if name is not None
+    ]
+    taken = [(i, call.sources.get(p, p), call.offset(p)) for i, p, name in boxed if p not in call.args and name is None]
+    given = [(i, name, offset) for i, name, offset in taken if name not in offsets and operands.get(name) is not None]
     values = before + [call.args.get(p) for p in parameters]
     if boxes:
         arguments = call.arguments(operands)
@@ -86,8 +94,9 @@ def ready_launch(call: KernelCall, compiled: Any, operands: Operands, offsets: d
         compiled=compiled,
         run=compiled.run,
         values=values,
-        operands=[(i, name) for i, name in taken if name not in offsets and operands.get(name) is not None],
-        scratch=[(i, offsets[name]) for i, name in taken if name in offsets],
+        operands=[(i, name) for i, name, offset in given if offset == 0],
+        moved=[(i, name, offset) for i, name, offset in given if offset > 0],
+        scratch=[(i, offsets[name]) for i, name, _ in taken if name in offsets],
         boxes=boxes,
     )
 

@@ -54,6 +54,10 @@ class KernelCall:
         """The operand that a parameter takes as boxes of the tensor memory accelerator, if it does."""
         return None
 
+    def offset(self, _parameter: str) -> int:
+        """Bytes of a parameter's operand that the launch passes over at its beginning."""
+        return 0
+
     def _operand(self, parameter: str, operands: Operands) -> Tensor | None:
         x = operands.get(self.sources.get(parameter, parameter))
         return x.view(self.views[parameter]) if x is not None and parameter in self.views else x
