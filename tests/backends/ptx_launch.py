@@ -37,6 +37,9 @@ CASES = {
     "bounds, chunks and pages of 8": Case((150, 90), (90, 20), ranges="chunked", page_size=8, **SMALL | {"group": 2}),
     "512/256": Case((150, 90), (40, 70), dense=True, size=30, **SMALL | {"head_dim": 512}, v_head_dim=256),
     "512, two halves": Case((90,), (70,), dense=True, size=30, **SMALL | {"head_dim": 512}, sink="q"),
+    "bounds, heads in sections": Case(
+        (9000,), (70,), dense=True, ranges="late", bounds="none", **SMALL | {"num_kv_heads": 2}
+    ),
     "192/128": Case((150, 90), (40, 70), dense=True, size=30, **SMALL | {"head_dim": 192}, v_head_dim=128),
     "fp8 queries": Case(
         (150, 90),

@@ -139,6 +139,19 @@ def test_hopper_packs_short_sequences_and_halves_few_rows(
     assert (launch.pack, launch.consumers) == (pack, consumers)
 
 
+@pytest.mark.parametrize(
+    ("bounded", "max_visible", "sections"),
+    [(False, None, True), (True, None, True), (True, 9000, True), (True, 1024, False)],
+)
+def test_heads_are_taken_in_sections_where_rows_may_see_many_keys(
+    bounded: bool, max_visible: int | None, sections: bool
+) -> None:
+    bounds = torch.zeros(2048, 2, dtype=torch.int32) if bounded else None
+    one = chunks((2048,), Window(bounds=bounds, max_visible=max_visible))
+    assert hopper_launch(Work(one, Target("sm_90", 132))).sections == sections
+    assert not hopper_launch(Work(chunks((2048,), Window(1024)), Target("sm_90", 132))).sections
+
+
 def test_hopper_launches_do_not_depend_on_the_batch_with_split_size() -> None:
     launches = set()
     for lengths in ((2048,), (1000,) * 8, (9000,) * 4):

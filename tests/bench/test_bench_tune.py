@@ -27,7 +27,7 @@ from swath.bench.case import BenchCase, Groups
 from swath.bench.clock import GpuClock
 from swath.bench.machine import describe
 from swath.bench.results import Origin, Row, Timed, timed
-from swath.bench.tune import Candidate, Search, candidates_of, search_case, source_of
+from swath.bench.tune import DECIDED_BY_CALL, Candidate, Search, candidates_of, search_case, source_of
 from swath.cli import app
 from swath.problem import Problem
 from swath.target import Target, interpreting
@@ -97,7 +97,7 @@ def test_a_hopper_line_has_the_fields_that_differ() -> None:
     rows = candidates_of(problem(queries="dense", head_dim="64", window="both sides"), H200, "hopper", "hopper", SOURCE)
     present = hopper_row(rows[0])
     differing = {f.name for f in fields(present) if getattr(present, f.name) != f.default}
-    by_place, by_call = {"block_n", "stages", "q_stages"}, {"pack", "box_rows", "uniform"}
+    by_place, by_call = {"block_n", "stages", "q_stages"}, {*DECIDED_BY_CALL}
     assert set(re.findall(r"(\w+)=", rows[0].line)) == differing - by_place - by_call
     again = from_line(rows[0], "hopper")
     assert isinstance(again, HopperHeuristics)
@@ -146,7 +146,8 @@ def from_line(row: Candidate, schedule: str) -> Heuristics:
     if schedule == "hopper":
         assert row.line.endswith(f"  # {SOURCE}")
         found = hopper_row(row)
-        launch = replace(launch, pack=found.pack, box_rows=found.box_rows, uniform=found.uniform)
+        by_call = {name: getattr(found, name) for name in DECIDED_BY_CALL}
+        launch = replace(launch, **by_call)
         return replace(HOPPER, hopper_launch=lambda _work: launch)
     assert launch.source == SOURCE
     if schedule == "tiles":

@@ -42,7 +42,7 @@ MOST_CHANGES = 2
 """Fields in which a row may differ from the present one: some only pay together."""
 MOST_RESIDENT = 16
 """Programs on a multiprocessor that a line may claim for its row."""
-DECIDED_BY_CALL = ("pack", "box_rows", "uniform")
+DECIDED_BY_CALL = ("pack", "box_rows", "uniform", "sections")
 """Fields of a launch that are not the row's."""
 
 Axes = dict[str, tuple[int, ...]]

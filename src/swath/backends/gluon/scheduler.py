@@ -110,11 +110,11 @@ def work_tile_of(t, batch, C: gl.constexpr):
     if C.F.page_size > 0:
         _, pages = table_row(batch.table, batch.table_index, b, batch.table_stride, batch.table_width, C.F)
     kv_len = keys_within(seq, pages, C.F)
-    if C.F.window:
-        m_block, head = i // HEADS, HEADS - 1 - i % HEADS
-    else:
+    if C.sections:
         m_blocks = num_m_blocks(b, first_block, batch.cu_q, batch.steps, POSITIONS)
         m_block, head = in_section(i, m_blocks, kv_len, HEADS, C.F.kv_heads, C.F.head_dim + C.F.v_head_dim)
+    else:
+        m_block, head = i // HEADS, HEADS - 1 - i % HEADS
     q_begin = m_block * POSITIONS
     used = owned & (q_begin < seq.q_len) & takes(b, seq.q_len, batch.claimed)
     q_start = q_begin * 0 if C.F.bounds else start_near(seq.q_start, seq.q_len, kv_len, batch.window)

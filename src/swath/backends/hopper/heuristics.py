@@ -44,6 +44,7 @@ class HopperLaunch:
     box_rows: int = 0
     uniform: bool = False
     narrow_n: int = 0  # keys of a narrow tile: it and one of ``block_n`` hold all that a row tile sees
+    sections: bool = False  # whether heads are taken in sections whose keys the L2 cache holds, not all at once
 
     @property
     def narrow_rows(self) -> int:
@@ -74,6 +75,10 @@ MANY_KEYS = 4096
 """Heads of 512 are taken where a window may show a row more keys: 128 tiles, beside which the two ends of a row tile,
 once for each half of V, are little. Without a window 8,192 tokens of 32 heads took 5,222 us, in Triton's tiles 11,992.
 """
+SECTION_KEYS = 8192
+"""Keys that rows with bounds may see beyond which heads are taken in sections, as without a window: their order costs
+the load warp 110 instructions a work tile, which show under a window of 1,024. Spans of images over 16,384 keys took
+5,627 us so and 5,702 with all heads at once."""
 VERY_FEW_KEYS = 256
 """Of rows of 64: a window of 128 took 340 us in four programs with tiles of 32 keys, 406 in three with tiles of 64."""
 ONE_PASS = (
@@ -109,7 +114,8 @@ def hopper_launch(work: Work) -> HopperLaunch:
     packed = is_short(problem) or F.lead != "" or few_tokens(problem) or problem.max_q_len <= MAX_STEPS
     pack = heads_in_tile(problem, packed)
     launch = one_pass(F, problem, pack) or looped_launch(F, problem)
-    return replace(launch, pack=pack, box_rows=box_rows(F, launch), uniform=problem.q.dim() == 4)
+    launch = replace(launch, pack=pack, box_rows=box_rows(F, launch), uniform=problem.q.dim() == 4)
+    return replace(launch, sections=not F.window or (F.bounds and keys_of_tile(problem) > SECTION_KEYS))
 
 
 def heads_in_tile(problem: Problem, pays: bool) -> int:
