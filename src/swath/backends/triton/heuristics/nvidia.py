@@ -34,7 +34,9 @@ def _pairs_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
 def _wide_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
     """Over 16-bit keys, and 8-bit ones that are read one by one."""
     if F.head_dim > 256:
-        return SplitLaunch(32, 4, 2) if block_m == 16 else SplitLaunch(32, 8, 2, resident=1)
+        if block_m > 16:
+            return SplitLaunch(32, 8, 2, resident=1)
+        return SplitLaunch(32, 4, 2) if F.quantised or F.compute_int8 else SplitLaunch(16, 4, 3, H200_512)
     if F.head_dim <= 64 and block_m == 16:
         return SplitLaunch(32, 1, 4, H200, resident=8) if short_run else SplitLaunch(64, 2, 3, H200, resident=4)
     if F.padded:
