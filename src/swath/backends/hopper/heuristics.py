@@ -1,4 +1,4 @@
-"""How tiles are launched on Hopper: launch rows, all measured on an H200, and what is for tiles and what for splits."""
+"""How tiles are launched on Hopper: launch rows, measured on an H200 but for V in e4m3, and what is for splits."""
 
 from __future__ import annotations
 
