@@ -18,7 +18,7 @@ from swath.backends.cpu import attention as blocks
 from swath.ops import attention as attention_call
 from swath.ops import paged as paged_call
 from swath.quant import KVQuant
-from swath.testing import Case, Inputs, lse_budget, make, out_budget
+from swath.testing import Arithmetic, Case, Inputs, lse_budget, make, out_budget
 from swath.testing.budget import UNIT
 
 F32 = torch.float32
@@ -42,8 +42,8 @@ def over_budget(inputs: Inputs) -> int:
     wanted = (truth.out, truth.lse)
     out, lse = (x.reshape(-1, *t.shape[1:])[truth.rows] for x, t in zip(inputs.run("cpu"), wanted, strict=True))
     rounding = UNIT[out.dtype] * truth.out.abs().clamp(min=torch.finfo(out.dtype).smallest_normal)
-    allowed = out_budget(truth, F32, compute=compute) + rounding
-    allowed_lse = lse_budget(truth, F32, compute=compute)
+    allowed = out_budget(truth, F32, Arithmetic(compute=compute)) + rounding
+    allowed_lse = lse_budget(truth, F32, Arithmetic(compute=compute))
     right = (out - truth.out).abs() <= allowed  # a NaN is never right
     right_lse = (lse == truth.lse) | ((lse - truth.lse).abs() <= allowed_lse)
     return int((~right).sum() + (~right_lse).sum())

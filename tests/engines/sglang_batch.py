@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from swath.pages import page_count
 from swath.quant import KVQuant
-from swath.testing import check_budget, oracle
+from swath.testing import Arithmetic, check_budget, oracle
 
 NUM_ROWS, CONTEXT = 9, 320
 """Of the table of requests. Row 0 is for requests that pad a captured graph."""
@@ -201,4 +201,4 @@ class Served:
             scale=batch.head_dim**-0.5, softcap=batch.softcap, sink=sink,
         )  # fmt: skip
         quant = None if batch.kv_dtype is None else KVQuant(batch.kv_dtype)
-        check_budget(out[:rows].unflatten(1, (batch.num_heads, -1)), None, truth, quant=quant)
+        check_budget(out[:rows].unflatten(1, (batch.num_heads, -1)), None, truth, Arithmetic(quant))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swath import PagedKV
 from swath.pages import page_count
-from swath.testing import check_budget, oracle
+from swath.testing import Arithmetic, check_budget, oracle
 
 PAGE, HEADS, KV_HEADS, DIM = 16, 4, 2, 64
 POISON = 0xFF
@@ -228,5 +228,5 @@ def check(batch: Batch, q: Tensor, out: Tensor, cache: PagedKV, sink: Tensor | N
         size=batch.size, global_tokens=list(batch.leading) or 0, causal=batch.causal, scale=DIM**-0.5,
         softcap=batch.softcap, sink=sink, ranges=ranges,
     )  # fmt: skip
-    check_budget(out[:rows], None, truth, quant=cache.quant)
+    check_budget(out[:rows], None, truth, Arithmetic(cache.quant))
     assert (out[rows:] == 7.0).all()

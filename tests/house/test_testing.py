@@ -13,7 +13,7 @@ from wrong_calls import WRONG
 
 from conftest import each_backend, impls
 from swath.quant import KVQuant
-from swath.testing import Canary, Case, Inputs, Truth, budget_used, check_budget, make, pairwise, visible
+from swath.testing import Arithmetic, Canary, Case, Inputs, Truth, budget_used, check_budget, make, pairwise, visible
 
 BF16 = Case(kv_lens=(300, 65, 1030), head_dim=64, group=3)
 
@@ -75,12 +75,12 @@ def test_budget_lets_p_in_e4m3_pass_where_it_may_be(case: Case, seed: int) -> No
     inputs = make(case, seed=seed)
     out, lse = rounded_kernel(inputs, None, torch.float8_e4m3fn)
     truth = inputs.truth()
-    assert 0.05 < check_budget(out, lse, truth, p_e4m3=True) < 0.75
+    assert 0.05 < check_budget(out, lse, truth, Arithmetic(p_e4m3=True)) < 0.75
     assert budget_used(out, lse, truth) > 1
-    assert budget_used(1.6 * out, None, truth, p_e4m3=True) > 1
+    assert budget_used(1.6 * out, None, truth, Arithmetic(p_e4m3=True)) > 1
     if case.spiked:
         out, _ = rounded_kernel(inputs, max(case.kv_lens) - 1, torch.float8_e4m3fn)
-        assert budget_used(out, None, truth, p_e4m3=True) > 1
+        assert budget_used(out, None, truth, Arithmetic(p_e4m3=True)) > 1
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.03), (torch.float16, 0.003)])

@@ -6,7 +6,8 @@ of the last sequence and of the longest query, the row whose window begins one k
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,9 +44,7 @@ class Gate:
         """Judge a result [..., Hq, D]; rows are counted over its leading dimensions. ``p_e4m3``: see ``Provider``."""
         flat, want = out.reshape(-1, *out.shape[-2:]), self.truth.out
         off = (flat[self.truth.rows].double() - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-30)
-        case = self._case
-        kind: dict[str, Any] = dict(quant=case.storage, compute=case.compute, e4m3=case.e4m3, p_e4m3=p_e4m3)
-        used = budget_used(flat, None, self.truth, **kind)
+        used = budget_used(flat, None, self.truth, replace(self._case.arithmetic, p_e4m3=p_e4m3))
         return Verdict(float(off.nan_to_num(nan=torch.inf).max()), used)
 
 

@@ -9,7 +9,7 @@ A worked example::
     inputs.check(out, lse)  # raises where an element is out of its error budget
 """
 
-from swath.testing.budget import budget_used, check_budget, lse_budget, out_budget
+from swath.testing.budget import Arithmetic, budget_used, check_budget, lse_budget, out_budget
 from swath.testing.cases import Case
 from swath.testing.filling import make_filled, make_unset
 from swath.testing.inputs import Canary, Inputs
@@ -18,6 +18,7 @@ from swath.testing.oracle import Truth, visible
 from swath.testing.pairs import pairwise
 
 __all__ = [
+    "Arithmetic",
     "Canary",
     "Case",
     "Inputs",

@@ -41,6 +41,8 @@ thousand random ones is some ten times over it, one that loses a spiked key (mak
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -60,57 +62,82 @@ _FP8_SUM, _FP8_PRODUCTS = 2.0**-13, 32
 _SMALLEST_P = 2.0**-126
 
 
-def out_budget(
-    truth: Truth, dtype: torch.dtype, *, quant: KVQuant | None = None, compute: str = "float", e4m3: bool = False,
-    p_e4m3: bool = False,
-) -> Tensor:  # fmt: skip
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a result was computed, as far as its error budget depends on it.
+
+    quant: of the cache, None for dense keys. compute: as of ``paged_attention``. e4m3: queries and keys multiply in
+    e4m3. p_e4m3: so do p and V, as they may under ``compute="fast"``.
+    """
+
+    quant: KVQuant | None = None
+    compute: str = "float"
+    e4m3: bool = False
+    p_e4m3: bool = False
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the cache holds 8-bit values."""
+        return self.quant is not None and self.quant.is_quantised
+
+    @property
+    def fast_int8(self) -> bool:
+        """Whether queries may be rounded to int8 and V to e4m3."""
+        return self.compute == "fast" and self.quant is not None and self.quant.dtype == torch.int8
+
+    @property
+    def rounds_p(self) -> bool:
+        """Whether p may be rounded to e4m3."""
+        return self.p_e4m3 or self.compute == "fast"
+
+    def key_rounding(self, dtype: torch.dtype) -> float:
+        """Of an element of K, or of q, before the products of a score, relative."""
+        if self.quant is None or not self.quantised:
+            return 0.0
+        return UNIT[dtype] if self.quant.k in ("channel", "token") else min(UNIT[dtype], UNIT[torch.float16])
+
+
+PLAIN = Arithmetic()
+"""Of dense keys and 16-bit caches."""
+
+
+def out_budget(truth: Truth, dtype: torch.dtype, how: Arithmetic = PLAIN) -> Tensor:
     """The largest error allowed for each element of ``out``, float64 [R, Hq, D]; ``dtype`` is out's."""
     u, e = UNIT[dtype], UNIT[torch.float32]
     t = truth.out.abs()
-    p_e4m3 = p_e4m3 or compute == "fast"
-    rounding = (_FP8_UNIT if p_e4m3 else u) + u * (quant is not None and quant.v_granularity == "token")
-    if compute == "fast" and quant is not None and quant.dtype == torch.int8:
+    rounding = (_FP8_UNIT if how.rounds_p else u) + u * (how.quant is not None and how.quant.v_granularity == "token")
+    if how.fast_int8:
         rounding += _FP8_UNIT
-    cuts = (truth.keys / _FP8_PRODUCTS).ceil() * _FP8_SUM * p_e4m3  # [R, 1]
+    cuts = (truth.keys / _FP8_PRODUCTS).ceil() * _FP8_SUM * how.rounds_p  # [R, 1]
     rounded_p = (rounding + cuts[..., None]) * (t + _DEVIATIONS * truth.quadrature)
-    score_error = _score_error(truth, dtype, quant, compute, e4m3)[..., None]
+    score_error = _score_error(truth, dtype, how)[..., None]
     weights = score_error + _sum_error(truth)[..., None]
-    has_fp16 = dtype == torch.float16 or (quant is not None and quant.is_quantised and dtype == torch.bfloat16)
-    step = _INT8_STEP if compute == "int8" else _FP8_STEP if p_e4m3 else _FP16_STEP if has_fp16 else 0.0
+    has_fp16 = dtype == torch.float16 or (how.quantised and dtype == torch.bfloat16)
+    step = _INT8_STEP if how.compute == "int8" else _FP8_STEP if how.rounds_p else _FP16_STEP if has_fp16 else 0.0
     steps = step * (_DEVIATIONS * truth.v_norm + truth.keys[..., None] * t) * truth.peak[..., None]
-    if compute == "int8":
+    if how.compute == "int8":
         steps += _DEVIATIONS * step * (truth.coarse_noise / truth.products.sqrt())[..., None] * truth.shared
     rest = torch.finfo(dtype).tiny * 2 * u + _SMALLEST_P * truth.keys.sqrt()[..., None] * truth.v_norm
     rest += truth.v_norm.where(_DEVIATIONS * score_error >= 1, 0.0)
     return (u + e) * t + rounded_p + _DEVIATIONS * (t + truth.quadrature) * weights + steps + rest
 
 
-def lse_budget(
-    truth: Truth, dtype: torch.dtype, *, quant: KVQuant | None = None, compute: str = "float", e4m3: bool = False
-) -> Tensor:
+def lse_budget(truth: Truth, dtype: torch.dtype, how: Arithmetic = PLAIN) -> Tensor:
     """The largest error allowed for each LSE, float64 [R, Hq]; ``dtype`` is out's, the LSE itself is fp32."""
     magnitude = 1 + truth.lse.abs().where(truth.lse > -torch.inf, 0.0)
-    p_error = _INT8_STEP * truth.keys * truth.peak if compute == "int8" else 0.0
-    errors = _score_error(truth, dtype, quant, compute, e4m3) + _sum_error(truth) * magnitude
+    p_error = _INT8_STEP * truth.keys * truth.peak if how.compute == "int8" else 0.0
+    errors = _score_error(truth, dtype, how) + _sum_error(truth) * magnitude
     return _DEVIATIONS * errors + p_error
 
 
-def _score_error(truth: Truth, dtype: torch.dtype, quant: KVQuant | None, compute: str, e4m3: bool) -> Tensor:
+def _score_error(truth: Truth, dtype: torch.dtype, how: Arithmetic) -> Tensor:
     """Of one score, [R, Hq]."""
     e = UNIT[torch.float32]
-    rounded_k = (truth.noise + truth.score_size / _DEVIATIONS) * _key_rounding(dtype, quant)
+    rounded_k = (truth.noise + truth.score_size / _DEVIATIONS) * how.key_rounding(dtype)
     error = rounded_k + truth.noise * truth.products * e + 8 * truth.score_size * e
-    if e4m3:
+    if how.e4m3:
         error += truth.products / _FP8_PRODUCTS * _FP8_SUM * (truth.noise + truth.score_size)
-    in_int8 = compute == "int8" or (compute == "fast" and quant is not None and quant.dtype == torch.int8)
-    return error + truth.coarse_noise * _INT8_STEP if in_int8 else error
-
-
-def _key_rounding(dtype: torch.dtype, quant: KVQuant | None) -> float:
-    """Of an element of K, or of q, before the products of a score, relative."""
-    if quant is None or not quant.is_quantised:
-        return 0.0
-    return UNIT[dtype] if quant.k in ("channel", "token") else min(UNIT[dtype], UNIT[torch.float16])
+    return error + truth.coarse_noise * _INT8_STEP if how.compute == "int8" or how.fast_int8 else error
 
 
 def _sum_error(truth: Truth) -> Tensor:
@@ -118,39 +145,21 @@ def _sum_error(truth: Truth) -> Tensor:
     return (truth.keys.sqrt() + 8) * UNIT[torch.float32]
 
 
-def budget_used(
-    out: Tensor,
-    lse: Tensor | None,
-    truth: Truth,
-    *,
-    quant: KVQuant | None = None,
-    compute: str = "float",
-    e4m3: bool = False,
-    p_e4m3: bool = False,
-) -> float:
+def budget_used(out: Tensor, lse: Tensor | None, truth: Truth, how: Arithmetic = PLAIN) -> float:
     """The share of its budget that the worst element uses: at most 1 for a right kernel, inf for NaN.
 
     ``out`` and ``lse`` are shaped as the operator returns them; only ``truth.rows`` of them are looked at.
     """
-    return max(map(_worst, _shares(out, lse, truth, quant, compute, e4m3, p_e4m3)))
+    return max(map(_worst, _shares(out, lse, truth, how)))
 
 
-def check_budget(
-    out: Tensor,
-    lse: Tensor | None,
-    truth: Truth,
-    *,
-    quant: KVQuant | None = None,
-    compute: str = "float",
-    e4m3: bool = False,
-    p_e4m3: bool = False,
-) -> float:
+def check_budget(out: Tensor, lse: Tensor | None, truth: Truth, how: Arithmetic = PLAIN) -> float:
     """``budget_used``, raising where it is above 1.
 
     Raises:
         AssertionError: with the worst row, head and element, and what came there.
     """
-    shares = _shares(out, lse, truth, quant, compute, e4m3, p_e4m3)
+    shares = _shares(out, lse, truth, how)
     for name, got, want, share in zip(("out", "lse"), (out, lse), (truth.out, truth.lse), shares, strict=False):
         if got is not None and not _worst(share) <= 1:
             at = tuple(int(i) for i in torch.unravel_index(share.argmax(), share.shape))
@@ -163,15 +172,11 @@ def check_budget(
     return max(map(_worst, shares))
 
 
-def _shares(
-    out: Tensor, lse: Tensor | None, truth: Truth, quant: KVQuant | None, compute: str, e4m3: bool, p_e4m3: bool
-) -> list[Tensor]:
+def _shares(out: Tensor, lse: Tensor | None, truth: Truth, how: Arithmetic) -> list[Tensor]:
     """Error over budget of each element of out and, where there is one, of the LSE."""
-    allowed = out_budget(truth, out.dtype, quant=quant, compute=compute, e4m3=e4m3, p_e4m3=p_e4m3)
-    shares = [_share(out, truth.rows, truth.out, allowed)]
+    shares = [_share(out, truth.rows, truth.out, out_budget(truth, out.dtype, how))]
     if lse is not None:
-        allowed = lse_budget(truth, out.dtype, quant=quant, compute=compute, e4m3=e4m3)
-        shares.append(_share(lse, truth.rows, truth.lse, allowed))
+        shares.append(_share(lse, truth.rows, truth.lse, lse_budget(truth, out.dtype, how)))
     return shares
 
 

@@ -9,6 +9,7 @@ import torch
 
 from swath.errors import bad_type
 from swath.quant import KVQuant
+from swath.testing.budget import Arithmetic
 from swath.testing.ranges import RULES, Rule
 from swath.window import Window
 
@@ -138,6 +139,11 @@ class Case:
     def storage(self) -> KVQuant:
         """How K and V are stored."""
         return KVQuant(self.dtype) if self.quant is None else self.quant
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What the error budget of its results depends on."""
+        return Arithmetic(self.storage, self.compute, self.e4m3)
 
     @property
     def e4m3(self) -> bool:

@@ -131,9 +131,7 @@ class Inputs:
         Raises:
             AssertionError: with the worst element.
         """
-        case = self.case
-        truth = self.truth() if truth is None else truth
-        return budget.check_budget(out, lse, truth, quant=case.storage, compute=case.compute, e4m3=case.e4m3)
+        return budget.check_budget(out, lse, self.truth() if truth is None else truth, self.case.arithmetic)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """The same call with ``change`` of each of its tensors."""

@@ -13,7 +13,7 @@ import torch
 
 from swath.bench.serving.engine import Call, Engine, Job, Logprobs
 from swath.bench.serving.traffic import prompts
-from swath.testing import budget_used, oracle
+from swath.testing import Arithmetic, budget_used, oracle
 
 CALLS = 16
 """Calls that are looked at, of a kind of layer in a kind of step."""
@@ -69,7 +69,7 @@ class Checker:
         )  # fmt: skip
         off = (out.double() - truth.out).norm(dim=-1) / truth.out.norm(dim=-1).clamp(min=1e-30)
         self.error = max(self.error, float(off.nan_to_num(nan=torch.inf).max()))
-        self.budget_used = max(self.budget_used, budget_used(out, None, truth, quant=cache.quant))
+        self.budget_used = max(self.budget_used, budget_used(out, None, truth, Arithmetic(cache.quant)))
 
 
 def check(engine: Engine, job: Job, most_graphed: int) -> tuple[Checker, float, str | None]:
