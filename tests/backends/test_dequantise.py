@@ -185,30 +185,38 @@ def test_what_int8_tiles_multiply(q_lens: int | tuple[int, ...], granularity: st
     assert ((new_q * factor[..., None] - scaled).abs() <= 0.5001 * factor[..., None]).all()
 
 
-@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(
+            (200, 70), (40, 24), quant=KVQuant(torch.float8_e4m3fn, "head"), dtype=torch.float8_e4m3fn, q_scale="token"
+        ),
+        Case((1400, 70), (40, 24), head_dim=128, quant=KVQuant(torch.int8, "head")),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("impl", ["triton"], indirect=True)
-def test_what_fast_products_have_for_values(stored: torch.dtype, prepare: Prepare, impl: str) -> None:
+def test_what_fast_products_have_for_values(case: Case, prepare: Prepare, impl: str) -> None:
     """Bytes of e4m3, of a page of 128 keys the columns one after the other. Keys are in wgmma's order within 16, which
     is written out here."""
     from swath.backends.triton.arguments import operands_of
 
-    e4m3 = torch.float8_e4m3fn
-    case = Case((200, 70), (40, 24), group=16, quant=KVQuant(stored, "head"), page_size=128, compute="fast")
-    inputs = prepare(case if stored == torch.int8 else replace(case, dtype=e4m3, q_scale="token"))
+    e4m3, d, count = torch.float8_e4m3fn, case.head_dim, -(-case.kv_lens[0] // 128)
+    inputs = prepare(replace(case, group=16, page_size=128, compute="fast"))
     problem = tooling.prepare(inputs.op, *inputs.args, **inputs.options)
     plan = plan_for("hopper", problem, target.target_of(problem.q.device))
     operands = {**operands_of(problem), **plan.scratch.tensors(problem.q.device)}
     (call,) = (call for call in plan.calls if call.kernel.fn.__name__ == "dequantise_kernel")
     call.launch(operands)
     order = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
-    pages, new_v = inputs.block_table[0, :2].long(), operands["new_v"][:2]
+    pages, new_v = inputs.block_table[0, :count].long(), operands["new_v"][:count]
     want = inputs.cache.v[pages].float().to(e4m3).view(torch.uint8)  # half to even, as the copy
     want = want.unflatten(2, (8, 16))[:, :, :, order].flatten(2, 3).mT
-    assert (new_v.dtype, new_v.shape) == (e4m3, (2, 2, 64, 128))
-    first = new_v.view(torch.uint8)
-    assert torch.equal(first[0], want[0])
-    assert torch.equal(first[1, ..., :64], want[1, ..., :64]), "keys 128 to 191 of 200"
-    assert operands["new_k"].dtype == stored
+    assert (new_v.dtype, new_v.shape) == (e4m3, (count, 2, d, 128))
+    copied = new_v.view(torch.uint8)
+    assert torch.equal(copied[:-1], want[:-1])
+    assert torch.equal(copied[-1, ..., :64], want[-1, ..., :64]), "of the last page, which ends within its second half"
+    assert operands["new_k"].dtype == case.storage.dtype
 
 
 @pytest.mark.parametrize(("granularity", "q_scale"), [("none", "tensor"), ("tensor", "token"), ("head", "none")])
