@@ -98,6 +98,10 @@ HALVES = [
 """Prefill of the paired target with heads of 512, where rows may see many keys."""
 
 
+SHARED = ("split_kernel", "reduce_kernel", "tile_kernel")
+"""Kernels that calls of the paired target's own tiles have beside these, and that other rows have too."""
+
+
 class Variant(NamedTuple):
     """A launch of a kernel compiled as for none of the launches before it; ``number`` is that of its row."""
 
@@ -118,7 +122,8 @@ def suite_variants(arch: str) -> list[Variant]:
     rows = pairwise(OPTIONS) + named(HEADS)
     if arch != PAIRED_TARGET:
         return covering(list(variants(arch, rows)))
-    return list(variants(arch, rows + named(ONE_PASS + BOUNDS + EIGHT_BITS + FAST + TABLES + HALVES)))
+    own = [v for v in variants(arch, named(FAST + HALVES)) if v.call.kernel.fn.__name__ not in SHARED]
+    return [*variants(arch, rows + named(ONE_PASS + BOUNDS + EIGHT_BITS + TABLES)), *own]
 
 
 def named(rows: Iterable[tuple[str, ...]]) -> list[dict[str, str]]:
