@@ -58,6 +58,7 @@ EIGHT_BITS = [
     ("long ragged", "queries tensor", "64", "size+count", "softcap", "16"),
     ("long ragged", "queries head", "256", "none", "plain", "16"),
 ]
+"""Long prefills in int8, and of fp8 queries, whose scores the paired target multiplies in 8 bits."""
 FAST = [
     ("long ragged", "int8 fast", "128", "none", "plain", "64"),
     ("long ragged", "int8 fast", "256", "size+count", "sink+lse", "64"),
@@ -65,7 +66,7 @@ FAST = [
     ("long ragged", "queries fast", "256", "none", "plain", "64"),
     ("long ragged", "queries fast", "64", "none", "softcap", "64"),
 ]
-"""Long prefills in int8, and of fp8 queries, whose scores the paired target multiplies in 8 bits, and p and V too."""
+"""The same under ``compute="fast"``: p and V multiply in 8 bits too."""
 TABLES = [
     ("decode", "bf16", "128", "size+tensor", "plain", "tokens 16"),
     ("ragged", "fp16", "64", "size", "plain", "tokens 16"),

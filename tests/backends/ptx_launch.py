@@ -29,6 +29,11 @@ PROGRAMS = 2
 
 E4M3 = torch.float8_e4m3fn
 SMALL: dict[str, Any] = dict(num_kv_heads=1, group=1, head_dim=128, spiked=True)
+FP8_Q: dict[str, Any] = SMALL | dict(group=8, dtype=E4M3)
+BY_HEAD: dict[str, Any] = FP8_Q | dict(
+    quant=KVQuant(E4M3, "head", "channel"), q_scale="token", global_tokens=(0, 7), size=60
+)
+FAST: dict[str, Any] = dict(page_size=64, compute="fast")
 CASES = {
     "window": Case((150, 90), (40, 70), dense=True, size=30, **SMALL),
     "full, two consumers": Case((1350,), (140,), dense=True, **SMALL),
@@ -41,66 +46,24 @@ CASES = {
         (9000,), (70,), dense=True, ranges="late", bounds="none", **SMALL | {"num_kv_heads": 2}
     ),
     "192/128": Case((150, 90), (40, 70), dense=True, size=30, **SMALL | {"head_dim": 192}, v_head_dim=128),
-    "fp8 queries": Case(
-        (150, 90),
-        (40, 34),
-        **SMALL | {"group": 8},
-        dtype=E4M3,
-        quant=KVQuant(E4M3, "head", "channel"),
-        q_scale="token",
-        global_tokens=(0, 7),
-        size=60,
-    ),
+    "fp8 queries": Case((150, 90), (40, 34), **BY_HEAD),
     "int8 products": Case(
         (1300,), (64,), q_start=(300,), **SMALL | {"group": 8}, quant=KVQuant(torch.int8, "channel"), compute="int8"
     ),
-    "fast, fp8 queries": Case(
-        (330, 90),
-        (64, 34),
-        **SMALL | {"group": 8},
-        dtype=E4M3,
-        quant=KVQuant(E4M3, "head", "channel"),
-        q_scale="token",
-        page_size=64,
-        global_tokens=(0, 7),
-        size=60,
-        holes=True,
-        compute="fast",
-    ),
+    "fast, fp8 queries": Case((330, 90), (64, 34), **BY_HEAD | FAST, holes=True),
     "fast, two consumers": Case(
-        (1350,),
-        (140,),
-        **SMALL | {"group": 4},
-        dtype=E4M3,
-        quant=KVQuant(E4M3, "tensor"),
-        q_scale="tensor",
-        page_size=64,
-        compute="fast",
+        (1350,), (140,), **FP8_Q | FAST | {"group": 4}, quant=KVQuant(E4M3, "tensor"), q_scale="tensor"
     ),
     "fast, heads of 64": Case(
-        (1400,),
-        (30,),
-        **SMALL | {"group": 20, "head_dim": 64},
-        dtype=E4M3,
-        quant=KVQuant(E4M3),
-        q_scale="tensor",
-        page_size=64,
-        softcap=20.0,
-        sink="fp32",
-        compute="fast",
+        (1400,), (30,), **FP8_Q | FAST | {"group": 20, "head_dim": 64}, quant=KVQuant(E4M3), q_scale="tensor",
+        softcap=20.0, sink="fp32",
     ),
     "fast, int8": Case(
-        (1300,),
-        (64,),
-        q_start=(300,),
-        **SMALL | {"group": 8, "head_dim": 256},
-        quant=KVQuant(torch.int8, "head"),
-        page_size=128,
-        sink="q",
-        compute="fast",
+        (1300,), (64,), q_start=(300,), **SMALL | FAST | {"group": 8, "head_dim": 256, "page_size": 128},
+        quant=KVQuant(torch.int8, "head"), sink="q",
     ),
     "hostile bounds": Case((90,), (70,), ranges="hostile", softcap=5.0, tail=300, **SMALL | {"head_dim": 64}),
-}
+}  # fmt: skip
 
 
 def launch(call: Any, operands: Any, programs: int) -> None:

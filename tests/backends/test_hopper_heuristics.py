@@ -108,7 +108,7 @@ def test_decode_draws_its_tiles_where_they_differ_much() -> None:
 
 
 def chunks(lengths: Sequence[int], window: Window, **more: Any) -> Problem:
-    """A ragged call of 32 heads over 4 of 128, with so many query tokens."""
+    """A ragged call: 32 query heads over 4 kv heads, heads of 128. ``lengths``: query tokens of each sequence."""
     total = sum(lengths)
     q = torch.empty(total, 32, 128, dtype=torch.bfloat16, device="meta")
     kv = torch.empty(total, 4, 128, dtype=torch.bfloat16, device="meta")
@@ -171,7 +171,7 @@ def test_hopper_takes_no_more_keys_than_its_positions_are_right_for() -> None:
 def wide_chunk(
     window: Window, bounded: bool = False, split_size: int | None = None, v_head_dim: int = 512, keys: int = 9000
 ) -> Problem:
-    """2,048 query tokens with heads of 512, in a call that may have so many keys."""
+    """2,048 query tokens with heads of 512. ``keys``: the bound ``max_kv_len`` of the call."""
     window = replace(window, bounds=torch.zeros(2048, 2, dtype=torch.int32)) if bounded else window
     one = chunks((2048,), window, split_size=split_size)
     q, k = (torch.empty(2048, heads, 512, dtype=torch.bfloat16, device="meta") for heads in (32, 4))

@@ -20,7 +20,7 @@ from swath.backends.triton.runtime import KernelCall, Scratch
 from swath.backends.triton.work import Work
 
 MOST_V_COLUMNS = 256
-"""Columns of V that a launch takes at most: a warpgroup has registers for so many."""
+"""The most columns of V in one launch: the registers of a warpgroup hold no wider accumulator."""
 GLUON_DTYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,

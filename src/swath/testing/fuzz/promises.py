@@ -227,6 +227,6 @@ def put_nan(inputs: Inputs, b: int, kind: str, at: slice) -> bool:
     exists = (entries >= 0) & (entries < cache.num_pages)
     nan: float = torch.nan
     if x.element_size() == 1:
-        x, nan = x.view(torch.uint8), 0x7F  # torch cannot write fp8 by index; this is NaN in both kinds
+        x, nan = x.view(torch.uint8), 0x7F  # NaN in both kinds of fp8
     x[entries[exists], :, (positions % cache.page_size)[exists]] = nan
     return True

@@ -306,9 +306,8 @@ def engine_table(inputs: Inputs, r: Random) -> Inputs:
         return inputs
     entries, unit, rows = (table, "page", None) if kind == "rows" else (_first_of_page(table, page_size), "token", None)
     if kind != "tokens":
-        height = ENGINE_ROWS
-        larger = entries.new_full((height, entries.shape[1]), 1)  # a page that no other sequence may follow to
-        places = r.sample(range(height), len(entries))
+        larger = entries.new_full((ENGINE_ROWS, entries.shape[1]), 1)  # a page that no other sequence may follow to
+        places = r.sample(range(ENGINE_ROWS), len(entries))
         larger[places] = entries
         entries, rows = larger, torch.tensor(places, dtype=torch.int32, device=table.device)
     return replace(inputs, block_table=PageTable(entries, rows=rows, unit=unit))

@@ -77,8 +77,7 @@ def after_append(x: Tensor, pool: Tensor, scale: Tensor | None, where: list[int]
         largest, wide = LARGEST[pool.dtype], rows.float()
         unit = torch.ones(())
         if scale is not None and scale.dim() == 3:
-            peak = wide.abs().amax(-1)
-            scale[page, :, offset] = torch.where(peak > 0, peak / largest, 1.0).to(scale.dtype)
+            scale[page, :, offset] = _own_scale(wide, largest).to(scale.dtype)
             unit = scale[page, :, offset].float()[..., None]
         elif scale is not None:
             unit = scale.float().reshape((*scale.shape, 1, 1)[:2])
@@ -88,6 +87,12 @@ def after_append(x: Tensor, pool: Tensor, scale: Tensor | None, where: list[int]
     return pool, scale
 
 
+def _own_scale(rows: Tensor, largest: float) -> Tensor:
+    """The scale of each row by its largest magnitude; 1 for zeros."""
+    peak = rows.abs().amax(-1)
+    return torch.where(peak > 0, peak / largest, 1.0)
+
+
 def judge_quantise(call: Call, impl: str, device: torch.device | str) -> Verdict:
     """Queries in fp8: every byte of them and of their scales."""
     r, stored = call.random("quantise"), torch.float8_e4m3fn
@@ -95,8 +100,7 @@ def judge_quantise(call: Call, impl: str, device: torch.device | str) -> Verdict
     q = _tokens(call, "q", (sum(call.case.row_counts), call.case.head_dim), dtype)
     scale = None if r.random() < 0.6 else torch.tensor(r.choice((0.0, 0.02, 3.0, -0.5)))
     wide = q.float()
-    peak = wide.abs().amax(-1)
-    unit = scale if scale is not None else torch.where(peak > 0, peak / LARGEST[stored], 1.0)
+    unit = _own_scale(wide, LARGEST[stored]) if scale is None else scale
     over = unit.where(unit != 0, 1.0)
     rows = (wide / (over[..., None] if scale is None else over)).clamp(-LARGEST[stored], LARGEST[stored])
     args = mapped((q, scale), mover(device))
