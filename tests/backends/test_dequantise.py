@@ -13,6 +13,7 @@ from conftest import Prepare, plan_for
 from swath import KVQuant, PagedKV, target
 from swath.backends.hopper import heuristics as hopper
 from swath.backends.triton.heuristics import dequantise as launch
+from swath.backends.triton.heuristics.dequantise import CopyTypes
 from swath.backends.triton.heuristics.splits import MAX_STEPS
 from swath.cache import PagedKeys
 from swath.ops import explain as tooling
@@ -282,17 +283,17 @@ def test_sequences_are_ranked_among_hundreds(prepare: Prepare, impl: str, monkey
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"storage": "int8 fast"}, "int8 fast"),
-        ({"storage": "int8 fast", "head_dim": "64"}, ""),
-        ({"storage": "int8 fast", "window": "size"}, ""),
-        ({"storage": "int8 fast", "paging": "16"}, ""),  # keys of a box lie side by side in a page
-        ({"storage": "queries fast"}, "e4m3 fast"),
-        ({"storage": "queries fast", "head_dim": "64", "window": "size+tensor"}, "e4m3 fast"),
-        ({"storage": "queries fast", "paging": "544"}, "e4m3"),
-        ({"storage": "queries fast", "window": "bounds"}, "e4m3"),
+        ({"storage": "int8 fast"}, CopyTypes("int8", v_e4m3=True)),
+        ({"storage": "int8 fast", "head_dim": "64"}, CopyTypes()),
+        ({"storage": "int8 fast", "window": "size"}, CopyTypes()),
+        ({"storage": "int8 fast", "paging": "16"}, CopyTypes()),  # keys of a box lie side by side in a page
+        ({"storage": "queries fast"}, CopyTypes("e4m3", v_e4m3=True)),
+        ({"storage": "queries fast", "head_dim": "64", "window": "size+tensor"}, CopyTypes("e4m3", v_e4m3=True)),
+        ({"storage": "queries fast", "paging": "544"}, CopyTypes("e4m3")),
+        ({"storage": "queries fast", "window": "bounds"}, CopyTypes("e4m3")),
         ({"storage": "queries fast", "queries": "decode"}, None),
     ],
 )
-def test_fast_products_where_they_fit(row: dict[str, str], expected: str | None) -> None:
+def test_fast_products_where_they_fit(row: dict[str, str], expected: CopyTypes | None) -> None:
     plain = {"head_dim": "128", "window": "none", "scoring": "plain", "queries": "ragged", "paging": "64"}
     assert hopper.copies(problem_of(plain | row)) == expected

@@ -17,6 +17,7 @@ from swath.backends.triton.features import features_of
 from swath.backends.triton.heuristics import TRITON, amd, nvidia
 from swath.backends.triton.heuristics.dequantise import (
     SCRATCH_BYTES,
+    CopyTypes,
     dequantises,
     most_unclaimed,
     scratch_pages,
@@ -130,13 +131,13 @@ def test_long_prefills_over_8_bit_caches_dequantise_once(row: dict[str, str], ex
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"storage": "int8 channel"}, ""),
-        ({"storage": "int8 compute"}, "int8"),
-        ({"storage": "int8 compute", "head_dim": "256"}, "int8"),
-        ({"storage": "int8 compute", "head_dim": "64"}, ""),  # slower than in 16 bits
-        ({"storage": "int8 compute", "window": "size"}, ""),
-        ({"storage": "queries head"}, "e4m3"),
-        ({"storage": "queries none", "head_dim": "64", "window": "size"}, "e4m3"),
+        ({"storage": "int8 channel"}, CopyTypes()),
+        ({"storage": "int8 compute"}, CopyTypes("int8")),
+        ({"storage": "int8 compute", "head_dim": "256"}, CopyTypes("int8")),
+        ({"storage": "int8 compute", "head_dim": "64"}, CopyTypes()),  # slower than in 16 bits
+        ({"storage": "int8 compute", "window": "size"}, CopyTypes()),
+        ({"storage": "queries head"}, CopyTypes("e4m3")),
+        ({"storage": "queries none", "head_dim": "64", "window": "size"}, CopyTypes("e4m3")),
         ({"storage": "queries channel"}, None),  # those scales would go into q, and round it
         ({"storage": "queries token"}, None),
         ({"storage": "queries head", "paging": "split 256"}, None),
@@ -144,7 +145,7 @@ def test_long_prefills_over_8_bit_caches_dequantise_once(row: dict[str, str], ex
         ({"storage": "bf16"}, None),
     ],
 )
-def test_hopper_keeps_keys_in_8_bits_where_that_pays(row: dict[str, str], expected: str | None) -> None:
+def test_hopper_keeps_keys_in_8_bits_where_that_pays(row: dict[str, str], expected: CopyTypes | None) -> None:
     assert copies(problem(**{"queries": "ragged"} | row)) == expected
 
 

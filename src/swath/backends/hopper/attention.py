@@ -60,12 +60,12 @@ def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
     v_head_dims = (256, 512) if problem.head_dim == 512 else V_HEAD_DIMS
     if problem.v_head_dim not in v_head_dims:
         return f"v_head_dim {problem.v_head_dim}; it has {', '.join(map(str, v_head_dims))}"
-    dots = copies(problem)
-    if problem.q.dtype == torch.float8_e4m3fn and dots is None:
+    types = copies(problem)
+    if problem.q.dtype == torch.float8_e4m3fn and types is None:
         return "fp8 queries; they multiply with e4m3 keys in long prefills, without K scales a channel or token"
     if problem.q.dtype == torch.float32:
         return f"{problem.q.dtype} queries; it multiplies values of 16 and 8 bits"
-    if dots and problem.head_dim not in DOTS_HEAD_DIMS:
+    if types and types.dots and problem.head_dim not in DOTS_HEAD_DIMS:
         return f"head_dim {problem.head_dim} of fp8 queries; they have {', '.join(map(str, DOTS_HEAD_DIMS))}"
     wide = why_not_512(problem) if problem.head_dim == 512 else None
     if wide is not None:
@@ -79,7 +79,7 @@ def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
         return f"page_size {keys.cache.page_size}; its boxes have 8 rows or more"
     elif keys.cache.k.dtype not in STORED:
         fetched += [keys.cache.k, keys.cache.v]
-    elif dots is None:
+    elif types is None:
         return "8-bit keys that are decoded in the tiles, not copied first"
     if not all(map(in_boxes, fetched)):
         return f"q, k or v is empty, or has a stride or an address that is no multiple of {BOX_BYTES} bytes"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swath.backends.triton.features import Features
 from swath.backends.triton.heuristics import Heuristics
-from swath.backends.triton.heuristics.dequantise import FAST, copy_pays, dequantises
+from swath.backends.triton.heuristics.dequantise import CopyTypes, copy_pays, dequantises
 from swath.backends.triton.heuristics.splits import (
     FULL,
     MAX_STEPS,
@@ -203,27 +203,27 @@ def few_tokens(problem: Problem) -> bool:
     return not whole and tokens <= PACKED_TOKENS * problem.num_seqs
 
 
-def copies(problem: Problem) -> str | None:
-    """What K is copied as for tiles: 16 bits (""), the 8-bit type in which it multiplies with queries, or nothing.
+def copies(problem: Problem) -> CopyTypes | None:
+    """What pages are copied as for tiles: 16 bits, types for products in 8 bits, or nothing.
 
     fp8 queries multiply as they are, so that K's scales must be ones that scores can take. int8 products are made where
     they are faster, for all scores are converted: 8,192 tokens of 16 heads of 256 took 622 us so and 768 in 16 bits, of
     32 heads of 128 764 and 766, of 64 heads of 64 1,259 and 1,101; chunks of 2,048 tokens at 16,384 keys 2,649 and
-    2,832, under a window of 1,024 317 and 294. For ``compute="fast"`` V is named too, as ``FAST``.
+    2,832, under a window of 1,024 317 and 294. For ``compute="fast"`` V multiplies in 8 bits too.
     """
     if not copy_pays(problem):
         return None
     cache, wide = cast(PagedKeys, problem.keys).cache, problem.q.dtype in SIXTEEN_BITS
-    fast = f" {FAST}" if problem.compute == "fast" and fits_fast(problem, cache) else ""
+    fast = problem.compute == "fast" and fits_fast(problem, cache)
     pays = problem.head_dim in (128, 256) and keys_of_tile(problem) > SOME_KEYS
     if problem.compute == "int8":
-        return ("int8" if pays else "") if wide else None
+        return CopyTypes("int8" if pays else "") if wide else None
     if problem.q.dtype == torch.float8_e4m3fn:
         takes = cache.k.dtype == problem.q.dtype and cache.quant.k in ("none", "tensor", "head")
-        return f"e4m3{fast}" if takes else None
+        return CopyTypes("e4m3", fast) if takes else None
     if fast and pays and wide and cache.k.dtype == torch.int8:
-        return f"int8{fast}"
-    return "" if dequantises(problem) else None
+        return CopyTypes("int8", fast)
+    return CopyTypes() if dequantises(problem) else None
 
 
 def fits_fast(problem: Problem, cache: PagedKV) -> bool:
@@ -243,7 +243,7 @@ def mixed_steps(problem: Problem) -> int:
 class HopperHeuristics(Heuristics):
     """Triton's for decode in a mixed batch, and the launch of Hopper's tiles."""
 
-    copies: Callable[[Problem], str | None] = copies
+    copies: Callable[[Problem], CopyTypes | None] = copies
     split_steps: Callable[[Problem], int] = mixed_steps
     hopper_launch: Callable[[Work], HopperLaunch] = hopper_launch
 

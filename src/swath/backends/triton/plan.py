@@ -16,7 +16,7 @@ from swath.backends.triton.arguments import shared_args, shared_views, with_posi
 from swath.backends.triton.features import Features, kernel_dtype
 from swath.backends.triton.heuristics import Heuristics
 from swath.backends.triton.heuristics.dequantise import (
-    FAST,
+    CopyTypes,
     most_unclaimed,
     scratch_pages,
     scratch_rows,
@@ -63,9 +63,9 @@ def plan_of(problem: Problem, target: Target, heuristics: H, tiles: Tiles[H]) ->
     if steps and not is_mixed(problem):
         return plan
     rest = [replace(work, claimed=steps)]
-    dots = heuristics.copies(problem)
-    if dots is not None:
-        copies, rest = copied(rest[0], dots, plan.scratch)
+    types = heuristics.copies(problem)
+    if types is not None:
+        copies, rest = copied(rest[0], types, plan.scratch)
         plan.calls.extend(copies)
     for part in rest:
         made = triton_tiles if part.features.quantised else tiles
@@ -124,22 +124,19 @@ def triton_tiles(work: Work, _scratch: Scratch, heuristics: Heuristics) -> tuple
     return (KernelCall(tile_kernel, grid, args, options, work.sources, shared_views(work, F)),)
 
 
-def copied(work: Work, dots: str, scratch: Scratch) -> tuple[list[KernelCall], list[Work]]:
+def copied(work: Work, types: CopyTypes, scratch: Scratch) -> tuple[list[KernelCall], list[Work]]:
     """The launch that copies visible pages into scratch, and what tiles then see: the scratch as a 16-bit cache.
 
-    It has the stored values where their scales can be applied to scores or results later. For products in the 8-bit
-    type that ``dots`` names K stays as it is, and one more launch prepares the queries; where ``dots`` ends with
-    ``FAST``, V becomes e4m3, its keys side by side. Where more sequences may need the
-    scratch than have room there, a second work is for the others, over the cache itself.
+    It has the stored values where their scales can be applied to scores or results later. For products of
+    queries and keys in 8 bits one more launch prepares the queries. Where more sequences may need the scratch than have
+    room there, a second work is for the others, over the cache itself.
     """
     problem = work.problem
     keys = cast(PagedKeys, problem.keys)
     cache = keys.cache
     pages, rows, width = scratch_pages(problem, keys), scratch_rows(problem, keys), table_pages(problem, keys)
     shape = (rows * pages, cache.num_kv_heads, cache.page_size)
-    dtype = problem.out.dtype
-    dots, _, values = dots.partition(" ")
-    v_e4m3 = values == FAST
+    dtype, dots, v_e4m3 = problem.out.dtype, types.dots, types.v_e4m3
     rows_of_v = (*shape[:2], cache.v_head_dim, cache.page_size) if v_e4m3 else (*shape, cache.v_head_dim)
     scratch.add("new_k", cache.k.dtype if dots else dtype, *shape, cache.head_dim)
     scratch.add("new_v", torch.float8_e4m3fn if v_e4m3 else dtype, *rows_of_v)

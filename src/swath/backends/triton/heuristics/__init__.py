@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from swath.backends.triton.heuristics import amd, interpreter, nvidia, splits
-from swath.backends.triton.heuristics.dequantise import copies
+from swath.backends.triton.heuristics.dequantise import CopyTypes, copies
 from swath.backends.triton.heuristics.launch import SplitLaunch, TileLaunch, fitting
 from swath.backends.triton.heuristics.tiles import is_short
 from swath.backends.triton.work import Work
@@ -51,8 +51,7 @@ class Heuristics:
     - split_rows: rows of a split program, for work of that many steps
     - split_launch: of splits with that many rows
     - num_splits: slices of visible keys, for owners, tiles of keys, the launch and multiprocessors
-    - copies: whether visible 8-bit pages are copied for tiles first, and as what: None for no, "" for 16 bits, or the
-      8-bit type that K stays in, to be multiplied so
+    - copies: whether visible 8-bit pages are copied for tiles first, and as what; None for no
     - tile_launch: of Triton's tiles
     """
 
@@ -60,7 +59,7 @@ class Heuristics:
     split_rows: Callable[[Work, int], int] = splits.split_rows
     split_launch: Callable[[Work, int], SplitLaunch] = split_launch
     num_splits: Callable[[int, int, SplitLaunch, int], int] = splits.num_splits
-    copies: Callable[[Problem], str | None] = copies
+    copies: Callable[[Problem], CopyTypes | None] = copies
     tile_launch: Callable[[Work], TileLaunch] = tile_launch
 
 

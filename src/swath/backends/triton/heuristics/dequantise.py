@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from swath.backends.triton.features import STORED
@@ -10,8 +12,6 @@ from swath.cache import PagedKeys
 from swath.pages import page_count
 from swath.problem import Problem
 
-FAST = "fast"
-"""At the end of what K is copied as: V is copied as e4m3, and multiplies in it."""
 SCRATCH_BYTES = 512 << 20
 """Most that a call may take to hold dequantised pages."""
 COPY_BYTES = 2
@@ -22,15 +22,27 @@ Measured on an H200: 2,048 tokens over 16,384 int8 keys took 8.5 ms (channel) an
 where 16-bit tiles took 6.1."""
 
 
+@dataclass(frozen=True)
+class CopyTypes:
+    """What visible pages are copied as for tiles.
+
+    dots: the 8-bit type that K keeps, in which it multiplies with queries; "" for 16 bits.
+    v_e4m3: V becomes e4m3, its keys side by side, and multiplies so; else it has 16 bits.
+    """
+
+    dots: str = ""
+    v_e4m3: bool = False
+
+
 def dequantises(problem: Problem) -> bool:
     """Whether a prefill over an 8-bit cache copies visible pages into 16-bit scratch first."""
     wide = problem.q.dtype in (torch.bfloat16, torch.float16)
     return wide and problem.compute != "int8" and copy_pays(problem)
 
 
-def copies(problem: Problem) -> str | None:
-    """What K is copied as for Triton's tiles: 16 bits (""), or nothing."""
-    return "" if dequantises(problem) else None
+def copies(problem: Problem) -> CopyTypes | None:
+    """What pages are copied as for Triton's tiles: 16 bits, or nothing."""
+    return CopyTypes() if dequantises(problem) else None
 
 
 def copy_pays(problem: Problem) -> bool:
