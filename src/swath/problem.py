@@ -264,11 +264,11 @@ def output_dtype(q: Tensor) -> torch.dtype:
 
 
 Outputs = tuple[Tensor | None, Tensor | None]
-"""out and LSE; None for what an operator does not make, or was not asked for."""
+"""out and LSE, or fp8 queries and their scale; None for what an operator does not make, or was not asked for."""
 
 
 def result_of(outputs: Outputs) -> Any:
-    """What a public function returns: out, or (out, lse) where there is an LSE."""
+    """What a public function returns: out, or both where there is another output."""
     return outputs[0] if outputs[1] is None else outputs
 
 

@@ -14,11 +14,13 @@ from launches import Recorder, fresh_arguments, recording
 from torch import Tensor
 
 from conftest import plan_for
-from swath import KVQuant, PagedKV, PageTable, Window, append_kv, paged_attention, target
+from swath import KVQuant, PagedKV, PageTable, Window, append_kv, paged_attention, quantise_q, target
 from swath.engines.common import Layer, Step
 from swath.ops import append as append_call
 from swath.ops import attention as attention_call
 from swath.ops import paged as paged_call
+from swath.ops import quantise as quantise_call
+from swath.ops.operator import Operator
 from swath.ops.signature import Memory
 from swath.problem import Problem
 from swath.target import Target
@@ -49,15 +51,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     gpu = Gpu()
     recording(monkeypatch, gpu)
     from swath.backends.hopper import attention as hopper
-    from swath.backends.triton import append, attention
+    from swath.backends.triton import append, attention, quantise
 
-    for module in (append, attention):
+    for module in (append, attention, quantise):
         monkeypatch.setattr(module, "why_no_triton", lambda device: None)
-    monkeypatch.setattr(attention, "target_of", lambda device: H200)
+    for module in (attention, quantise):
+        monkeypatch.setattr(module, "target_of", lambda device: H200)
     monkeypatch.setattr(hopper, "why_not", lambda problem: hopper.why_not_tiles(problem, H200.num_sms))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: gpu.current)
-    operators: Any = append_call.APPEND_KV, attention_call.ATTENTION, paged_call.PAGED_ATTENTION
-    for module, operator in zip((append_call, attention_call, paged_call), operators, strict=True):
+    for module in (append_call, attention_call, paged_call, quantise_call):
+        (operator,) = (x for x in vars(module).values() if isinstance(x, Operator))
         stages = replace(operator.stages, case=kept(operator.stages.case, gpu.cases))
         monkeypatch.setattr(module, "_memory", Memory())
         monkeypatch.setattr(module, "STAGES", stages)
@@ -143,6 +146,26 @@ def test_a_later_append_launches_with_its_own_tensors(quant: Any, gpu: Gpu) -> N
     ((grid, *values),) = gpu.taken()
     tensors = [x if x is None else x.data_ptr() for x in (k, v, *cache.tensors, slots)]
     assert (grid, values[:7]) == (6, tensors)
+
+
+@pytest.mark.parametrize("scale", [None, torch.ones(())], ids=["own", "static"])
+def test_queries_are_quantised_later_from_and_into_their_own_tensors(scale: Tensor | None, gpu: Gpu) -> None:
+    q = torch.zeros(3, 2, 64)
+    quantise_q(q, scale, impl="triton")
+    q, scale = new(q), new(scale)
+    made = quantise_q(q, scale, impl="triton")
+    assert len(gpu.cases) == 1
+    ((_, *values),) = gpu.taken()
+    assert values[:4] == [x if x is None else x.data_ptr() for x in (q, scale, *made)]
+
+
+def test_a_subclass_is_dispatched_where_plain_tensors_are_ready(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(paged_call.PAGED_ATTENTION, "dispatched", seen.append)
+    for made in (decode(), decode(), decode(q=torch.zeros(3, 4, 64).as_subclass(type("Own", (Tensor,), {})))):
+        paged_attention(**made, impl="triton")
+    assert len(seen) == 1
+    assert len(gpu.taken()) == 2, "of the second call"
 
 
 def test_layers_of_a_step_launch_with_their_own_tensors(gpu: Gpu) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from swath import dispatch
 from swath.ops.arguments import check_names
-from swath.ops.torch_ops import TorchOp, must_dispatch
+from swath.ops.torch_ops import TorchOp, are_special, is_traced
 from swath.problem import Accepted, Outputs, result_of
 
 
@@ -74,10 +74,14 @@ class Operator(Generic[C]):
 
     def __call__(self, operands: Operands, options: Options, impl: str) -> Any:
         """What the public function returns."""
-        if not must_dispatch(operands):
-            if self.stages is None:
+        if not is_traced():
+            if self.stages is not None:
+                accepted = self.stages.accept(operands, options)
+                # Where one that looks the same has run, what this one is given is not special either.
+                if accepted.ready or not are_special(operands):
+                    return self.run_alike(self.stages, accepted, operands, options, impl)
+            elif not are_special(operands):
                 return self.execute(self.prepare(*operands, **options), impl).result
-            return self.run_alike(self.stages, self.stages.accept(operands, options), operands, options, impl)
         if torch.compiler.is_compiling():
             check_names(options, self.defaults, self.name)
         else:  # so that a wrong call is named as everywhere, and not by the schema

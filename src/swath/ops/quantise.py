@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from swath import checks
 from swath.errors import bad_type, bad_value
 from swath.ops import arguments
-from swath.ops.operator import Operator
+from swath.ops.operator import Operands, Operator, Options, Stages
 from swath.ops.signature import Memory
-from swath.problem import QuantiseCase
+from swath.problem import Accepted, Outputs, QuantiseCase
 
 QUERY_FP8 = torch.float8_e4m3fn
 
@@ -38,19 +36,34 @@ def quantise_q(q: Tensor, scale: Tensor | None = None, *, impl: str = "auto") ->
     return quantised
 
 
-_memory: Memory[dict[str, Any]] = Memory()
+_memory: Memory[Accepted] = Memory()
+
+
+def _recall(operands: Operands, options: Options) -> Accepted:
+    return _memory.recall(_accept, operands, options)
+
+
+def _outputs(_accepted: Accepted, operands: Operands, _options: Options) -> Outputs:
+    q, scale = operands
+    out = torch.empty_like(q, dtype=QUERY_FP8, memory_format=torch.contiguous_format)
+    return out, torch.empty(q.shape[:-1] if scale is None else (), dtype=torch.float32, device=q.device)
+
+
+def _case(accepted: Accepted, operands: Operands, _options: Options, outputs: Outputs) -> QuantiseCase:
+    fields: Operands = (*operands, *outputs, accepted.memo)
+    return QuantiseCase(*fields)
+
+
+STAGES = Stages(_recall, _outputs, _case)
 
 
 def prepare(q: Tensor, scale: Tensor | None = None) -> QuantiseCase:
     """Check the arguments of ``quantise_q`` (see there) and make its outputs."""
-    memo = _memory.recall(_accept, (q, scale), {})
-    out = q.new_empty(q.shape, dtype=QUERY_FP8)
-    q_scale = q.new_empty(q.shape[:-1] if scale is None else (), dtype=torch.float32)
-    return QuantiseCase(q, scale, out, q_scale, memo)
+    return STAGES.prepare((q, scale), {})
 
 
-def _accept(q: Tensor, scale: Tensor | None) -> dict[str, Any]:
-    """Every check of a call whose signature was not met before; what backends will remember of such calls."""
+def _accept(q: Tensor, scale: Tensor | None) -> Accepted:
+    """Every check of a call whose signature was not met before."""
     if checks.check_is_tensor("q", q).dim() not in (3, 4):
         raise bad_value("q", "shape [T, Hq, D] or [B, S, Hq, D]", tuple(q.shape))
     if q.dtype not in arguments.Q_DTYPES:
@@ -61,10 +74,10 @@ def _accept(q: Tensor, scale: Tensor | None) -> dict[str, Any]:
     if scale is not None and checks.check_tensor("scale", scale, 0, q.device).dtype != torch.float32:
         raise bad_type("scale", "float32", scale.dtype)
     checks.check_no_grad(q=q, scale=scale)
-    return {}
+    return Accepted({}, q.shape[-1])
 
 
-ARGUMENTS = {"q": Tensor, "scale": Tensor | None}
+ARGUMENTS, DEFAULTS = {"q": Tensor, "scale": Tensor | None}, {"scale": None}
 QUANTISE_Q = Operator(
-    "quantise_q", "quantise", prepare, lambda case: case.result, ARGUMENTS, {"scale": None}, "(Tensor, Tensor)"
+    "quantise_q", "quantise", prepare, lambda case: case.result, ARGUMENTS, DEFAULTS, "(Tensor, Tensor)", stages=STAGES
 )

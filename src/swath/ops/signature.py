@@ -47,6 +47,8 @@ def signature_of(operands: tuple[Any, ...], options: dict[str, Any]) -> Signatur
         elif kind in VALUES:
             looks.append(kind)
             looks.append(x)
+        elif kind is PagedKV and not with_grad:
+            looks.append(cache_look(x))
         else:
             looks.append(_look(x))
     return tuple(looks)
@@ -57,17 +59,26 @@ def tensor_look(x: Tensor) -> object:
     return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % ALIGNMENT
 
 
-def cache_look(cache: PagedKV) -> Signature:
+class Look:
+    """Stands for what some caches look like, all of them alike: hashed and compared as the object that it is."""
+
+
+_looks: dict[Signature, Look] = {}
+
+
+def cache_look(cache: PagedKV) -> Look:
     """What a signature says of a cache where no gradients are recorded: found out once, since its tensors stay."""
-    found: Signature | None = cache.__dict__.get("_look")
+    found: Look | None = cache.__dict__.get("_look")
     if found is None:
-        found = cache.__dict__["_look"] = signature_of(cache.tensors, {})
+        if len(_looks) >= MOST_SIGNATURES:
+            _looks.clear()
+        found = cache.__dict__["_look"] = _looks.setdefault(signature_of(cache.tensors, {}), Look())
     return found
 
 
 def _look(x: object) -> object:
     if type(x) is PagedKV:
-        return PagedKV, signature_of(x.tensors, {}) if torch.is_grad_enabled() else cache_look(x)
+        return PagedKV, signature_of(x.tensors, {})
     if type(x) is Window:
         if type(x.global_tokens) is int and x.bounds is None:
             return Window, x.key

@@ -28,13 +28,21 @@ _lib = torch.library.Library(NAMESPACE, "DEF")
 
 
 def must_dispatch(operands: tuple[object, ...]) -> bool:
-    """Whether a call must go through the dispatcher: tracing, a dispatch mode (fake tensors among them), a subclass.
+    """Whether a call must go through the dispatcher, because of who listens or of what it is given."""
+    return is_traced() or are_special(operands)
 
-    Or all operands are on "meta", and only shapes are asked for. Operands may be of any type (a PagedKV stands for its
+
+def is_traced() -> bool:
+    """Whether every call must go through the dispatcher: tracing, a dispatch mode (fake tensors among them)."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def are_special(operands: tuple[object, ...]) -> bool:
+    """Whether a call of these must go through the dispatcher: one is of a subclass of Tensor.
+
+    Or all of them are on "meta", and only shapes are asked for. Operands may be of any type (a PagedKV stands for its
     K): what cannot be one is for the checks to name.
     """
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return True
     all_meta = None
     for operand in operands:
         x: Any = operand.k if isinstance(operand, PagedKV) else operand

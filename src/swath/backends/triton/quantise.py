@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from swath.backends.triton.arguments import Operands
@@ -10,6 +11,7 @@ from swath.quant import LARGEST
 from swath.target import Target, on_device, target_of, why_no_triton
 
 if TYPE_CHECKING:
+    from swath.backends.triton.ready import ReadyCall
     from swath.backends.triton.runtime import Plan
 
 ELEMENTS = 4096
@@ -37,6 +39,13 @@ def run(case: QuantiseCase) -> None:
     device = case.q.device
     with on_device(device):
         _plan(case).run(operands_of(case), device)
+
+
+def ready(case: QuantiseCase, arguments: Sequence[Any]) -> ReadyCall | None:
+    """Further calls like one that ran, launched from their arguments (see ``dispatch.ready``)."""
+    from swath.backends.triton.ready import ready_call
+
+    return ready_call(_plan(case), operands_of(case), arguments, case.q.device, ("out", "q_scale"))
 
 
 def _plan(case: QuantiseCase) -> Plan:

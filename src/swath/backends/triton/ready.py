@@ -29,7 +29,7 @@ Part = Callable[[Any], Tensor] | None
 Addresses = Mapping[str, int]
 """Of the tensors of a call, by the names of ``operands_of``."""
 OUTPUTS = ("out", "lse")
-"""Operands that are the last arguments of a ready call."""
+"""Operands of attention that are the last arguments of a ready call."""
 PARTS = {PagedKV: ("k", "v", "k_scale", "v_scale"), PageTable: ("entries", "indptr", "rows"),
          Window: ("global_tokens", "bounds")}  # fmt: skip
 """Where the nouns keep their tensors."""
@@ -141,17 +141,20 @@ class ReadyCall:
         return self.plan.launch(addresses, self.device)
 
 
-def ready_call(plan: Plan, operands: Operands, arguments: Sequence[Any], device: torch.device) -> ReadyCall | None:
+def ready_call(
+    plan: Plan, operands: Operands, arguments: Sequence[Any], device: torch.device, outputs: Sequence[str] = OUTPUTS
+) -> ReadyCall | None:
     """The calls that look like this one, which ran; None where an operand is not exactly one of its arguments.
 
     An operand that is no argument was made from one. One that is several arguments (q is also ``out``) tells nothing
     of which of them it is in another call.
 
-    arguments: those of the public function, and behind them the outputs (None for one that is not asked for).
+    arguments: those of the public function, and behind them the outputs (None for one that is not asked for), which
+        are the operands of the names ``outputs``.
     """
     if not plan.is_ready:
         return None
-    made = len(arguments) - len(OUTPUTS)
+    made = len(arguments) - len(outputs)
     places: dict[int, list[tuple[int, Part]]] = {}
     for x, i, part in _tensors(arguments[:made]):
         places.setdefault(id(x), []).append((i, part))
@@ -159,7 +162,7 @@ def ready_call(plan: Plan, operands: Operands, arguments: Sequence[Any], device:
     for name, operand in operands.items():
         if operand is None:
             continue
-        found = [(made + OUTPUTS.index(name), None)] if name in OUTPUTS else places.get(id(operand), [])
+        found = [(made + outputs.index(name), None)] if name in outputs else places.get(id(operand), [])
         if len(found) != 1:
             return None
         sources.append((name, *found[0]))
