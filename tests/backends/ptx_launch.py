@@ -34,9 +34,10 @@ BY_HEAD: dict[str, Any] = FP8_Q | dict(
     quant=KVQuant(E4M3, "head", "channel"), q_scale="token", global_tokens=(0, 7), size=60
 )
 FAST: dict[str, Any] = dict(page_size=64, compute="fast")
+# A sequence without queries is there for its length: many keys call for two consumers, which few tiles of them show.
 CASES = {
     "window": Case((150, 90), (40, 70), dense=True, size=30, **SMALL),
-    "full, two consumers": Case((1350,), (140,), dense=True, **SMALL),
+    "full, two consumers": Case((430, 1300), (140, 0), dense=True, **SMALL),
     "one pass": Case((200, 60), (40, 60), dense=True, size=100, **SMALL | {"head_dim": 64, "group": 8}, sink="q"),
     "bounds apart, leading keys": Case((150, 90), (40, 70), ranges="random", global_tokens=(0, 7), **SMALL),
     "bounds, chunks and pages of 8": Case((150, 90), (90, 20), ranges="chunked", page_size=8, **SMALL | {"group": 2}),
@@ -52,10 +53,10 @@ CASES = {
     ),
     "fast, fp8 queries": Case((330, 90), (64, 34), **BY_HEAD | FAST, holes=True),
     "fast, two consumers": Case(
-        (1350,), (140,), **FP8_Q | FAST | {"group": 4}, quant=KVQuant(E4M3, "tensor"), q_scale="tensor"
+        (430, 1350), (140, 0), **FP8_Q | FAST | {"group": 4}, quant=KVQuant(E4M3, "tensor"), q_scale="tensor"
     ),
     "fast, heads of 64": Case(
-        (1400,), (30,), **FP8_Q | FAST | {"group": 20, "head_dim": 64}, quant=KVQuant(E4M3), q_scale="tensor",
+        (430, 1350), (104, 0), **FP8_Q | FAST | {"group": 5, "head_dim": 64}, quant=KVQuant(E4M3), q_scale="tensor",
         softcap=20.0, sink="fp32",
     ),
     "fast, int8": Case(
@@ -152,7 +153,10 @@ def side_by_side(v: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    """A line of JSON a case."""
+    """A line of JSON a case; ptxas does not run."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    CUDABackend.make_cubin = lambda *_: b""
     stand_on("sm_90")
     for name in sys.argv[1:] or CASES:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,39 @@ TOGETHER = ("bar", "barrier", "redux", "vote", "shfl", "stmatrix", "ldmatrix", "
 NOTHING = ("setmaxnreg", "fence")
 """Without effect where everything is done at once; so are the starts of these names."""
 NOTHING_NAMES = ("bar.warp", "wgmma.fence", "wgmma.commit", "wgmma.wait", "cp.async.bulk.commit", "cp.async.bulk.wait")
+
+
+@cache
+def constant(operand: str, kind: str) -> np.ndarray:
+    """A number that an instruction has, or a parameter's address, for all lanes [32]; not to be changed."""
+    if found := re.search(r"_param_(\d+)$", operand):
+        value = np.full(LANES, 0xD0000000 + int(found[1]), np.uint64)
+    elif re.fullmatch(r"-?\d+\.\d+", operand):
+        value = np.full(LANES, float(operand), np.float32)
+    elif operand.startswith("0f"):
+        value = np.full(LANES, int(operand[2:], 16), np.uint32).view(np.float32)
+    elif kind == "pred":
+        value = np.full(LANES, operand != "0")
+    else:
+        number = int(operand.rstrip("U"), 0) & (2 ** bits_of(kind) - 1)
+        value = as_type(np.full(LANES, number, UNSIGNED[bits_of(kind)]), kind)
+    value.flags.writeable = False
+    return value
+
+
+@cache
+def names_in(operand: str) -> tuple[str, ...]:
+    """The registers and numbers of ``{a, b}`` or of one operand."""
+    return tuple(re.findall(r"[%\w.]+", operand))
+
+
+@cache
+def address_of(operand: str) -> tuple[str, int]:
+    """The register of ``[register + offset]``, and the offset."""
+    found = re.fullmatch(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\d+))?\s*\]", operand)
+    if found is None:
+        raise NotImplementedError(operand)
+    return found[1], int(found[2] or 0)
 
 
 class Warp:
@@ -96,18 +130,8 @@ class Warp:
 
     def read(self, operand: str, kind: str) -> np.ndarray:
         """An operand [32] as numbers of a type of PTX."""
-        if operand in self.registers:
-            return as_type(self.registers[operand], kind)
-        if found := re.search(r"_param_(\d+)$", operand):
-            return np.full(LANES, 0xD0000000 + int(found[1]), np.uint64)
-        if re.fullmatch(r"-?\d+\.\d+", operand):
-            return np.full(LANES, float(operand), np.float32)
-        if operand.startswith("0f"):
-            return np.full(LANES, int(operand[2:], 16), np.uint32).view(np.float32)
-        if kind == "pred":
-            return np.full(LANES, operand != "0")
-        number = int(operand.rstrip("U"), 0) & (2 ** bits_of(kind) - 1)
-        return as_type(np.full(LANES, number, UNSIGNED[bits_of(kind)]), kind)
+        known = self.registers.get(operand)
+        return constant(operand, kind) if known is None else as_type(known, kind)
 
     def write(self, register: str, value: np.ndarray, lanes: np.ndarray) -> None:
         """Numbers [32] into those lanes."""
@@ -122,10 +146,8 @@ class Warp:
 
     def address(self, operand: str, kind: str = "u32") -> np.ndarray:
         """Of ``[register + offset]``, int64 [32]."""
-        found = re.fullmatch(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\d+))?\s*\]", operand)
-        if found is None:
-            raise NotImplementedError(operand)
-        return self.read(found[1], kind).astype(np.int64) + int(found[2] or 0)
+        register, offset = address_of(operand)
+        return self.read(register, kind).astype(np.int64) + offset
 
     def _do(self, step: Instruction) -> Iterator[None]:
         kind, name, operands, lanes = step.parts[0], step.name, step.operands, self._taken(step)
@@ -182,7 +204,7 @@ class Warp:
         elif step.parts[1] == "async":
             stores = "shared::cta" in step.parts[-2]
             box, other = (operands[0], operands[1]) if stores else (operands[1], operands[0])
-            names = re.findall(r"[%\w.]+", box)
+            names = names_in(box)
             descriptor = int(self.read(names[0], "u64")[0])
             coordinates = [int(self.read(x, "s32")[lane]) for x in names[1:]]
             at = int(self.address(other)[lane])
@@ -192,7 +214,7 @@ class Warp:
                 self.machine.load_box(descriptor, coordinates, at, int(self.address(operands[2])[lane]))
 
     def _load(self, step: Instruction, lanes: np.ndarray) -> None:
-        kind, registers = step.parts[-1], re.findall(r"[%\w.]+", step.operands[0])
+        kind, registers = step.parts[-1], names_in(step.operands[0])
         if step.parts[1] == "param":
             number = self.machine.params[int(re.findall(r"\d+", step.operands[1])[-1])]
             self.write(registers[0], np.full(LANES, number & (2 ** bits_of(kind) - 1), UNSIGNED[bits_of(kind)]), lanes)
@@ -215,7 +237,7 @@ class Warp:
 
     def _store(self, step: Instruction, lanes: np.ndarray) -> None:
         kind = step.parts[-1]
-        values = [self.read(x, kind) for x in re.findall(r"[%\w.]+", step.operands[1])]
+        values = [self.read(x, kind) for x in names_in(step.operands[1])]
         raw = np.concatenate([np.ascontiguousarray(v).view(np.uint8).reshape(LANES, -1) for v in values], 1)
         if SHARED.intersection(step.parts):
             self.machine.shared[self.address(step.operands[0])[lanes, None] + np.arange(raw.shape[1])] = raw[lanes]
@@ -254,12 +276,12 @@ class Warp:
         return [at[8 * i : 8 * i + 8, None] + np.arange(16) for i in range(count)]
 
     def _stmatrix(self, step: Instruction, _lanes: np.ndarray) -> None:
-        registers = re.findall(r"[%\w.]+", step.operands[1])
+        registers = names_in(step.operands[1])
         for register, at in zip(registers, self._matrices(step.operands[0], len(registers)), strict=True):
             self.machine.shared[at] = np.ascontiguousarray(self.read(register, "u32")).view(np.uint8).reshape(8, 16)
 
     def _ldmatrix(self, step: Instruction, lanes: np.ndarray) -> None:
-        registers = re.findall(r"[%\w.]+", step.operands[0])
+        registers = names_in(step.operands[0])
         for register, at in zip(registers, self._matrices(step.operands[1], len(registers)), strict=True):
             rows = np.ascontiguousarray(self.machine.shared[at])
             self.write(register, rows.view(np.uint32).reshape(LANES), lanes)
@@ -273,14 +295,14 @@ class Warp:
         dtype, sums = step.parts[-1], step.parts[-3]
         by_column = dtype in ("bf16", "f16") and step.operands[-1] == "1"
         if a.startswith("{"):
-            left = arithmetic.left_fragment([self.read(x, "u32") for x in re.findall(r"[%\w.]+", a)], dtype)
+            left = arithmetic.left_fragment([self.read(x, "u32") for x in names_in(a)], dtype)
         else:
             rows = np.arange(16) + self.number % 4 * 16
             left = self._matrix(int(self.read(a, "u64")[0]), rows, dtype, by_column=False)
         right = self._matrix(int(self.read(b, "u64")[0]), np.arange(int(shape[1])), dtype, by_column)
         product = left @ right.T  # [16, N]
         before = bool(self.read(adds, "pred")[0])
-        for i, register in enumerate(re.findall(r"[%\w.]+", d)):
+        for i, register in enumerate(names_in(d)):
             value = product[arithmetic.fragment_rows(i), arithmetic.fragment_columns(i)]
             if before:
                 value = value + self.read(register, sums).astype(np.float64)
