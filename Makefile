@@ -56,7 +56,7 @@ TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_6
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-gpu test-triton test-newest test-hf-newest test-vllm test-sglang hf-sweep hub-kernel \
-	memcheck fuzz compile-all lint bench docs dist try-dist clean
+	memcheck fuzz compile-pairs compile-all lint bench docs dist try-dist clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -127,8 +127,11 @@ memcheck: ## look for stray accesses on the GPU: a small sweep under compute-san
 fuzz: $(DEV_STAMP) ## random calls against float64 (ARGS="--calls 10000 --backend cpu --seed 0 --processes 2 --minutes 60")
 	PYTHONPATH=src:tests OMP_NUM_THREADS=1 $(BIN)/python -m swath.testing.fuzz $(ARGS)
 
+compile-pairs: $(DEV_STAMP) ## compile every pair of kernel options for every GPU target (no GPU needed; half an hour)
+	PYTHONPATH=src $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/backends/test_compile.py --variants pairs $(ARGS)
+
 compile-all: $(DEV_STAMP) ## compile every kernel variant for every GPU target (no GPU needed; long)
-	PYTHONPATH=src $(BIN)/python -m pytest tests/backends/test_compile.py --all-variants $(ARGS)
+	PYTHONPATH=src $(BIN)/python -m pytest tests/backends/test_compile.py --variants all $(ARGS)
 
 lint: $(DEV_STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

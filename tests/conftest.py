@@ -61,13 +61,15 @@ def plan_for(backend: str, problem: Problem, target: Target, heuristics: Heurist
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-variants", action="store_true", help="compile every kernel variant, not a covering set")
+    parser.addoption(
+        "--variants", choices=("suite", "pairs", "all"), default="suite", help="which kernel variants to compile"
+    )
 
 
 @pytest.fixture
-def all_variants(request: pytest.FixtureRequest) -> bool:
-    """Whether the run asks for every kernel variant."""
-    return bool(request.config.getoption("--all-variants"))
+def which_variants(request: pytest.FixtureRequest) -> str:
+    """Which kernel variants the run asks for."""
+    return str(request.config.getoption("--variants"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

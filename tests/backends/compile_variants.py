@@ -6,9 +6,10 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ OPTIONS: dict[str, list[str]] = {
 }
 
 PAIRED_TARGET = "sm_90"
-"""It compiles every pair of values; on the others each kernel meets every value."""
+"""Rows of every two values are read by Triton for it; compiled is on each target each value that a kernel meets."""
 ONE_PASS = [
     ("dense", "bf16", "64", "both sides", "sink+lse", "16"),
     ("ragged", "fp16", "64", "both sides", "softcap", "16"),
@@ -99,6 +100,9 @@ HALVES = [
 """Prefill of the paired target with heads of 512, where rows may see many keys."""
 
 
+OWN = ONE_PASS + BOUNDS + EIGHT_BITS + TABLES + FAST + HALVES
+"""Rows of the paired target, of which the suite compiles every variant of Hopper's tiles."""
+HOPPER_TILES = "hopper_tile_kernel"
 SHARED = ("split_kernel", "reduce_kernel", "tile_kernel")
 """Kernels that calls of the paired target's own tiles have beside these, and that other rows have too."""
 
@@ -115,15 +119,38 @@ class Variant(NamedTuple):
     def values(self) -> set[tuple[str, str, str]]:
         """(kernel, option, value); dense calls have no cache, whatever their row says of one."""
         cache = ("storage", "paging") if self.row["queries"] == "dense" else ()
-        return {(self.call.kernel.fn.__name__, *item) for item in self.row.items() if item[0] not in cache}
+        return {(self.kernel, *item) for item in self.row.items() if item[0] not in cache}
+
+    @property
+    def compiled_for(self) -> set[tuple[str, ...]]:
+        """What some variant of the suite has: the values, of Hopper's tiles each beside every head_dim, by which their
+        launches, layouts and registers go."""
+        beside = {(self.row["head_dim"], *value) for value in self.values}
+        return self.values | (beside if self.kernel == HOPPER_TILES else set())
+
+    @property
+    def kernel(self) -> str:
+        """Its name."""
+        name: str = self.call.kernel.fn.__name__
+        return name
 
 
 def suite_variants(arch: str) -> list[Variant]:
-    """The variants that the suite compiles for a target."""
+    """The variants that the suite compiles for a target; each target begins elsewhere, so that other values meet."""
+    found = paired_variants(arch)
+    own = named(OWN)
+    always = [variant for variant in found if variant.kernel == HOPPER_TILES and variant.row in own]
+    first = len(found) * TARGETS.index(arch) // len(TARGETS)
+    return covering(found[first:] + found[:first], always)
+
+
+@cache
+def paired_variants(arch: str) -> list[Variant]:
+    """The variants that rows need in which every two values meet; on the paired target those of its own rows too."""
     rows = pairwise(OPTIONS) + named(HEADS)
     if arch != PAIRED_TARGET:
-        return covering(list(variants(arch, rows)))
-    own = [v for v in variants(arch, named(FAST + HALVES)) if v.call.kernel.fn.__name__ not in SHARED]
+        return list(variants(arch, rows))
+    own = [variant for variant in variants(arch, named(FAST + HALVES)) if variant.kernel not in SHARED]
     return [*variants(arch, rows + named(ONE_PASS + BOUNDS + EIGHT_BITS + TABLES)), *own]
 
 
@@ -137,14 +164,21 @@ def all_variants(arch: str) -> Iterator[Variant]:
     return variants(arch, (dict(zip(OPTIONS, values, strict=True)) for values in product(*OPTIONS.values())))
 
 
-def covering(found: list[Variant]) -> list[Variant]:
-    """Some of them, in which each kernel meets every value that it meets in any: greedily, the most new ones first."""
-    missing = set().union(*(variant.values for variant in found))
-    chosen = []
+def unread_variants(arch: str) -> list[Variant]:
+    """The paired variants that the suite does not compile."""
+    chosen = {id(variant) for variant in suite_variants(arch)}
+    return [variant for variant in paired_variants(arch) if id(variant) not in chosen]
+
+
+def covering(found: list[Variant], always: Iterable[Variant]) -> list[Variant]:
+    """``always`` and some more of them, which meet all that any does: greedily, the most new ones first."""
+    met = [variant.compiled_for for variant in found]
+    chosen = list(always)
+    missing = set().union(*met).difference(*(variant.compiled_for for variant in chosen))
     while missing:
-        best = max(found, key=lambda variant: len(variant.values & missing))
-        missing -= best.values
-        chosen.append(best)
+        best = max(range(len(found)), key=lambda i: len(met[i] & missing))
+        missing -= met[best]
+        chosen.append(found[best])
     return chosen
 
 
@@ -258,14 +292,39 @@ def tiles_of(problem: Problem, arch: str) -> tuple[str, ...]:
     return ("triton", "hopper") if arch == hopper.ARCH and hopper.why_not_tiles(problem, 132) is None else ("triton",)
 
 
+WHICH: dict[str, Callable[[str], Iterable[Variant]]] = {
+    "suite": suite_variants,
+    "unread": unread_variants,
+    "pairs": paired_variants,
+    "all": all_variants,
+}
+"""What is compiled by the option ``--variants`` of the tests; of "unread" ones no code is made."""
+
+
 def main() -> None:
-    """Compile variants for a target, those of every ``parts``-th row from ``part`` on; one JSON line a kernel."""
+    """Compile variants for a target, every ``parts``-th from ``part`` on; one JSON line a kernel."""
     arch, which, part, parts = sys.argv[1:]
     stand_on(arch)
-    for variant in {"all": all_variants, "suite": suite_variants}[which](arch):
-        if variant.number % int(parts) == int(part):
-            result = {"row": variant.row, "kernel": variant.call.kernel.fn.__name__} | _compiled(variant, arch)
+    if which == "unread":
+        make_no_code()
+    for number, variant in enumerate(WHICH[which](arch)):
+        if number % int(parts) == int(part):
+            result = {"row": variant.row, "kernel": variant.kernel} | _compiled(variant, arch)
             print(json.dumps(result), flush=True)
+
+
+class Read(Exception):  # noqa: N818 -- nothing went wrong
+    """Raised where Triton has read a kernel: its language and its types are right."""
+
+
+def make_no_code() -> None:
+    """Let the compiler for NVIDIA targets end with ``Read`` before it makes code, which takes most of its time."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    def stop(*_: Any) -> None:
+        raise Read
+
+    CUDABackend.make_ttgir = CUDABackend.gluon_to_ttgir = stop
 
 
 def stand_on(arch: str) -> None:
@@ -283,6 +342,8 @@ def _compiled(variant: Variant, arch: str) -> dict[str, Any]:
     try:
         with redirect_stdout(io.StringIO()) as said:  # there Triton prints what ptxas says
             kernel = variant.call.compile(variant.operands)
+    except Read:
+        return {}
     except Exception as error:  # noqa: BLE001 -- whatever the compiler says is the result
         return {"error": f"{type(error).__name__}: {str(error)[-500:]}"}
     barriers = re.findall(r"\bbar(?:rier)?\.\w+\s+(\d+)", kernel.asm.get("ptx", ""))

@@ -1,4 +1,4 @@
-"""The PTX of every compiled variant as digests: equal before and after a refactor of kernels. Needs no GPU.
+"""The PTX of every pair of kernel options as digests: equal before and after a refactor of kernels. Needs no GPU.
 
     PYTHONPATH=src:tests:tests/backends python tests/backends/ptx.py sm_90 > before.txt
     ...
@@ -14,7 +14,7 @@ import hashlib
 import re
 import sys
 
-from compile_variants import stand_on, suite_variants
+from compile_variants import paired_variants, stand_on
 
 
 def digest(ptx: str, name: str) -> tuple[int, str]:
@@ -30,7 +30,7 @@ def main(arch: str) -> None:
 
     CUDABackend.make_cubin = lambda *_: b""
     stand_on(arch)
-    for number, (_, row, call, operands) in enumerate(suite_variants(arch)):
+    for number, (_, row, call, operands) in enumerate(paired_variants(arch)):
         ptx = call.compile(operands).asm["ptx"]
         print(number, *digest(ptx, call.kernel.fn.__name__), " | ".join(row.values()), flush=True)
 

@@ -1,7 +1,8 @@
 """Every kernel compiles for every target, without a GPU: shared memory under the target's limit, spills bounded.
 
-By default one target compiles every pair of option values, and on the others each kernel meets every value; with
-``--all-variants`` (``make compile-all``) all combinations. Each target compiles in a process of its own, because Triton
+By default each kernel meets every value of the options, Hopper's tiles each with every head_dim, and every pair of
+values is read by Triton. ``--variants pairs`` (``make compile-pairs``) makes code of every pair too, ``--variants all``
+(``make compile-all``) of all combinations. Each target compiles in a process of its own, because Triton
 keeps one active driver.
 """
 
@@ -44,8 +45,8 @@ def test_every_target_has_every_value_of_the_options(arch: str) -> None:
 
 
 @pytest.mark.parametrize(("arch", "part"), SHARES)
-def test_kernels_compile(arch: str, part: int, all_variants: bool) -> None:
-    results = compiled(arch, "all" if all_variants else "suite", part)
+def test_kernels_compile(arch: str, part: int, which_variants: str) -> None:
+    results = compiled(arch, which_variants, part, parts=sum(share[0] == arch for share in SHARES))
     failures = [r for r in results if "error" in r]
     assert not failures, failures[:3]
     wanted = {"split_kernel", "reduce_kernel", "tile_kernel"} | (
@@ -70,10 +71,17 @@ def test_kernels_compile(arch: str, part: int, all_variants: bool) -> None:
         assert max(used) < NamedBarriers.OURS, used
 
 
-def compiled(arch: str, which: str, part: int) -> list[dict[str, Any]]:
+def test_every_pair_of_values_is_read_by_triton() -> None:
+    """Names, types and shapes of kernels are right in every pair: those of the suite's variants show in their code."""
+    results = compiled(PAIRED_TARGET, "unread", 0, parts=1)
+    assert {r["kernel"] for r in results} >= {"split_kernel", "reduce_kernel", "tile_kernel", "hopper_tile_kernel"}
+    failures = [r for r in results if "error" in r]
+    assert not failures, failures[:3]
+
+
+def compiled(arch: str, which: str, part: int, parts: int) -> list[dict[str, Any]]:
     """What ``compile_variants`` says of each kernel."""
     command = [sys.executable, "-c", "import compile_variants; compile_variants.main()"]
-    parts = sum(share[0] == arch for share in SHARES)
     environment = python_environment()
     environment["PYTHONPATH"] += f":{Path(__file__).parent}:{Path(__file__).parents[1]}"
     environment.pop("TRITON_INTERPRET", None)
