@@ -96,8 +96,10 @@ HALVES = [
     ("ragged", "bf16", "512", "bounds", "sink+lse", "16"),
     ("many steps", "bf16", "512", "wide window", "sink+lse", "16"),
     ("dense", "bf16", "512/256", "wide window", "plain", "16"),
+    ("ragged", "bf16", "512", "bounds+count", "sink+lse", "16"),
+    ("long ragged", "int8 channel", "512", "none", "sink+lse", "16"),
 ]
-"""Prefill of the paired target with heads of 512, where rows may see many keys."""
+"""Prefill of the paired target with heads of 512, whose values are halved."""
 
 
 OWN = ONE_PASS + BOUNDS + EIGHT_BITS + TABLES + FAST + HALVES

@@ -43,6 +43,9 @@ CASES = {
     "bounds, chunks and pages of 8": Case((150, 90), (90, 20), ranges="chunked", page_size=8, **SMALL | {"group": 2}),
     "512/256": Case((150, 90), (40, 70), dense=True, size=30, **SMALL | {"head_dim": 512}, v_head_dim=256),
     "512, two halves": Case((90,), (70,), dense=True, size=30, **SMALL | {"head_dim": 512}, sink="q"),
+    "512, two halves of int8": Case(
+        (64,), (64,), **SMALL | {"num_kv_heads": 2, "group": 8, "head_dim": 512}, quant=KVQuant(torch.int8, "channel")
+    ),
     "bounds, heads in sections": Case(
         (9000,), (70,), dense=True, ranges="late", bounds="none", **SMALL | {"num_kv_heads": 2}
     ),
@@ -120,7 +123,8 @@ def share_of_budget(case: Case) -> float:
 
 
 def copy(problem: Any, operands: Any) -> None:
-    """What the launches before the tiles of 8-bit products do: K as it is, V's stored values, q with all scales."""
+    """What the launches before the tiles do: V's stored values, K with its channel scales, or, for products in 8 bits,
+    as it is, and q with all scales."""
     cache, table = problem.keys.cache, problem.keys.table.entries
     each = operands["new_k"].shape[0] // problem.num_seqs
     operands["new_table"].copy_(torch.arange(each) + each * torch.arange(problem.num_seqs)[:, None])
@@ -131,8 +135,13 @@ def copy(problem: Any, operands: Any) -> None:
         for name, x in (("new_k", cache.k), ("new_v", cache.v)):
             rows = operands[name][b * each : (b + 1) * each]
             rows.view(torch.uint8).fill_(0x7F)  # NaN, where nothing is copied
-            stored = x[pages[live]].float().to(rows.dtype)
+            stored = x[pages[live]].float()
+            if name == "new_k" and "new_q" not in operands:
+                stored *= cache.k_scale[:, None]
+            stored = stored.to(rows.dtype)
             rows[live] = side_by_side(stored) if name == "new_v" and problem.compute == "fast" else stored
+    if "new_q" not in operands:
+        return
     scale = torch.ones(()) if cache.k_scale is None else cache.k_scale.float()
     scale = scale.expand(cache.num_kv_heads) if scale.dim() == 0 else scale
     scale = scale.repeat_interleave(problem.group, 0)  # [Hq] or [Hq, D]

@@ -26,6 +26,9 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 MAX_SPILL_BYTES = {"other": 512, "hopper_tile_kernel": 576}
 """Spilled bytes that a thread may have; more would cost time that no other test shows. Of Hopper's tiles ptxas adds up
 those of four kinds of warps, of which a thread runs one."""
+MAX_SPILL_BYTES_512 = 800
+"""The same of Hopper's tiles for heads of 512. Triton's tiles are their only other way, and with bounds of rows over
+pages, which spill 796 bytes, took 4.6 times as long (47.1 ms and 10.3)."""
 
 UNMEASURED_SPILL_BYTES = 1024
 """The same where launch rows were never measured, neither on that GPU nor with that release of Triton."""
@@ -57,7 +60,7 @@ def test_kernels_compile(arch: str, part: int, which_variants: str) -> None:
     assert not over, over
     measured = arch == PAIRED_TARGET or triton.__version__.startswith("3.6.")
     most = MAX_SPILL_BYTES if measured else dict.fromkeys(MAX_SPILL_BYTES, UNMEASURED_SPILL_BYTES)
-    spilled = [r for r in results if r["spills"] > most.get(r["kernel"], most["other"])]
+    spilled = [r for r in results if r["spills"] > most_spilled(r, most)]
     assert not spilled, spilled
     flawed = [r for r in results if r["flaws"]]
     assert not flawed, flawed
@@ -77,6 +80,13 @@ def test_every_pair_of_values_is_read_by_triton() -> None:
     assert {r["kernel"] for r in results} >= {"split_kernel", "reduce_kernel", "tile_kernel", "hopper_tile_kernel"}
     failures = [r for r in results if "error" in r]
     assert not failures, failures[:3]
+
+
+def most_spilled(result: dict[str, Any], most: dict[str, int]) -> int:
+    """The bytes that a kernel may spill."""
+    kernel, head_dim = result["kernel"], result["row"]["head_dim"].partition("/")[0]
+    wide = MAX_SPILL_BYTES_512 if (kernel, head_dim) == ("hopper_tile_kernel", "512") else 0
+    return max(most.get(kernel, most["other"]), wide)
 
 
 def compiled(arch: str, which: str, part: int, parts: int) -> list[dict[str, Any]]:

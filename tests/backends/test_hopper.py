@@ -30,6 +30,7 @@ FP8 = replace(PAGED, dtype=E4M3, quant=KVQuant(E4M3, "head"), q_scale="token")
 INT8 = replace(PAGED, quant=KVQuant(torch.int8, "channel"), compute="int8")
 WIDE = replace(LONG, kv_lens=(4700, 4300, 261, 40), q_lens=(500, 213, 130, 40), head_dim=512)
 """Heads of 512, some of whose rows do not see what windows of little more than 4,096 keys hide."""
+WIDE_INT8 = replace(PAGED, head_dim=512, quant=KVQuant(torch.int8, "channel"))
 
 CASES = {
     "full": LONG,
@@ -76,6 +77,12 @@ CASES = {
     "512, a uniform batch": replace(PAGED, kv_lens=(300, 1300, 150), q_lens=150, head_dim=512, page_size=48),
     "512, strides of others": replace(PAGED, head_dim=512, strided=True, tail=20),
     "512/256": replace(LONG, head_dim=512, v_head_dim=256, causal=False),
+    "512, window of two tiles, packed heads": replace(LONG, group=8, size=60, head_dim=512, sink="q"),
+    "512, int8 pages": WIDE_INT8,
+    "512, int8 pages, scales of tokens": replace(WIDE_INT8, quant=KVQuant(torch.int8), size=300, bounds="tight"),
+    "512, e4m3 pages of 48": replace(WIDE_INT8, quant=KVQuant(E4M3, "head", "channel"), page_size=48, holes=True),
+    "512/256, int8 pages": replace(WIDE_INT8, v_head_dim=256, global_tokens=70, size=200),
+    "512, int8 products in 16 bits": replace(WIDE_INT8, compute="int8"),
     "128/64": replace(LONG, head_dim=128, v_head_dim=64, tail=30),
     "128/64 over pages of 8": replace(PAGED, head_dim=128, v_head_dim=64, page_size=8, size=333, layout="apart"),
     "packed heads": replace(ONCE, sink="q"),
@@ -184,6 +191,7 @@ BOUNDS = {
     "padding rows, wide integers": replace(PAGED, q_lens=(700, 0, 130, 1), tail=150, index_dtype=torch.int64),
     "192/128": replace(LONG, head_dim=192, v_head_dim=128),
     "512": replace(LONG, head_dim=512, sink="q"),
+    "512, int8 pages, leading keys": replace(WIDE_INT8, global_tokens=70),
     "int8 products of 256": replace(INT8, head_dim=256, global_tokens=5),
     "fp8 queries": FP8,
 }

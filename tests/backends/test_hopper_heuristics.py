@@ -12,7 +12,8 @@ from compile_variants import OPTIONS, problem_of
 
 from swath import Window
 from swath.backends.hopper.attention import why_not_tiles
-from swath.backends.hopper.heuristics import MOST_TOKENS, decodes_in_tiles, draws_tiles, hopper_launch
+from swath.backends.hopper.heuristics import HOPPER, MOST_TOKENS, decodes_in_tiles, draws_tiles, hopper_launch
+from swath.backends.triton.heuristics.dequantise import CopyTypes
 from swath.backends.triton.work import Work
 from swath.cache import DenseKeys, PagedKeys, PagedKV
 from swath.pages import PageTable
@@ -168,36 +169,36 @@ def test_hopper_takes_no_more_keys_than_its_positions_are_right_for() -> None:
         assert (reason is None) if taken else ("room for more" in str(reason))
 
 
-def wide_chunk(
-    window: Window, bounded: bool = False, split_size: int | None = None, v_head_dim: int = 512, keys: int = 9000
-) -> Problem:
-    """2,048 query tokens with heads of 512. ``keys``: the bound ``max_kv_len`` of the call."""
+def wide_chunk(window: Window, bounded: bool = False, split_size: int | None = None, v_head_dim: int = 512) -> Problem:
+    """2,048 query tokens with heads of 512."""
     window = replace(window, bounds=torch.zeros(2048, 2, dtype=torch.int32)) if bounded else window
     one = chunks((2048,), window, split_size=split_size)
     q, k = (torch.empty(2048, heads, 512, dtype=torch.bfloat16, device="meta") for heads in (32, 4))
     dense = DenseKeys(k, k[..., :v_head_dim], one.cu_seqlens_q)
-    return replace(one, q=q, out=q[..., :v_head_dim], keys=dense, max_kv_len=keys)
+    return replace(one, q=q, out=q[..., :v_head_dim], keys=dense)
 
 
 @pytest.mark.parametrize("split_size", [None, 256])
 @pytest.mark.parametrize("keys", [2048, 9000])
 @pytest.mark.parametrize(
-    ("window", "bounded", "lacks"),
+    ("window", "bounded", "packed"),
     [
-        (Window(), False, None),
-        (Window(4096), False, "at most 4,096 keys"),
-        (Window(4097), False, None),
-        (Window(2048, causal=False), False, "at most 4,096 keys"),
-        (Window(3000, causal=False), False, None),
-        (Window(), True, None),
-        (Window(global_tokens=4), True, "registers spill"),
+        (Window(), False, False),
+        (Window(4096), False, True),
+        (Window(4097), False, False),
+        (Window(2048, causal=False), False, True),
+        (Window(3000, causal=False), False, False),
+        (Window(60), False, True),
+        (Window(), True, False),
+        (Window(4097, global_tokens=4), False, True),  # leading keys may have room in the window's last tile
     ],
 )
-def test_hopper_takes_heads_of_512_where_a_window_may_show_many_keys(
-    window: Window, bounded: bool, lacks: str | None, keys: int, split_size: int | None
+def test_hopper_packs_heads_of_512_where_a_window_shows_no_more_keys_than_pay(
+    window: Window, bounded: bool, packed: bool, keys: int, split_size: int | None
 ) -> None:
-    reason = why_not_tiles(wide_chunk(window, bounded, split_size, keys=keys), 132)
-    assert reason is None if lacks is None else lacks in str(reason)
+    one = replace(wide_chunk(window, bounded, split_size), max_kv_len=keys)
+    assert why_not_tiles(one, 132) is None
+    assert hopper_launch(Work(one, Target("sm_90", 132))).pack == (8 if packed else 1)
 
 
 def test_hopper_halves_values_of_512() -> None:
@@ -205,8 +206,28 @@ def test_hopper_halves_values_of_512() -> None:
     assert "v_head_dim 128; it has 256, 512" in str(why_not_tiles(wide_chunk(Window(), v_head_dim=128), 132))
 
 
-def test_promised_bounds_keep_heads_of_512_from_hopper_but_decide_no_bit_with_split_size() -> None:
-    for split_size, taken in ((None, False), (256, True)):
+@pytest.mark.parametrize(
+    ("storage", "lacks"),
+    [
+        ("int8 token", None),
+        ("int8 channel", None),
+        ("e4m3 head", None),
+        ("e5m2 tensor", None),
+        ("int8 compute", None),  # over copies in 16 bits, which are more precise
+        ("int8 fast", None),  # the same
+        ("queries head", "head_dim 512 of fp8 queries"),
+    ],
+)
+def test_hopper_takes_heads_of_512_over_copies_in_16_bits(storage: str, lacks: str | None) -> None:
+    one = problem(queries="long ragged", storage=storage, head_dim="512", paging="64")
+    reason = why_not_tiles(one, 132)
+    assert reason is None if lacks is None else lacks in str(reason)
+    if lacks is None:
+        assert HOPPER.copies(one) == CopyTypes()
+
+
+def test_promised_bounds_pack_heads_of_512_but_decide_no_bit_with_split_size() -> None:
+    for split_size, pack in ((None, 8), (256, 1)):
         one = wide_chunk(Window(), True, split_size)
         near = replace(one, window=replace(one.window, max_visible=1024))
-        assert (why_not_tiles(near, 132) is None) == taken
+        assert hopper_launch(Work(near, Target("sm_90", 132))).pack == pack

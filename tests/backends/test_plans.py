@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compile_variants import HEADS, OPTIONS, named, problem_of, tiles_of
+from compile_variants import HALVES, HEADS, OPTIONS, named, problem_of, tiles_of
 from launches import Recorder, fresh_arguments, plain, recording
 from torch import Tensor
 
@@ -227,7 +227,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return recording(monkeypatch)
 
 
-@pytest.mark.parametrize("row", pairwise(OPTIONS) + named(HEADS), ids=lambda row: " ".join(row.values()))
+@pytest.mark.parametrize("row", pairwise(OPTIONS) + named(HEADS + HALVES), ids=lambda row: " ".join(row.values()))
 def test_a_remembered_launch_passes_what_a_new_one_would(row: dict[str, str], recorder: Recorder) -> None:
     from swath.backends.triton.arguments import operands_of
 

@@ -115,9 +115,13 @@ def score_factor(scale_log2, k_scale, head, F: tl.constexpr):
 
 @triton.jit
 def scale_values(acc, v_scale, head, column, F: tl.constexpr):
-    """Accumulators or results [M, N] of the columns ``column`` of V, with its scale: all but a token scale."""
+    """Accumulators or results [M, N] of the columns ``column`` of V, with its scale: all but a token scale.
+
+    ``v_scale`` begins with the first column of the launch, which may have a part of V's (``Features.v_parts``).
+    """
     if F.v_fold == "channel":
-        return acc * channel_scale(v_scale, head, column, F.v_head_dim, column < F.v_head_dim)[None, :]
+        dim: tl.constexpr = F.v_head_dim * F.v_parts
+        return acc * channel_scale(v_scale, head, column, dim, column < F.v_head_dim)[None, :]
     else:
         return acc * head_scale(v_scale, head, True, F)
 

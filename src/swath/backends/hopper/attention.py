@@ -9,13 +9,11 @@ import torch
 from swath.backends.hopper.heuristics import (
     BOX_BYTES,
     HOPPER,
-    MANY_KEYS,
     MOST_TOKENS,
     HopperHeuristics,
     copies,
     decodes_in_tiles,
     in_boxes,
-    sees_many,
 )
 from swath.backends.triton.attention import Runner
 from swath.backends.triton.features import STORED
@@ -67,9 +65,6 @@ def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
         return f"{problem.q.dtype} queries; it multiplies values of 16 and 8 bits"
     if types and types.dots and problem.head_dim not in DOTS_HEAD_DIMS:
         return f"head_dim {problem.head_dim} of fp8 queries; they have {', '.join(map(str, DOTS_HEAD_DIMS))}"
-    wide = why_not_512(problem) if problem.head_dim == 512 else None
-    if wide is not None:
-        return wide
     if problem.keys.capacity + problem.q.shape[:-2].numel() > MOST_TOKENS:
         return f"room for more than {MOST_TOKENS:,} keys and query tokens in a sequence"
     fetched = [problem.q]
@@ -83,18 +78,6 @@ def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
         return "8-bit keys that are decoded in the tiles, not copied first"
     if not all(map(in_boxes, fetched)):
         return f"q, k or v is empty, or has a stride or an address that is no multiple of {BOX_BYTES} bytes"
-    return None
-
-
-def why_not_512(problem: Problem) -> str | None:
-    """What is not measured or does not fit of heads of 512: a launch for each half of V, with 32 keys in a tile."""
-    if copies(problem) is not None:
-        return "head_dim 512 over 8-bit keys"
-    window = problem.window
-    if window.bounds is not None and not (isinstance(window.global_tokens, int) and window.global_tokens == 0):
-        return "head_dim 512 under bounds of rows beside leading tokens: registers spill"
-    if not sees_many(problem):
-        return f"head_dim 512 under a window that shows a row at most {MANY_KEYS:,} keys: not measured yet"
     return None
 
 

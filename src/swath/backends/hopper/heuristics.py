@@ -72,8 +72,9 @@ positions of all its heads. 32 ragged sequences took, packed and not: 227 and 27
 3,118 (up to 2,047), 8,340 and 8,900 (up to 4,095); one of 8,192 tokens 788 and 781. Chunks that are all whole tiles
 have no such rows: four of 2,048 tokens under a window of 1,024 took 277 and 267."""
 MANY_KEYS = 4096
-"""Heads of 512 are taken where a window may show a row more keys: 128 tiles, beside which the two ends of a row tile,
-once for each half of V, are little. Without a window 8,192 tokens of 32 heads took 5,222 us, in Triton's tiles 11,992.
+"""Heads of 512 are packed where a window shows a row at most so many keys: a row tile of 128 positions visits four more
+tiles of 32 keys than one of 16, and makes their scores twice. 16,384 tokens of 32/4 heads took, packed and not: 1,933
+and 2,154 us under a window of 512, 3,003 and 3,236 of 1,024, 5,186 and 5,361 of 2,048, 9,166 and 9,250 of 4,096.
 """
 SECTION_KEYS = 8192
 """Keys that rows with bounds may see beyond which heads are taken in sections, as without a window: their order costs
@@ -112,7 +113,7 @@ def hopper_launch(work: Work) -> HopperLaunch:
     problem, F = work.problem, work.features
     # Few leading keys fit into the last tile of a window, if that is not full: packed rows see fewer keys.
     packed = is_short(problem) or F.lead != "" or few_tokens(problem) or problem.max_q_len <= MAX_STEPS
-    pack = heads_in_tile(problem, packed)
+    pack = heads_in_tile(problem, packed or (F.head_dim > 256 and not sees_many(problem)))
     launch = one_pass(F, problem, pack) or looped_launch(F, problem)
     launch = replace(launch, pack=pack, box_rows=box_rows(F, launch), uniform=problem.q.dim() == 4)
     return replace(launch, sections=not F.window or (F.bounds and keys_of_tile(problem) > SECTION_KEYS))

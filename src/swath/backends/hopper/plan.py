@@ -33,11 +33,12 @@ GLUON_DTYPES = {
 class BoxedCall(KernelCall):
     """A launch that takes some operands as boxes of these rows, or rows and columns: q as ``q_desc``.
 
-    first: the first column of V and out that it takes; both have 16 bits if it is not 0.
+    first: the first column that it takes of what is ``cut``: V, out, and a scale of V that has columns.
     """
 
     boxes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     first: int = 0
+    cut: tuple[str, ...] = ()
 
     def boxed(self, parameter: str) -> str | None:
         """The operand that a parameter takes as boxes, if it does."""
@@ -47,19 +48,20 @@ class BoxedCall(KernelCall):
     def arguments(self, operands: Operands) -> dict[str, Any]:
         """All arguments of the kernel by name."""
         given = KernelCall.arguments(self, operands)
-        if self.first:
-            given["out"] = given["out"][..., self.first :]
+        given |= {name: given[name][..., self.first :] for name in self.cut if name in given}
         return given | {f"{name}_desc": self._box(name, box, operands) for name, box in self.boxes.items()}
 
-    def offset(self, parameter: str) -> int:
+    def offset(self, parameter: str, operands: Operands) -> int:
         """Bytes of a parameter's operand that the launch passes over at its beginning."""
-        return 2 * self.first if parameter in ("v_desc", "out") else 0
+        name = parameter.removesuffix("_desc")
+        x = operands.get(self.sources.get(name, name)) if name in self.cut else None
+        return 0 if x is None else self.first * x.element_size()
 
     def _box(self, name: str, box: tuple[int, ...], operands: Operands) -> TensorDescriptor | None:
         x = operands[self.sources.get(name, name)]
         if x is None:
             return None
-        x = in_four_dimensions(name, x if name != "v" else x[..., self.first :])
+        x = in_four_dimensions(name, x[..., self.first :] if name in self.cut else x)
         shape = [*box] if len(box) == 4 else [*box, min(x.shape[-1], BOX_BYTES.value // x.element_size())]
         layout = gl.NVMMASharedLayout.get_default_for(shape, GLUON_DTYPES[x.dtype])
         return TensorDescriptor.from_tensor(x, shape, layout)
@@ -80,7 +82,7 @@ def hopper_tiles(work: Work, scratch: Scratch, heuristics: HopperHeuristics) -> 
     F = work.features
     if F.v_head_dim <= MOST_V_COLUMNS:
         return [launch_of(work, F, 0, scratch, heuristics)]
-    half = replace(F, v_head_dim=F.v_head_dim // 2)
+    half = replace(F, v_head_dim=F.v_head_dim // 2, v_parts=2)
     return [launch_of(work, half, first, scratch, heuristics) for first in (0, half.v_head_dim)]
 
 
@@ -110,4 +112,5 @@ def launch_of(work: Work, F: Features, first: int, scratch: Scratch, heuristics:
         sources = {"narrow_k": sources.get("k", "k"), "narrow_v": sources.get("v", "v")} | sources
     programs = min(num_tiles, launch.programs * work.target.num_sms)
     options = {"num_warps": 4} | ({"maxnreg": launch.registers} if launch.registers else {})
-    return BoxedCall(hopper_tile_kernel, programs, args, options, sources, boxes=boxes, first=first)
+    cut = ("v", "out", *(["v_scale"] if F.v_fold == "channel" else [])) if F.v_parts > 1 else ()
+    return BoxedCall(hopper_tile_kernel, programs, args, options, sources, boxes=boxes, first=first, cut=cut)

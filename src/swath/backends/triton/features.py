@@ -28,6 +28,7 @@ class Features:
     v_head_dim: int  # of V and out
     kv_heads: int
     group: int
+    v_parts: int = 1  # launches that share V's columns: each has ``v_head_dim`` of them
     causal: bool = True
     window: bool = False
     bounds: bool = False  # each row's window is loaded, not computed

@@ -78,11 +78,15 @@ def ready_launch(call: KernelCall, compiled: Any, operands: Operands, offsets: d
     parameters = call.kernel.arg_names
     boxed = [(i, p, call.boxed(p)) for i, p in enumerate(parameters, len(before))]
     boxes: list[tuple[int, str | None, int]] = [
-        (i, None, offsets[name]) if name in offsets else (i, name, call.offset(p))
+        (i, None if name in offsets else name, offsets.get(name, 0) + call.offset(p, operands))
         for i, p, name in boxed
         if name is not None
     ]
-    taken = [(i, call.sources.get(p, p), call.offset(p)) for i, p, name in boxed if p not in call.args and name is None]
+    taken = [
+        (i, call.sources.get(p, p), call.offset(p, operands))
+        for i, p, name in boxed
+        if p not in call.args and name is None
+    ]
     given = [(i, name, offset) for i, name, offset in taken if name not in offsets and operands.get(name) is not None]
     values = before + [call.args.get(p) for p in parameters]
     if boxes:
@@ -96,7 +100,7 @@ def ready_launch(call: KernelCall, compiled: Any, operands: Operands, offsets: d
         values=values,
         operands=[(i, name) for i, name, offset in given if offset == 0],
         moved=[(i, name, offset) for i, name, offset in given if offset > 0],
-        scratch=[(i, offsets[name]) for i, name, _ in taken if name in offsets],
+        scratch=[(i, offsets[name] + offset) for i, name, offset in taken if name in offsets],
         boxes=boxes,
     )
 

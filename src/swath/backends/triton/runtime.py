@@ -54,7 +54,7 @@ class KernelCall:
         """The operand that a parameter takes as boxes of the tensor memory accelerator, if it does."""
         return None
 
-    def offset(self, _parameter: str) -> int:
+    def offset(self, _parameter: str, _operands: Operands) -> int:
         """Bytes of a parameter's operand that the launch passes over at its beginning."""
         return 0
 
