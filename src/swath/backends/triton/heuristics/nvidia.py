@@ -36,7 +36,9 @@ def _wide_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
     if F.head_dim > 256:
         if block_m > 16:
             return SplitLaunch(32, 8, 2, resident=1)
-        return SplitLaunch(32, 4, 2) if F.quantised or F.compute_int8 else SplitLaunch(16, 4, 3, H200_512)
+        if F.quantised or F.compute_int8:
+            return SplitLaunch(32, 4, 2)
+        return SplitLaunch(32, 4, 3, H200_512, resident=1)
     if F.head_dim <= 64 and block_m == 16:
         return SplitLaunch(32, 1, 4, H200, resident=8) if short_run else SplitLaunch(64, 2, 3, H200, resident=4)
     if F.padded:
