@@ -62,9 +62,10 @@ EIGHT_BITS = [
 """Long prefills in int8, and of fp8 queries, whose scores the paired target multiplies in 8 bits."""
 FAST = [
     ("long ragged", "int8 fast", "128", "none", "plain", "64"),
-    ("long ragged", "int8 fast", "256", "size+count", "sink+lse", "64"),
+    ("long ragged", "int8 fast", "256", "wide window", "sink+lse", "64"),
     ("long ragged", "queries fast", "128", "size", "sink+lse", "flat 64"),
     ("long ragged", "queries fast", "256", "none", "plain", "64"),
+    ("long ragged", "queries fast", "256", "none", "softcap", "64"),
     ("long ragged", "queries fast", "64", "none", "softcap", "64"),
 ]
 """The same under ``compute="fast"``: p and V multiply in 8 bits too."""

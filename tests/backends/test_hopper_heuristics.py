@@ -10,6 +10,7 @@ import pytest
 import torch
 from compile_variants import OPTIONS, problem_of
 
+from conftest import plan_for
 from swath import Window
 from swath.backends.hopper.attention import why_not_tiles
 from swath.backends.hopper.heuristics import HOPPER, MOST_TOKENS, decodes_in_tiles, draws_tiles, hopper_launch
@@ -231,3 +232,27 @@ def test_promised_bounds_pack_heads_of_512_but_decide_no_bit_with_split_size() -
         one = wide_chunk(Window(), True, split_size)
         near = replace(one, window=replace(one.window, max_visible=1024))
         assert hopper_launch(Work(near, Target("sm_90", 132))).pack == pack
+
+
+@pytest.mark.parametrize(
+    ("storage", "head_dim", "window", "scoring", "shape"),
+    [
+        ("int8 fast", "128", "none", "plain", (128, 4, 2, False)),
+        ("queries fast", "128", "none", "plain", (128, 3, 2, False)),
+        ("queries head", "128", "none", "plain", (128, 3, 2, False)),
+        ("queries fast", "128", "size", "plain", (128, 4, 2, False)),  # two consumers under a window too
+        ("queries head", "128", "size", "plain", (64, 3, 1, False)),
+        ("queries fast", "256", "none", "plain", (128, 2, 2, True)),
+        ("int8 fast", "256", "none", "plain", (128, 2, 2, True)),
+        ("int8 fast", "256", "none", "softcap", (64, 4, 2, False)),  # registers spill
+        ("queries head", "256", "none", "plain", (64, 3, 2, False)),
+        ("queries fast", "64", "none", "plain", (128, 4, 2, False)),
+    ],
+)
+def test_tiles_of_8_bits_have_keys_and_stages_as_measured(
+    storage: str, head_dim: str, window: str, scoring: str, shape: tuple[int, int, int, bool]
+) -> None:
+    row = {"queries": "long ragged", "paging": "64", "storage": storage, "head_dim": head_dim}
+    plan = plan_for("hopper", problem(window=window, scoring=scoring, **row), Target("sm_90", 132))
+    launch = next(call.args["LAUNCH"] for call in plan.calls if "LAUNCH" in call.args)
+    assert (launch.block_n, launch.stages, launch.consumers, launch.products_first) == shape

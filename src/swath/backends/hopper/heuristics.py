@@ -1,4 +1,4 @@
-"""How tiles are launched on Hopper: launch rows, measured on an H200 but for V in e4m3, and what is for splits."""
+"""How tiles are launched on Hopper: launch rows, measured on an H200, and what is for splits."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ class HopperLaunch:
     box_rows: int = 0
     uniform: bool = False
     narrow_n: int = 0  # keys of a narrow tile: it and one of ``block_n`` hold all that a row tile sees
+    products_first: bool = False  # whether a step's products end before its softmax: fewer registers live, none overlap
     sections: bool = False  # whether heads are taken in sections whose keys the L2 cache holds, not all at once
 
     @property
@@ -160,18 +161,27 @@ def looped_launch(F: Features, problem: Problem) -> HopperLaunch:
 
 
 def narrow_keys_launch(F: Features, problem: Problem) -> HopperLaunch:
-    """For 8-bit queries and keys, which take half the room. Tiles of 64 keys in four stages were 11 to 15 % slower than
-    those of 128; for few keys and heads of 64 nothing else was measured."""
+    """For 8-bit queries and keys, which take half the room; with V in e4m3 a tile takes half in all.
+
+    Heads of 256, 8,192 tokens: with V in e4m3 tiles of 128 keys took 458 us (e4m3) and 462 (int8), those of 64 497 and
+    515 at best; 642 where products of e4m3 run beside the softmax, for registers spill, as they do with a soft cap
+    (1,072 bytes a thread). Heads of 128, 8,192 tokens: tiles of 64 keys took 18 to 25 % more. Three stages took 611 us
+    (e4m3), four 627; over int8 four 629, three 635. Under a window of 1,024, 2 x 16,384 tokens: one consumer took 864
+    us (int8) and 825 (e4m3), two 906 and 844; with V in e4m3 one 921 and 887, two 860 and 815. For few keys and heads
+    of 64 or 256 nothing else was measured.
+    """
     few = keys_of_tile(problem) <= SOME_KEYS
     if F.head_dim > 128:
-        return HopperLaunch(64, 4 if F.v_e4m3 else 3, 1)
-    if F.head_dim == 128 and few:
+        wide = F.v_e4m3 and not F.softcap
+        return HopperLaunch(128, 2, 1, products_first=True) if wide else HopperLaunch(64, 4 if F.v_e4m3 else 3, 1)
+    if F.head_dim == 128 and few and not F.v_e4m3:
         return HopperLaunch(
             64, 3, 2, consumers=1, programs=2, consumer_registers=216, producer_registers=40, registers=128
         )
-    if few:
+    if F.head_dim == 64 and few:
         return HopperLaunch(64, 3, 2, consumers=1, programs=3, consumer_registers=136, registers=80)
-    return HopperLaunch(128, 3 if F.head_dim > 64 and not F.v_e4m3 else 4, 2)
+    deep = F.head_dim == 64 or (F.v_e4m3 and (few or F.dots == "int8"))
+    return HopperLaunch(128, 4 if deep else 3, 2)
 
 
 def narrow_values_launch(F: Features, few: bool) -> HopperLaunch:

@@ -22,8 +22,11 @@ def masked_scores(
     """Scores s [M, N] with the soft cap, -inf where a row does not see the key, and the scale that makes them base-2.
 
     They belong to the key tile at place ``start`` of the list, from its column ``FIRST`` on. Keys before ``new_from``
-    are in another tile as well, and count there; None where there are none.
+    are in another tile as well, and count there; None where there are none. Products of int8 that nothing changes stay
+    integers, for ``fragment_softmax``.
     """
+    if MASKED or C.F.softcap:
+        s = s.to(gl.float32)
     s, scale = capped(s, rows, C)
     if MASKED:
         if C.F.lead == "":
@@ -117,7 +120,6 @@ def hide_outside_window_and_lead(s, start, new_from, rows, C: gl.constexpr):
 @gluon.jit
 def capped(s, rows, C: gl.constexpr):
     """Scores with the soft cap, if there is one, and the scale that makes them base-2: a number, or one a row [M]."""
-    s = s.to(gl.float32)
     scale = rows.scale_log2
     if C.F.softcap:
         s = soft_cap(s * (scale[:, None] if C.F.dots != "" else scale), rows.cap_log2)

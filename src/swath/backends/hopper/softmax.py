@@ -44,11 +44,17 @@ def fragment_softmax(s, scale, m, l, C: gl.constexpr):
     ``scale`` is a number, or of 8-bit queries without a soft cap one a row [M]. Else as in
     ``device.softmax.online_softmax``, but ``l`` [M, 4] is a sum for each thread, and m [M] may be up to ``SLACK`` below
     the maximum. For a p of e4m3 m is ``P_LOG2`` less, so that p and l are that much more.
+
+    Integer scores, products of int8, become floats after their maximum, for sm_90 has one of three integers: 8,192
+    tokens of 32 heads of 128 took 664 us so and 693 as floats, of 16 heads of 256 542 and 545.
     """
     LOG2: gl.constexpr = P_LOG2 if C.F.v_e4m3 else 0
-    m_new = fragment_max((s,), scale, m, LOG2) if loops_over_64(C) else kept_max(s, scale, m, LOG2)
+    if loops_over_64(C) or s.dtype == gl.int32:
+        m_new = fragment_max((s,), scale, m, LOG2)
+    else:
+        m_new = kept_max(s, scale, m, LOG2)
     m_new = gl.where(m_new > m + (E4M3_SLACK if C.F.v_e4m3 else SLACK), m_new, m)
-    p = exp_scores(s, scale, m_new, C.F.dots != "" and not C.F.softcap)
+    p = exp_scores(s.to(gl.float32), scale, m_new, C.F.dots != "" and not C.F.softcap)
     alpha = gl.exp2(m - m_new)
     return p, m_new, l * of_rows(alpha, l)[:, None] + thread_sums(p), alpha
 
