@@ -72,12 +72,24 @@ def decode(x, F: tl.constexpr):
 @triton.jit
 def unit_rows(q, divisor, F: tl.constexpr):
     """Query rows over an 8-bit cache as dot operands: divided by plus or minus their largest magnitude, in 127ths for
-    int8, in which NaN is 0."""
-    unit = q / divisor[:, None]
+    int8, in which rows without a finite divisor are 0."""
     if F.compute_int8:
-        return round_half_even(tl.where(unit == unit, unit, 0.0) * 127.0).to(tl.int8)
+        return int8_rows(q, divisor)
     else:
-        return unit.to(tl.float16)
+        return (q / divisor[:, None]).to(tl.float16)
+
+
+@triton.jit
+def int8_rows(x, divisor):
+    """Rows x [M, N] over divisors [M] in 127ths, rounded half to even, in few instructions an element: a product, not a
+    division, and the integer is what adding 1.5 * 2^23 leaves in the lowest byte.
+
+    ``lift``: without it the reciprocal of the smallest divisors would be infinite.
+    """
+    lift = tl.where(tl.abs(divisor) < 2.0**-60, 2.0**64, 1.0)
+    inverse = 127.0 / (divisor * lift)
+    bits = (x * lift[:, None] * inverse[:, None] + 12582912.0).to(tl.int32, bitcast=True)
+    return tl.where((tl.abs(divisor) < float("inf"))[:, None], bits, 0).to(tl.int8)
 
 
 @triton.jit

@@ -221,10 +221,10 @@ def load_unit_rows(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, F:
     even = 2 * column if F.pairs else column
     x_even = load_columns(q, offset, valid, even, k_scale, kv_head, F)
     x_odd = load_columns(q, offset, valid, even + 1, k_scale, kv_head, F) if F.pairs else x_even
-    size = tl.maximum(tl.abs(x_even), tl.abs(x_odd))
     if F.compute_int8:  # in which a row has no NaN, but may have the scores 0 x inf
-        size = tl.where(size == size, size, float("inf"))
-    largest = tl.max(size, 1)
+        largest = largest_or_inf(x_even) if not F.pairs else tl.maximum(largest_or_inf(x_even), largest_or_inf(x_odd))
+    else:
+        largest = tl.max(tl.maximum(tl.abs(x_even), tl.abs(x_odd)), 1)
     factor = largest * row_scale * (scale_log2 * head_scale(k_scale, kv_head, False, F))
     if F.compute_int8:
         factor *= 1.0 / 127.0
@@ -233,6 +233,14 @@ def load_unit_rows(q, offset, valid, row_scale, k_scale, kv_head, scale_log2, F:
     divisor = tl.where(factor == factor, divisor, float("nan"))
     factor = tl.where(factor == factor, tl.maximum(tl.abs(factor), SMALLEST_FACTOR), float("inf"))
     return unit_rows(x_even, divisor, F), unit_rows(x_odd, divisor, F), factor
+
+
+@triton.jit
+def largest_or_inf(x):
+    """The largest magnitude [M] of rows [M, N], or infinity where there is a NaN, whose bits are above all numbers' as
+    integers."""
+    largest = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+    return tl.where(largest == largest, largest, float("inf"))
 
 
 @triton.jit
