@@ -41,9 +41,11 @@ class FakeEngine:
 
     version, graphs = "fake 1.0", "none"
 
-    def __init__(self, wrong: float = 1.0, graph_shift: float = 0.0, decodes: bool = True) -> None:
+    def __init__(
+        self, wrong: float = 1.0, graph_shift: float = 0.0, decodes: bool = True, graphed: Sequence[int] = (3, 4)
+    ) -> None:
         self.left: dict[str, int] = {}
-        self.wrong, self.graph_shift, self.decodes = wrong, graph_shift, decodes
+        self.wrong, self.graph_shift, self.decodes, self.graphed = wrong, graph_shift, decodes, graphed
         self.look: Callable[[Call], None] | None = None
 
     @property
@@ -65,8 +67,8 @@ class FakeEngine:
                 self.look(attention(7, self.wrong, seed))
                 if self.decodes:
                     self.look(attention(1, self.wrong, seed))
-        shift = 0.0 if self.look is not None else self.graph_shift
-        return [[{3: -1.0 + shift, 4: -2.0}] * new_tokens for _ in prompts]
+        shift, (chosen, other) = (0.0, (3, 4)) if self.look is not None else (self.graph_shift, self.graphed)
+        return [[{chosen: -1.0 + shift, other: -2.0}] * new_tokens for _ in prompts]
 
     @contextmanager
     def watched(self, look: Callable[[Call], None]) -> Iterator[None]:
@@ -118,6 +120,7 @@ def test_a_job_becomes_a_row(tmp_path: Path) -> None:
         (FakeEngine(wrong=1.2), a_job("FLASH_ATTN"), "an error of 2.0e-01"),
         (FakeEngine(wrong=torch.nan), a_job("FLASH_ATTN"), "an error of inf"),
         (FakeEngine(graph_shift=0.7), a_job(), "0.7 apart"),
+        (FakeEngine(graphed=(5, 6)), a_job(), "inf apart"),
         (FakeEngine(decodes=False), a_job(), "did not see decode"),
     ],
 )
@@ -135,6 +138,15 @@ def test_what_is_not_wrong_is_timed() -> None:
     assert coarse.budget_used is not None
     assert coarse.budget_used > 1
     assert run(FakeEngine(graph_shift=0.7), a_job(model="gpt-oss-20b")).status == "ok"
+
+
+def test_answers_without_a_common_token_have_no_difference(tmp_path: Path) -> None:
+    """It is no number, and the row of a model with routing is read again."""
+    row = run(FakeEngine(graphed=(5, 6)), a_job(model="gpt-oss-20b"))
+    assert isinstance(row, Served)
+    assert row.graph_difference is None
+    append(tmp_path / "rows.jsonl", [row])
+    assert read(tmp_path / "rows.jsonl") == [row]
 
 
 def test_answers_are_compared_up_to_where_they_part() -> None:

@@ -117,7 +117,7 @@ class Served(Row):
 
     - layers, of the depth of the real model; cache: what keys and values are stored as; graphs: which steps have them
     - checked_calls: calls of attention that were held to float64; graph_difference: of log-probabilities, with CUDA
-      graphs and without
+      graphs and without, or None where the two answers part and have no likely token in common
     - start_s: until the engine takes requests, its compilation included; first_prompt_s: the first prompt after that,
       which compiles what the start did not
     - first_token_ms: of one prompt alone; all_first_tokens_s: of all sequences of the decode together
@@ -132,7 +132,7 @@ class Served(Row):
     cache: str
     graphs: str
     checked_calls: int
-    graph_difference: float
+    graph_difference: float | None = None
     start_s: float
     first_prompt_s: float
     first_token_ms: float

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from statistics import median
 from typing import Any
 
@@ -65,7 +66,7 @@ def measure(job: Job, load: Load, start: Start, origin: Origin, tell: Tell) -> R
         cache=job.cache,
         graphs=engine.graphs,
         checked_calls=checker.looked,
-        graph_difference=apart,
+        graph_difference=apart if isfinite(apart) else None,
         start_s=start_s,
         first_prompt_s=first_prompt_s,
         first_token_ms=median(singles) * 1e3,
