@@ -255,3 +255,7 @@ def installed(modules: dict[str, tuple[str, ...]] = MODULES) -> Iterator[None]:
         for name in sys.modules.keys() - before.keys():
             if name.startswith(("sglang", "swath.engines.sglang.")):
                 del sys.modules[name]
+                package, _, own = name.rpartition(".")
+                vars(sys.modules.get(package, SimpleNamespace())).pop(
+                    own, None
+                )  # ``from package import own`` finds it there

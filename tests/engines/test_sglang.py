@@ -18,6 +18,7 @@ from sglang_batch import FULL, WINDOWED, Batch, Served
 
 from conftest import each_backend
 from swath import PageTable
+from swath.ops.signature import ALIGNMENT
 
 
 @pytest.fixture(scope="module")
@@ -314,10 +315,10 @@ def test_what_is_compiled_at_the_start_looks_like_a_pass(
     served.backend.init_forward_metadata(served.forward_batch())
     steps, windowed = served.backend.forward_metadata, batch.two_pools and layer_id == WINDOWED
     real = steps.window if windowed else steps.full
-    like = served.backend._step_like(
+    like = served.backend._steps_like(
         windowed, len(batch.kv_lens), sum(batch.q_lens), max(batch.q_lens), max(batch.kv_lens)
     )  # fmt: skip
-    assert looks(real) == looks(like)
+    assert looks(real) in map(looks, like)
 
 
 def test_what_a_server_may_be_sent_is_compiled_at_the_start(
@@ -336,12 +337,12 @@ def test_what_a_server_may_be_sent_is_compiled_at_the_start(
     on_gpu = kept._replace(cache=SimpleNamespace(k=SimpleNamespace(is_cuda=True)))
     for _ in range(2):
         served.warm(served.layers[WINDOWED], on_gpu)
-    [(layers, dtype, traffic, step_of)] = warmed
+    [(layers, dtype, traffic, steps_of)] = warmed
     assert layers == [(kept.layer, on_gpu.cache, 4)]
     assert dtype == torch.float16
     assert (traffic.max_seqs, traffic.max_kv_len, traffic.steps) == (8, 320, (1, 4))
     for sizes in list(traffic.shapes())[::50]:
-        assert step_of(*sizes).num_tokens == sizes[1]
+        assert {step.num_tokens for step in steps_of(*sizes)} == {sizes[1]}
 
 
 def looks(step: Any) -> Any:
@@ -350,7 +351,7 @@ def looks(step: Any) -> Any:
     entries, rows = (table.entries, table.rows) if isinstance(table, PageTable) else (table, None)
     tensors = (entries, rows, step.seq_lens, step.slots, step.cu_seqlens_q)
     return (
-        [None if x is None else (x.dtype, x.shape) for x in tensors],
+        [None if x is None else (x.dtype, x.shape, x.data_ptr() % ALIGNMENT) for x in tensors],
         step.num_tokens,
         step.max_q_len,
         step.max_kv_len,

@@ -51,6 +51,10 @@ def step_of(num_seqs: int, num_tokens: int, max_q_len: int, max_kv_len: int) -> 
     return Step(table, ints[1:], slots, num_tokens, max_q_len, max_kv_len, ints)
 
 
+def steps_of(*sizes: int) -> list[Step]:
+    return [step_of(*sizes)]
+
+
 def kernels(problem: Problem) -> Iterator[tuple[Any, ...]]:
     """What Triton compiles for a call on an H200: kernels, constants, options, and which tensors there are."""
     backend = tiles_of(problem, "sm_90")[-1]
@@ -89,8 +93,8 @@ def test_traffic_finds_its_kernels_compiled(model: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(warmup, "warmup", compiling)
     monkeypatch.setattr(warmup, "_warmed", set())
-    warmup.warm([(layer, cache, num_q_heads) for layer in layers], torch.bfloat16, TRAFFIC, step_of)
-    assert warmup.warm([(layer, cache, num_q_heads) for layer in layers], torch.bfloat16, TRAFFIC, step_of) == 0
+    warmup.warm([(layer, cache, num_q_heads) for layer in layers], torch.bfloat16, TRAFFIC, steps_of)
+    assert warmup.warm([(layer, cache, num_q_heads) for layer in layers], torch.bfloat16, TRAFFIC, steps_of) == 0
     missing = set()
     for step in random_steps(150):
         for layer in layers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,16 +39,18 @@ class Traffic:
         """Steps that need different kernels, more or less: ``(num_seqs, num_tokens, max_q_len, max_kv_len)``.
 
         Few tokens for ever more sequences, over short contexts and long ones; prompts, alone and in chunks of a long
-        one; and both in one batch.
+        one; and both in one batch: beside the longest chunk ever more sequences, which fill the GPU uncut or do not.
         """
+        longest_chunk = min(self.max_tokens, LONGEST_CHUNK)
         contexts = sorted({min(n, self.max_kv_len) for n in (*CONTEXTS, self.max_kv_len)})
         for kv_len in contexts:
             for num_seqs in rising(self.max_seqs):
                 for steps in sorted({*self.steps, *FEW_TOKENS}):
                     if num_seqs * steps <= self.max_tokens:
                         yield num_seqs, num_seqs * steps, steps, kv_len
-            for tokens in rising(min(self.max_tokens, LONGEST_CHUNK)):
-                for num_seqs in sorted({min(n, self.max_seqs, tokens) for n in (1, 8, self.max_seqs)}):
+            for tokens in rising(longest_chunk):
+                batches = rising(self.max_seqs) if tokens == longest_chunk else (1, 8, self.max_seqs)
+                for num_seqs in sorted({min(n, self.max_seqs, tokens) for n in batches}):
                     longest = tokens - num_seqs + 1
                     yield num_seqs, tokens, longest, max(kv_len, longest)
 
@@ -66,7 +68,7 @@ def rising(most: int) -> Iterator[int]:
 
 def warm(
     layers: Iterable[tuple[Layer, PagedKV, int]], dtype: torch.dtype, traffic: Traffic,
-    step_of: Callable[[int, int, int, int], Step],
+    steps_of: Callable[[int, int, int, int], Sequence[Step]],
 ) -> int:  # fmt: skip
     """Compile the kernels of layers. Nothing runs, and nothing is compiled twice for layers that are alike.
 
@@ -74,7 +76,8 @@ def warm(
         layers: each with a cache laid out as the engine's, of any number of pages, and its number of query heads.
         dtype: of queries.
         traffic: what the engine may send.
-        step_of: a step of these sequences, tokens, longest query and longest context, its tensors as the engine's.
+        steps_of: the steps that the engine may make of these sequences, tokens, longest query and longest context,
+            their tensors as the engine's, also in how addresses are aligned.
 
     Returns:
         The calls that were compiled.
@@ -83,14 +86,13 @@ def warm(
     for layer, cache, num_q_heads in layers:
         sink = None if layer.sink is None else layer.sink.dtype
         with torch.no_grad():
-            spanned = step_of(1, 2, 2, 2).spans is not None
+            spanned = any(step.spans is not None for step in steps_of(1, 2, 2, 2))
             kind = (layer.numbers, sink, cache_look(cache), num_q_heads, dtype, traffic, spanned)
         if kind in _warmed:
             continue
         _warmed.add(kind)
         with in_threads(cache.k.device):
-            for sizes in traffic.shapes():
-                step = step_of(*sizes)
+            for step in (step for sizes in traffic.shapes() for step in steps_of(*sizes)):
                 q = torch.empty(step.num_tokens, num_q_heads, cache.head_dim, dtype=dtype, device=cache.k.device)
                 arguments, options = step.call(layer, q, cache, q.new_empty(*q.shape[:-1], cache.v_head_dim))
                 warmup(paged_attention, *arguments, **options, impl=layer.impl)

@@ -221,26 +221,39 @@ class SwathBackend(AttentionBackend):  # type: ignore[misc]  # SGLang ships no t
         if not kept.cache.k.is_cuda or torch.cuda.is_current_stream_capturing():
             return
         begin = time.perf_counter()
-        traffic = Traffic(self.requests.shape[0] - 1, LONGEST_CHUNK, self.requests.shape[1], self._uniform)
-        of_layer = [(kept.layer, kept.cache, layer.tp_q_head_num)]
-        if calls := warm(of_layer, self.dtype, traffic, partial(self._step_like, kept.windowed)):
+        if calls := self._warm_for(layer, kept):
             took = time.perf_counter() - begin
             logger.info("swath compiled %d calls for layers as %d in %.1f s", calls, layer.layer_id, took)
+
+    def _warm_for(self, layer: Any, kept: Kept) -> int:
+        """Compile what a layer will need: the calls that were compiled."""
+        traffic = Traffic(self.requests.shape[0] - 1, LONGEST_CHUNK, self.requests.shape[1], self._uniform)
+        of_layer = [(kept.layer, kept.cache, layer.tp_q_head_num)]
+        return warm(of_layer, self.dtype, traffic, partial(self._steps_like, kept.windowed))
 
     @property
     def _uniform(self) -> tuple[int, ...]:
         """Tokens of each sequence, in passes where all have as many."""
         return (1,) if not self.settings.drafts else (1, self.settings.drafts)
 
-    def _step_like(self, windowed: bool, num_seqs: int, num_tokens: int, max_q_len: int, max_kv_len: int) -> Step:
-        """A step of this shape, its tensors as those of a pass."""
-        ints = torch.zeros(num_seqs + 1, dtype=torch.int32, device=self.requests.device)
-        slots = torch.zeros(num_tokens, dtype=torch.int64, device=ints.device)
+    def _steps_like(
+        self, windowed: bool, num_seqs: int, num_tokens: int, max_q_len: int, max_kv_len: int
+    ) -> list[Step]:  # fmt: skip
+        """The steps of this shape, their tensors as those of a pass: kernels are compiled for how these are aligned.
+
+        Sequences of one token each are decode or prompts of which the cache has all the rest; those of several are
+        drafts that are verified, or prompts.
+        """
+        rows, seq_lens, cu_seqlens_q = (
+            torch.zeros(n, dtype=torch.int32, device=self.requests.device) for n in (num_seqs, num_seqs, num_seqs + 1)
+        )
+        slots = torch.zeros(num_tokens, dtype=torch.int64, device=self.requests.device)
         uniform = max_q_len in self._uniform and num_tokens == num_seqs * max_q_len
-        steps = self._both(
-            ints[1:], ints[1:], slots, num_tokens, max_q_len, max_kv_len, None if uniform else ints, False
-        )  # fmt: skip
-        return steps.window if windowed and steps.window is not None else steps.full
+        passes = [
+            self._both(rows, seq_lens, slots, num_tokens, max_q_len, max_kv_len, cu, False)
+            for cu in ((None, cu_seqlens_q) if uniform else (cu_seqlens_q,))
+        ]
+        return [x.window if windowed and x.window is not None else x.full for x in passes]
 
     def _windowed(self, layer: Any) -> bool:
         """Whether its keys are in the window's pool."""

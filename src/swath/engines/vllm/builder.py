@@ -76,9 +76,13 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         scheduler, speculation = config.scheduler_config, config.speculative_config
         steps = (1,) if speculation is None else (1, 1 + (speculation.num_speculative_tokens or 0))
         most = scheduler.max_num_seqs, scheduler.max_num_batched_tokens, config.model_config.max_model_len
-        makers = [self.step_of] + [self.step_with_span] * config.model_config.is_mm_prefix_lm
-        traffic, dtype = Traffic(*most, steps), config.model_config.dtype
-        return sum(warm(kinds.values(), dtype, traffic, step_of) for step_of in makers)
+        return warm(kinds.values(), config.model_config.dtype, Traffic(*most, steps), self.steps_of)
+
+    def steps_of(self, num_seqs: int, num_tokens: int, max_q_len: int, max_kv_len: int) -> list[Step]:
+        """The steps of this shape: one, and for models with images one of a batch that has an image."""
+        step = self.step_of(num_seqs, num_tokens, max_q_len, max_kv_len)
+        may_span = self.vllm_config.model_config.is_mm_prefix_lm and max_q_len > 1
+        return [step, self.with_spans(step, {0: [(0, 1)]})] if may_span else [step]
 
     def step_of(self, num_seqs: int, num_tokens: int, max_q_len: int, max_kv_len: int) -> Step:
         """A step of this shape, with tensors as vLLM's."""
@@ -90,11 +94,6 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
             max_kv_len=max_kv_len, cu_seqlens_q=ints,
         )  # fmt: skip
         return step if self.rswa_window is None else self.with_leading(step)
-
-    def step_with_span(self, num_seqs: int, num_tokens: int, max_q_len: int, max_kv_len: int) -> Step:
-        """``step_of`` of a batch with an image, if it has more than single tokens."""
-        step = self.step_of(num_seqs, num_tokens, max_q_len, max_kv_len)
-        return self.with_spans(step, {0: [(0, 1)]}) if max_q_len > 1 else step
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
         """The step, from tensors and host bounds of the batch."""
