@@ -244,6 +244,7 @@ def test_scores_below_zero(name: str, sizes: tuple[float, float]) -> None:
         "pages of 16, window",
         "holes",
         "padding rows",
+        "512, int8 pages",
     ],
 )
 def test_no_tile_is_lost_or_done_otherwise(name: str) -> None:
