@@ -271,6 +271,20 @@ def test_wrong_jobs_are_named() -> None:
     assert "behind the colon" in failure("bench", "serve", "mistral-7b:all/bf16/swath")
 
 
+def test_vllm_compiles_only_where_a_job_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU there is nothing to say; a compiled job leaves vLLM its own modes of compilation and of graphs."""
+    plain, compiled = (job_of("mistral-7b/bf16/swath", 8, compiled) for compiled in (False, True))
+    assert compiled.case == f"{plain.case} compiled"
+    assert vllm._platform(compiled) == {"enforce_eager": True}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = [vllm._platform(job) for job in (plain, compiled)]
+    assert [x["attention_backend"] for x in options] == ["CUSTOM", "CUSTOM"]
+    plainly, fully = (x["compilation_config"] for x in options)
+    assert plainly == {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"} | fully
+    assert fully == {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}
+    assert "is for vllm" in failure("bench", "serve", "--engine", "sglang", "--compiled")
+
+
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_call_of_vllm_is_read_from_its_layer(ours: bool) -> None:
     """swath's metadata has its own names, and its backend makes its own cache; others keep rows of K and V."""

@@ -57,6 +57,9 @@ def serve(
     ] = None,
     engine: Annotated[Name, typer.Option(help="What serves.")] = Name.vllm,
     layers: Annotated[int, typer.Option(min=1, metavar="N", help="Layers, rounded to the model's period.")] = 8,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="With vLLM's compilation of models, which is off otherwise.")
+    ] = False,
     budget: Annotated[
         float | None, typer.Option(min=0, metavar="SECONDS", help="Begin no job that may not end within this.")
     ] = None,
@@ -72,7 +75,9 @@ def serve(
     FLASH_ATTN and SGLang's fa3. Before a job is timed, rows of its attention are held to float64.
     """
     with one_line_errors():
-        wanted = [job_of(text, layers) for text in jobs or DEFAULT[engine.value]]
+        wanted = [job_of(text, layers, compiled) for text in jobs or DEFAULT[engine.value]]
+    if compiled and engine is not Name.vllm:
+        raise fail(f"--compiled is for vllm, not {engine.value}")
     if find_spec(engine.value) is None:
         raise fail(f"serve needs {engine.value}, which is not installed: pip install 'swath[{engine.value}]'")
     from swath.bench.serving.engine import Load
@@ -93,7 +98,7 @@ def serve(
     run_all(wanted, measure, output, budget)
 
 
-def job_of(text: str, layers: int) -> Job:
+def job_of(text: str, layers: int, compiled: bool = False) -> Job:
     """A job by its three names, of which the model's may say how many layers it has.
 
     Raises:
@@ -112,7 +117,7 @@ def job_of(text: str, layers: int) -> Job:
     if own and not (own.isdecimal() and int(own)):
         raise bad_value("layers", "a number of layers behind the colon", own)
     model = MODELS[name]
-    return Job(model, model.layers_near(min(int(own or layers), model.depth)), cache, backend)
+    return Job(model, model.layers_near(min(int(own or layers), model.depth)), cache, backend, compiled)
 
 
 def run_all(jobs: list[Job], measure: Callable[[Job], Row], output: Path, budget: float | None) -> None:

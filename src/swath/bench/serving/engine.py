@@ -18,17 +18,21 @@ Logprobs = list[dict[int, float]]
 
 @dataclass(frozen=True)
 class Job:
-    """One line of results: a model with some layers, over one kind of cache, on one attention backend of the engine."""
+    """One line of results: a model with some layers, over one kind of cache, on one attention backend of the engine.
+
+    ``compiled``: the engine compiles the model between calls of attention, as vLLM does unless it is told otherwise.
+    """
 
     model: Model
     layers: int
     cache: str
     backend: str
+    compiled: bool = False
 
     @property
     def case(self) -> str:
         """What several backends can be compared on."""
-        return f"{self.model.name} {self.layers} layers {self.cache}"
+        return f"{self.model.name} {self.layers} layers {self.cache}{' compiled' * self.compiled}"
 
 
 @dataclass(frozen=True)

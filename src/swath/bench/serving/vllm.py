@@ -67,19 +67,25 @@ def start(job: Job, load: Load) -> VllmEngine:
         model=str(folder), skip_tokenizer_init=True, load_format="dummy", seed=0, disable_log_stats=True,
         max_model_len=load.longest, max_num_seqs=MOST_REQUESTS, max_num_batched_tokens=load.prompt_len,
         enable_prefix_caching=False, kv_cache_dtype=CACHES.get(job.cache, job.cache),
-        kv_cache_memory_bytes=cache_bytes(job, load), **_platform(job.backend),
+        kv_cache_memory_bytes=cache_bytes(job, load), **_platform(job),
     )  # fmt: skip
     llm.apply_model(make_weights)
     return VllmEngine(llm)
 
 
-def _platform(backend: str) -> dict[str, Any]:
-    """The backend and CUDA graphs; on a CPU there is one backend and no graph."""
+def _platform(job: Job) -> dict[str, Any]:
+    """The backend, compilation and CUDA graphs; on a CPU there is one backend, and neither of the others.
+
+    A compiled job has vLLM's defaults: pieces between calls of attention, as graphs, and whole decode steps as graphs.
+    """
     if not torch.cuda.is_available():
         return {"enforce_eager": True}
     sizes = [2**i for i in range(MOST_GRAPHED.bit_length())]
-    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
-    return {"attention_backend": "CUSTOM" if backend == "swath" else backend, "compilation_config": graphs}
+    eager = {} if job.compiled else {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    return {
+        "attention_backend": "CUSTOM" if job.backend == "swath" else job.backend,
+        "compilation_config": {"cudagraph_capture_sizes": sizes, **eager},
+    }
 
 
 def cache_bytes(job: Job, load: Load) -> int:
