@@ -289,6 +289,33 @@ def test_a_mixed_batch_takes_three_kernels_and_a_few_more_over_8_bits(storage: s
 
 
 @has_triton
+@pytest.mark.parametrize(
+    ("rows", "num_seqs", "split_size", "mixed"),
+    [
+        (2048, 1, None, False),  # more rows than a sequence of a few has
+        (17, 1, None, False),
+        (2048, 1, 256, True),  # whether there are more decides no bit
+        (4096, 2, None, False),
+        (2048 + 17, 2, None, False),
+        (2048 + 16, 2, None, True),
+        (3 * 2048 + 17, 4, None, False),
+        (3 * 2048 + 16, 4, None, True),
+    ],
+)
+def test_no_splits_where_none_can_be_short(rows: int, num_seqs: int, split_size: int | None, mixed: bool) -> None:
+    cache = PagedKV.empty(torch.bfloat16, 2, 8, 16, 128)
+    cu, table = torch.zeros(num_seqs + 1, dtype=torch.int32), torch.zeros(num_seqs, 1024, dtype=torch.int32)
+    q = torch.empty(rows, 32, 128, dtype=torch.bfloat16)
+    longest = min(rows, 2048)
+    call = paged_call.prepare(q, cache, table, cu[1:], cu_seqlens_q=cu, max_q_len=longest, split_size=split_size)
+    for tiles, kernel in (("triton", "tile_kernel"), ("hopper", "hopper_tile_kernel")):
+        plan = plan_for(tiles, call, Target("sm_90", 132))
+        first = ["split_kernel", "reduce_kernel"] if mixed else []
+        assert [call.kernel.fn.__name__ for call in plan.calls] == [*first, kernel]
+        assert (plan.calls[-1].args["claimed"] > 0) == mixed
+
+
+@has_triton
 def test_chunks_among_decodes_have_room() -> None:
     """Two chunks of 2,048 tokens beside 62 decodes, all at 16,384 keys: as many rows of scratch as it may have."""
 
