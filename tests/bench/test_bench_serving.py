@@ -305,6 +305,7 @@ def test_sglangs_jobs_are_what_it_serves(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "no window" in job.model.in_words(8)
     assert sglang.served(a_job(model="gpt-oss-20b")).model.window == 128
     assert [sglang.registered(x) for x in (a_job("fa3"), job, a_job(model="gpt-oss-20b"))] == ["fa3", "swath", "triton"]
+    assert [sglang.most_requests(x) for x in (job, a_job(model="gpt-oss-20b"))] == [sglang.MOST_REQUESTS, None]
     assert registered == ["", "triton"]
 
 
@@ -318,7 +319,9 @@ def test_a_call_of_sglang_is_read_from_its_pools(windowed: bool) -> None:
         get_kv_buffer=lambda _: (kv, kv), layers_mapping={0: (0, windowed)},
         translate_loc_from_full_to_swa=lambda slots: slots - sglang.PAGE,
     )  # fmt: skip
-    runner = SimpleNamespace(token_to_kv_pool=pool, req_to_token_pool=SimpleNamespace(req_to_token=requests))
+    runner = SimpleNamespace(
+        token_to_kv_pool=pool, req_to_token_pool=SimpleNamespace(req_to_token=requests), attn_backend=None
+    )
     layer = SimpleNamespace(
         layer_id=0, tp_q_head_num=4, head_dim=16, v_head_dim=16, sliding_window_size=31 if windowed else -1, scaling=0.5
     )
@@ -336,6 +339,18 @@ def test_a_call_of_sglang_is_read_from_its_pools(windowed: bool) -> None:
         0,
         1,
     ]
+
+
+def test_queries_that_fa3_rounds_count_as_rounded() -> None:
+    """As those do that vLLM hands over in e4m3."""
+    kind = type("FlashAttentionBackend", (), {})
+    fa3, layer, q = kind(), SimpleNamespace(head_dim=128), torch.randn(3, 128)
+    fa3.kv_cache_dtype_str, fa3.kv_cache_dtype = "fp8_e4m3", torch.float8_e4m3fn
+    assert sglang._read(fa3, layer, q).dtype == torch.float8_e4m3fn
+    assert sglang._read(fa3, SimpleNamespace(head_dim=512), q) is q
+    assert sglang._read(SimpleNamespace(), layer, q) is q
+    fa3.kv_cache_dtype_str = "auto"
+    assert sglang._read(fa3, layer, q) is q
 
 
 def test_answers_of_sglang_have_the_chosen_token_first() -> None:

@@ -38,6 +38,8 @@ FORKS = False
 """SGLang asks the GPU what it is when it is imported: the process of each job imports it anew."""
 CLOSED = {"gpt-oss-20b": "triton"}
 """Models whose list of backends is closed: swath serves them under another's name."""
+TWO_POOLS = ("gpt-oss-20b",)
+"""Models whose windows have a pool of their own."""
 
 
 def prepare() -> str:
@@ -63,7 +65,7 @@ def start(job: Job, load: Load) -> SglangEngine:
     (folder / "config.json").write_text(json.dumps(job.model.config(job.layers)), encoding="utf-8")
     args = ServerArgs(
         model_path=str(folder), skip_tokenizer_init=True, load_format="dummy", random_seed=0, log_level="warning",
-        context_length=load.longest, max_running_requests=MOST_REQUESTS, chunked_prefill_size=load.prompt_len,
+        context_length=load.longest, max_running_requests=most_requests(job), chunked_prefill_size=load.prompt_len,
         max_prefill_tokens=load.prompt_len, max_total_tokens=(load.context + load.new_tokens + PAGE) * MOST_REQUESTS,
         swa_full_tokens_ratio=1.0, disable_radix_cache=True, page_size=PAGE,
         kv_cache_dtype=CACHES.get(job.cache, job.cache),
@@ -74,6 +76,15 @@ def start(job: Job, load: Load) -> SglangEngine:
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # the scheduler has streams of its own
     return engine
+
+
+def most_requests(job: Job) -> int | None:
+    """Requests at once that SGLang is told of; None: it may have thousands.
+
+    Where it is told, and keeps no prefixes, it gives a window's pool what decode needs: of gpt-oss 60,416 tokens, 7
+    prompts of 8,192, which it lets go of every 128 steps. So 64 sequences were never decoded together.
+    """
+    return None if job.model.name in TWO_POOLS else MOST_REQUESTS
 
 
 def registered(job: Job) -> str:
@@ -267,7 +278,7 @@ def _call(runner: Any, layer: Any, batch: Any, q: Any, out: Any, sinks: Any) -> 
         slots = pool.translate_loc_from_full_to_swa(slots)
     new = torch.ones_like(seq_lens) if batch.extend_seq_lens is None else batch.extend_seq_lens
     return Call(
-        q=q.reshape(-1, layer.tp_q_head_num, layer.head_dim),
+        q=_read(runner.attn_backend, layer, q).reshape(-1, layer.tp_q_head_num, layer.head_dim),
         out=out.reshape(-1, layer.tp_q_head_num, layer.v_head_dim),
         cache=_cache(pool, layer),
         block_table=(slots // PAGE).int(),
@@ -277,6 +288,16 @@ def _call(runner: Any, layer: Any, batch: Any, q: Any, out: Any, sinks: Any) -> 
         scale=layer.scaling,
         sink=sinks,
     )
+
+
+def _read(backend: Any, layer: Any, q: Any) -> Any:
+    """The queries that a backend's kernel reads: fa3 makes them e4m3 over a cache of e4m3, without a scale.
+
+    They count as they are then, as those do that vLLM hands to FLASH_ATTN.
+    """
+    is_fa3 = type(backend).__name__ == "FlashAttentionBackend"
+    rounds = is_fa3 and backend.kv_cache_dtype_str != "auto" and layer.head_dim <= 256
+    return q.to(backend.kv_cache_dtype) if rounds else q
 
 
 def _cache(pool: Any, layer: Any) -> PagedKV:
