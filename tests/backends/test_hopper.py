@@ -28,6 +28,9 @@ ONCE_PAGED = replace(ONCE, dense=False, page_size=8, size=122)
 E4M3 = torch.float8_e4m3fn
 FP8 = replace(PAGED, dtype=E4M3, quant=KVQuant(E4M3, "head"), q_scale="token")
 INT8 = replace(PAGED, quant=KVQuant(torch.int8, "channel"), compute="int8")
+FAST_FP8 = replace(FP8, page_size=64, compute="fast")
+FAST_INT8 = replace(INT8, page_size=64, compute="fast")
+"""p and V multiply in 8 bits as well."""
 WIDE = replace(LONG, kv_lens=(4700, 4300, 261, 40), q_lens=(500, 213, 130, 40), head_dim=512)
 """Heads of 512, some of whose rows do not see what windows of little more than 4,096 keys hide."""
 WIDE_INT8 = replace(PAGED, head_dim=512, quant=KVQuant(torch.int8, "channel"))
@@ -151,6 +154,18 @@ CASES = {
     "int8 products, holes, positions": replace(INT8, holes=True, q_start=(0, 200, -60, 10), gqa="interleaved"),
     "int8 products, a uniform batch": replace(INT8, kv_lens=(300, 1300, 150), q_lens=150, strided=True),
     "int8 products, padding rows": replace(INT8, q_lens=(700, 0, 130, 1), tail=150, table="flat", layout="nhd"),
+    "fast, fp8 queries": FAST_FP8,
+    "fast, fp8 queries, window, sink and LSE": replace(FAST_FP8, size=300, sink="fp32", table="flat"),
+    "fast, fp8 queries of 256, leading keys, holes": replace(
+        FAST_FP8, head_dim=256, size=600, global_tokens=70, holes=True, page_size=128
+    ),
+    "fast, fp8 queries of 256, not causal, padding rows": replace(FAST_FP8, head_dim=256, causal=False, tail=20),
+    "fast, fp8 queries of 256, soft cap": replace(FAST_FP8, head_dim=256, softcap=5.0),
+    "fast, fp8 queries of 64": replace(FAST_FP8, head_dim=64, quant=KVQuant(E4M3, "tensor", "channel")),
+    "fast, int8": FAST_INT8,
+    "fast, int8, window of many tiles, positions": replace(FAST_INT8, size=1290, q_start=(0, 200, -60, 10)),
+    "fast, int8 of 256, sink and LSE": replace(FAST_INT8, head_dim=256, sink="fp32", dtype=torch.float16),
+    "fast, int8 of 256, soft cap": replace(FAST_INT8, head_dim=256, softcap=5.0),
     "decode": DECODE,
     "decode, soft cap, sink and LSE": replace(DECODE, softcap=5.0, sink="fp32", dtype=torch.float16),
     "decode of 4 steps": replace(DECODE, q_lens=4),
@@ -245,6 +260,9 @@ def test_scores_below_zero(name: str, sizes: tuple[float, float]) -> None:
         "holes",
         "padding rows",
         "512, int8 pages",
+        "int8 products",
+        "fast, fp8 queries of 256, leading keys, holes",
+        "fast, int8",
     ],
 )
 def test_no_tile_is_lost_or_done_otherwise(name: str) -> None:
