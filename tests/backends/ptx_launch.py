@@ -10,6 +10,7 @@ import json
 import struct
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ CASES = {
     ),
     "192/128": Case((150, 90), (40, 70), dense=True, size=30, **SMALL | {"head_dim": 192}, v_head_dim=128),
     "fp8 queries": Case((150, 90), (40, 34), **BY_HEAD),
+    "fp8 queries, scales of any sign": Case((90,), (70,), **FP8_Q, quant=KVQuant(E4M3, "head"), q_scale="token"),
+    "fp8 queries of 256, a scale below 0": Case(
+        (90, 70), 64, **FP8_Q | {"head_dim": 256}, quant=KVQuant(E4M3), q_scale="tensor", sink="q", strided=True
+    ),
     "int8 products": Case(
         (1300,), (64,), q_start=(300,), **SMALL | {"group": 8}, quant=KVQuant(torch.int8, "channel"), compute="int8"
     ),
@@ -68,6 +73,8 @@ CASES = {
     ),
     "hostile bounds": Case((90,), (70,), ranges="hostile", softcap=5.0, tail=300, **SMALL | {"head_dim": 64}),
 }  # fmt: skip
+SIGNED = [name for name in CASES if "any sign" in name or "below 0" in name]
+"""Cases whose queries have scales below 0, or for some rows 0."""
 
 
 def launch(call: Any, operands: Any, programs: int) -> None:
@@ -99,14 +106,17 @@ def launch(call: Any, operands: Any, programs: int) -> None:
     Machine(program, params, descriptors, tensors).run(programs)
 
 
-def share_of_budget(case: Case) -> float:
-    """Of the worst element of a call whose tiles the kernel computes: at most 1.
+def share_of_budget(case: Case, signed: bool = False) -> float:
+    """Of the worst element of a call whose tiles the kernel computes: at most 1. ``signed``: as in ``SIGNED``.
 
     Raises:
         AssertionError: it is more.
         RuntimeError: the program does what a GPU would not survive.
     """
     inputs = make(case)
+    if signed and inputs.q_scale is not None:
+        signs = torch.arange(inputs.q_scale.numel()).view(inputs.q_scale.shape) % 3 - 1.0
+        inputs = replace(inputs, q_scale=inputs.q_scale * signs)
     problem = explain.prepare(inputs.op, *inputs.args, **{**inputs.options, "return_lse": True})
     plan = plan_for("hopper", problem, Target("sm_90", num_sms=132))
     operands = operands_of(problem) | plan.scratch.tensors("cpu")
@@ -124,19 +134,21 @@ def share_of_budget(case: Case) -> float:
 
 def copy(problem: Any, operands: Any) -> None:
     """What the launches before the tiles do: V's stored values, K with its channel scales, or, for products in 8 bits,
-    as it is, and q with all scales."""
-    cache, table = problem.keys.cache, problem.keys.table.entries
-    each = operands["new_k"].shape[0] // problem.num_seqs
+    as it is, and int8 rows of q with all scales."""
+    cache, table = problem.keys.cache, problem.keys.table
+    each = operands["new_v"].shape[0] // problem.num_seqs
     operands["new_table"].copy_(torch.arange(each) + each * torch.arange(problem.num_seqs)[:, None])
     for b in range(problem.num_seqs):
-        pages = table[b, :each].long()
+        pages = torch.full((each,), -1)
+        own = table.row(b, cache.page_size)[:each].long()
+        pages[: len(own)] = own
         live = (pages >= 0) & (pages < cache.num_pages)
         operands["new_table"][b, :each].masked_fill_(~live, -1)
         for name, x in (("new_k", cache.k), ("new_v", cache.v)):
             rows = operands[name][b * each : (b + 1) * each]
             rows.view(torch.uint8).fill_(0x7F)  # NaN, where nothing is copied
             stored = x[pages[live]].float()
-            if name == "new_k" and "new_q" not in operands:
+            if name == "new_k" and rows.dtype.itemsize > 1:
                 stored *= cache.k_scale[:, None]
             stored = stored.to(rows.dtype)
             rows[live] = side_by_side(stored) if name == "new_v" and problem.compute == "fast" else stored
@@ -145,14 +157,10 @@ def copy(problem: Any, operands: Any) -> None:
     scale = torch.ones(()) if cache.k_scale is None else cache.k_scale.float()
     scale = scale.expand(cache.num_kv_heads) if scale.dim() == 0 else scale
     scale = scale.repeat_interleave(problem.group, 0)  # [Hq] or [Hq, D]
-    if problem.q.dtype != E4M3:
-        x = problem.q.float() * (scale if scale.dim() == 2 else scale[:, None])
-        step = x.abs().amax(-1, keepdim=True) / 127
-        operands["new_q"].copy_((x / step).round())
-        operands["new_q_scale"].copy_(step[..., 0] * problem.score_unit)
-    else:
-        operands["new_q"].copy_(problem.q)
-        operands["new_q_scale"].copy_(problem.q_scale * scale * problem.score_unit)
+    x = problem.q.float() * (scale if scale.dim() == 2 else scale[:, None])
+    step = x.abs().amax(-1, keepdim=True) / 127
+    operands["new_q"].copy_((x / step).round())
+    operands["new_q_scale"].copy_(step[..., 0] * problem.score_unit)
 
 
 def side_by_side(v: torch.Tensor) -> torch.Tensor:
@@ -169,7 +177,7 @@ def main() -> None:
     stand_on("sm_90")
     for name in sys.argv[1:] or CASES:
         try:
-            said: Any = share_of_budget(CASES[name])
+            said: Any = share_of_budget(CASES[name], name in SIGNED)
         except (AssertionError, RuntimeError) as error:
             said = f"{type(error).__name__}: {error}"
         print(json.dumps({name: said}), flush=True)

@@ -192,6 +192,35 @@ def test_against_the_truth(case: Case) -> None:
     assert canary.broken() == 0
 
 
+@pytest.mark.parametrize("q_scale", ["token", "tensor"])
+@pytest.mark.parametrize("sign", [-1.0, 0.0, 1e-30])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_scales_of_fp8_queries_of_any_sign(head_dim: int, sign: float, q_scale: str) -> None:
+    """Queries, which are read where they lie, take up signs and zeros: of some rows of a tile, or of all."""
+    inputs = make(replace(FP8, head_dim=head_dim, q_scale=q_scale, size=200, page_size=64, sink="fp32"), "cuda")
+    given = inputs.q_scale
+    assert given is not None
+    some = torch.arange(given.numel(), device="cuda").view(given.shape) % 3 == 0
+    signed = replace(inputs, q_scale=torch.where(some, given * sign, given))
+    kept = signed.q.view(torch.uint8).clone()
+    signed.check(*signed.run("hopper"))
+    assert torch.equal(signed.q.view(torch.uint8), kept)
+
+
+def test_a_query_scale_of_nan_is_its_row_s_alone() -> None:
+    inputs = make(FP8, "cuda")
+    clean, _ = inputs.run("hopper")
+    given = inputs.q_scale
+    assert given is not None
+    given[5:300:7, 3] = torch.nan
+    out, lse = inputs.run("hopper")
+    bad = given.isnan()
+    assert out[bad].isnan().all()
+    assert lse[bad].isnan().all()
+    rows = sum(FP8.row_counts)
+    assert torch.equal(out[:rows][~bad[:rows]], clean[:rows][~bad[:rows]])
+
+
 NEAR = replace(PAGED, head_dim=64, group=8, bounds="tight")
 """Rows that see few keys, as the caller promises: heads are packed, and programs small."""
 

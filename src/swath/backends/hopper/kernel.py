@@ -14,14 +14,11 @@ masks and results are those of the Triton kernels (``triton/kernels/tile.py``), 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma_wait
 
 from swath.backends.device.cache import load_entries, page_in_sight, pages_in_sight, pages_of, table_row
-from swath.backends.device.quant import score_factor
 from swath.backends.device.softmax import FLOOR, state_of_sink
 from swath.backends.device.window import interior_of, reach_of, rows_of, view_near
 from swath.backends.gluon.key_tiles import key_tiles_of
@@ -52,12 +49,12 @@ from swath.backends.gluon.scheduler import (
     new_work_pipeline,
     release_work,
     reread_work,
-    tile_kv_head,
 )
 from swath.backends.hopper.config import config_of
 from swath.backends.hopper.epilogue import Output, epilogue, q_heads
 from swath.backends.hopper.load import load_qk_warp, load_v_warp
 from swath.backends.hopper.mainloop import QueryRows, attend_once, mainloop, score_layout
+from swath.backends.hopper.scales import ScoreScales, is_signed, score_scale
 from swath.backends.hopper.softmax import P_LOG2, sum_of_threads
 from swath.backends.triton.kernels.walk import reach_in_list
 
@@ -149,7 +146,8 @@ def next_rows(work_count, WG: gl.constexpr, sink, score_scales, pipes, batch, C:
     full = seen_by_all(own, key_tiles, C)
     scale_log2 = score_scale(i, work, WG, score_scales, C)
     all_live = all_pages_live(key_tiles, batch, C)
-    return QueryRows(key_tiles, m, l, reach, full, scale_log2, score_scales.cap_log2, all_live)
+    signed = is_signed(scale_log2, C)
+    return QueryRows(key_tiles, m, l, reach, full, scale_log2, signed, score_scales.cap_log2, all_live)
 
 
 @gluon.jit
@@ -160,28 +158,6 @@ def seen_by_all(rows, key_tiles, C: gl.constexpr):
     else:
         full_from, full_to = interior_of(key_tiles.band, rows, C.F)
         return full_from - key_tiles.walk.gap, full_to - key_tiles.walk.gap
-
-
-class ScoreScales(NamedTuple):
-    """What makes scores of products."""
-
-    scale_log2: gl.tensor  # > 0: to base 2, or to units of the soft cap
-    cap_log2: gl.tensor
-    k_scale: gl.tensor  # of 8-bit keys that were copied without it
-    q_scale: gl.tensor  # of 8-bit query rows, which has all that theirs and K's scales are
-
-
-@gluon.jit
-def score_scale(i, work, WG: gl.constexpr, scales, C: gl.constexpr):
-    """The score scale of a warpgroup's rows ``i`` [M]: one number, or of 8-bit queries one a row."""
-    if C.F.dots != "":
-        q_index = work.q_begin + WG * (CONSUMER_ROWS // C.pack) + i // C.pack
-        at = (work.q_row + q_index) * (C.F.kv_heads * C.F.group) + q_heads(i, work.head, C)
-        return gl.load(scales.q_scale + at, mask=q_index < work.q_len, other=1.0)
-    else:
-        kv_head = tile_kv_head(work, C)
-        # After the last work tile there is no such head.
-        return score_factor(scales.scale_log2, scales.k_scale, gl.minimum(kv_head, C.F.kv_heads - 1), C.F)
 
 
 @gluon.jit

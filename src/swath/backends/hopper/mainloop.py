@@ -28,6 +28,7 @@ from swath.backends.gluon.pipeline import (
 )
 from swath.backends.hopper.epilogue import release_stored_rows
 from swath.backends.hopper.mask import masked_scores
+from swath.backends.hopper.scales import positive_scale
 from swath.backends.hopper.softmax import (
     fragment_max,
     fragment_softmax,
@@ -51,7 +52,8 @@ class QueryRows(NamedTuple):
     l: gl.tensor  # [M]
     reach: gl.tensor  # a Reach in places of the list of keys
     full: gl.tensor
-    scale_log2: gl.tensor  # a number, or of 8-bit queries [M]
+    scale_log2: gl.tensor  # a number, or (``F.row_scales``) [M]
+    signed: gl.tensor  # of fp8 queries whether it need not be above 0: see ``hopper/scales.py``
     cap_log2: gl.tensor
     all_live: gl.tensor
 
@@ -68,6 +70,8 @@ def mainloop(kv_count, work_count, WG: gl.constexpr, rows, output, pipes, batch,
     q, k = query_state(pipes.q, work_count, WG, C), key_state(pipes.k, kv_count, C)
     start, new_from = key_tile(0, key_tiles, C)
     consumer_wait(q)
+    if C.F.dots == "e4m3":
+        rows = with_positive_scale(rows, q.tile, C)
     consumer_wait(k)
     s = warpgroup_mma_wait(0, deps=[start_scores(q.tile, k.tile, C)])  # [M, N]
     consumer_release("k", kv_count, C)
@@ -86,6 +90,14 @@ def mainloop(kv_count, work_count, WG: gl.constexpr, rows, output, pipes, batch,
     v = pipeline_state(pipes.v, kv_count + key_tiles.walk.total - 1)
     consumer_wait(v)
     return m, l, warpgroup_mma(as_operand(p, acc, v.tile.dtype), right_operand(v.tile, C), acc, is_async=True)
+
+
+@gluon.jit
+def with_positive_scale(rows, q, C: gl.constexpr):
+    """The rows of fp8 queries, whose tile q has come, with a score scale above 0."""
+    key_tiles, m, l, reach, full, scale_log2, signed, cap_log2, all_live = rows
+    scale_log2 = positive_scale(scale_log2, signed, q, C)
+    return QueryRows(key_tiles, m, l, reach, full, scale_log2, signed, cap_log2, all_live)
 
 
 @gluon.jit

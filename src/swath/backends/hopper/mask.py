@@ -122,7 +122,7 @@ def capped(s, rows, C: gl.constexpr):
     """Scores with the soft cap, if there is one, and the scale that makes them base-2: a number, or one a row [M]."""
     scale = rows.scale_log2
     if C.F.softcap:
-        s = soft_cap(s * (scale[:, None] if C.F.dots != "" else scale), rows.cap_log2)
+        s = soft_cap(s * (scale[:, None] if C.F.row_scales else scale), rows.cap_log2)
         scale = 1.0
     return s, scale
 

@@ -41,7 +41,7 @@ others rows 0 to 7. Warps are 16 rows apart.
 def fragment_softmax(s, scale, m, l, C: gl.constexpr):
     """Take in a tile of scores [M, N] whose product with ``scale`` is in base 2: p [M, N], m, l and the factor alpha.
 
-    ``scale`` is a number, or of 8-bit queries without a soft cap one a row [M]. Else as in
+    ``scale`` is a number, or (``F.row_scales``) without a soft cap one a row [M]. Else as in
     ``device.softmax.online_softmax``, but ``l`` [M, 4] is a sum for each thread, and m [M] may be up to ``SLACK`` below
     the maximum. For a p of e4m3 m is ``P_LOG2`` less, so that p and l are that much more.
 
@@ -54,7 +54,7 @@ def fragment_softmax(s, scale, m, l, C: gl.constexpr):
     else:
         m_new = kept_max(s, scale, m, LOG2)
     m_new = gl.where(m_new > m + (E4M3_SLACK if C.F.v_e4m3 else SLACK), m_new, m)
-    p = exp_scores(s.to(gl.float32), scale, m_new, C.F.dots != "" and not C.F.softcap)
+    p = exp_scores(s.to(gl.float32), scale, m_new, C.F.row_scales and not C.F.softcap)
     alpha = gl.exp2(m - m_new)
     return p, m_new, l * of_rows(alpha, l)[:, None] + thread_sums(p), alpha
 

@@ -59,14 +59,19 @@ class Features:
 
     @property
     def copied_k_fold(self) -> str:
-        """The scales of K that a copy of 8-bit keys leaves to the scores: others are multiplied into it, or (for 8-bit
+        """The scales of K that a copy of 8-bit keys leaves to the scores: others are multiplied into it, or (for int8
         products) into the queries."""
-        return self.k_fold if self.k_fold in ("tensor", "head") and not self.dots else "none"
+        return self.k_fold if self.k_fold in ("tensor", "head") and self.dots != "int8" else "none"
 
     @property
     def copied_v_fold(self) -> str:
         """The same of V."""
         return "none" if self.v_fold == "token" else self.v_fold
+
+    @property
+    def row_scales(self) -> bool:
+        """Whether tiles of 8-bit products have a score scale for each row, not one for all."""
+        return self.dots == "int8" or (self.dots == "e4m3" and self.q_scale == "row")
 
     @property
     def unit(self) -> int:

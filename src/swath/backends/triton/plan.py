@@ -128,7 +128,7 @@ def copied(work: Work, types: CopyTypes, scratch: Scratch) -> tuple[list[KernelC
     """The launch that copies visible pages into scratch, and what tiles then see: the scratch as a 16-bit cache.
 
     It has the stored values where their scales can be applied to scores or results later. For products of
-    queries and keys in 8 bits one more launch prepares the queries. Where more sequences may need the scratch than have
+    queries and keys in int8 one more launch prepares the queries. Where more sequences may need the scratch than have
     room there, a second work is for the others, over the cache itself.
     """
     problem = work.problem
@@ -150,7 +150,7 @@ def copied(work: Work, types: CopyTypes, scratch: Scratch) -> tuple[list[KernelC
     names = {"k": "new_k", "v": "new_v", "table": "new_table", "table_index": ""}
     names |= {f"{name}_scale": "" for name, fold in zip("kv", folds, strict=True) if fold == "none"}
     calls = [copying(work, F, pages, rows, width)]
-    if dots:
+    if dots == "int8":
         calls.append(quantising(work, F, scratch))
         names |= {"q": "new_q", "q_scale": "new_q_scale"}
     parts = [replace(work, problem=replace(problem, keys=copy), sources=names, copied=Copied(*folds, dots, v_e4m3))]
@@ -174,12 +174,11 @@ def copying(work: Work, F: Features, pages: int, rows: int, width: int) -> Kerne
 
 
 def quantising(work: Work, F: Features, scratch: Scratch) -> KernelCall:
-    """The launch that makes all query rows ones of an 8-bit type."""
+    """The launch that makes all query rows ones of int8."""
     problem = work.problem
-    shape, dtype = problem.q.shape[:-1], torch.int8 if F.compute_int8 else problem.q.dtype
-    scratch.add("new_q", dtype, *problem.q.shape)
+    shape = problem.q.shape[:-1]
+    scratch.add("new_q", torch.int8, *problem.q.shape)
     scratch.add("new_q_scale", torch.float32, *shape)
     steps, rows = (problem.steps if problem.q.dim() == 4 else shape[0]), shape[:-1].numel()
     args = shared_args(work, F) | {"steps": steps, "num_rows": rows, "ROWS": QUANTISE_ROWS}
-    views = {name: kernel_dtype(x) for name, x in (("q", problem.q.dtype), ("new_q", dtype))}
-    return KernelCall(quantise_kernel, ceil_div(rows, QUANTISE_ROWS) * shape[-1], args, {"num_warps": 4}, views=views)
+    return KernelCall(quantise_kernel, ceil_div(rows, QUANTISE_ROWS) * shape[-1], args, {"num_warps": 4})

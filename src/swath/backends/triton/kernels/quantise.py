@@ -1,17 +1,17 @@
-"""Query rows in 8 bits: as a caller asks for them, and as they multiply with 8-bit keys, all scales in one a row."""
+"""Query rows in 8 bits: as a caller asks for them, and as they multiply with int8 keys, all scales in one a row."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from swath.backends.device.quant import SMALLEST_FACTOR, encode_e4m3, head_scale, own_scale
-from swath.backends.triton.kernels.query import kv_head_of, load_unit_rows, query_scale
+from swath.backends.device.quant import encode_e4m3, own_scale
+from swath.backends.triton.kernels.query import kv_head_of, load_unit_rows
 
 
 @triton.jit(do_not_specialize=("steps", "num_rows"))
 def quantise_kernel(
-    q, new_q, new_q_scale, q_scale, k_scale, scale_log2, steps, num_rows, q_seq, q_token, q_head, F: tl.constexpr,
+    q, new_q, new_q_scale, k_scale, scale_log2, steps, num_rows, q_seq, q_token, q_head, F: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program per (``ROWS`` query tokens, query head), heads fastest: new_q [.., Hq, D], new_q_scale [.., Hq].
@@ -28,23 +28,9 @@ def quantise_kernel(
     new_row = row.to(tl.int64) * HEADS + head
     column = tl.arange(0, F.block_d)
     mask = valid[:, None] & (column < F.head_dim)[None, :]
-    if F.compute_int8:
-        x, _, factor = load_unit_rows(q, at, valid, 1.0, k_scale, kv_head, scale_log2, F)
-    else:
-        factor = query_scale(q_scale, new_row, valid, F) * (scale_log2 * head_scale(k_scale, kv_head, False, F))
-        x = tl.load(q + at[:, None] + column[None, :], mask=mask, other=0)
-        x, factor = positive_factor(x, factor + tl.zeros((ROWS,), tl.float32))
+    x, _, factor = load_unit_rows(q, at, valid, 1.0, k_scale, kv_head, scale_log2, F)
     tl.store(new_q + new_row[:, None] * F.head_dim + column[None, :], x, mask=mask)
     tl.store(new_q_scale + new_row, factor, mask=valid)
-
-
-@triton.jit
-def positive_factor(x, factor):
-    """Bytes of float8_e4m3fn [M, N] and factors [M] > 0 of their scores: signs, zeros and NaN go into the rows."""
-    x = tl.where((factor < 0)[:, None], x ^ 0x80, x)
-    x = tl.where((factor == 0)[:, None], 0, x)
-    x = tl.where((factor == factor)[:, None], x, 0x7F)
-    return x.to(tl.uint8), tl.where(factor == factor, tl.maximum(tl.abs(factor), SMALLEST_FACTOR), float("inf"))
 
 
 @triton.jit(do_not_specialize=("num_rows", "steps"))
