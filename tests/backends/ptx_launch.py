@@ -56,6 +56,13 @@ CASES = {
     "fp8 queries of 256, a scale below 0": Case(
         (90, 70), 64, **FP8_Q | {"head_dim": 256}, quant=KVQuant(E4M3), q_scale="tensor", sink="q", strided=True
     ),
+    "fp8 queries, pages of 64 by a flat table": Case(
+        (150, 90), (40, 34), **BY_HEAD | {"page_size": 64, "table": "flat", "holes": True, "index_dtype": torch.int64}
+    ),
+    "int8 products, slots of tokens": Case(
+        (1300, 1250), (40, 64), **SMALL | {"group": 8}, quant=KVQuant(torch.int8, "head", "channel"), compute="int8",
+        size=1260, table="rows", unit="token", holes=True, layout="nhd", bounds="loose",
+    ),
     "int8 products": Case(
         (1300,), (64,), q_start=(300,), **SMALL | {"group": 8}, quant=KVQuant(torch.int8, "channel"), compute="int8"
     ),
@@ -134,7 +141,7 @@ def share_of_budget(case: Case, signed: bool = False) -> float:
 
 def copy(problem: Any, operands: Any) -> None:
     """What the launches before the tiles do: V's stored values, K with its channel scales, or, for products in 8 bits,
-    as it is, and int8 rows of q with all scales."""
+    as it is, if it is copied then, and int8 rows of q with all scales."""
     cache, table = problem.keys.cache, problem.keys.table
     each = operands["new_v"].shape[0] // problem.num_seqs
     operands["new_table"].copy_(torch.arange(each) + each * torch.arange(problem.num_seqs)[:, None])
@@ -145,6 +152,8 @@ def copy(problem: Any, operands: Any) -> None:
         live = (pages >= 0) & (pages < cache.num_pages)
         operands["new_table"][b, :each].masked_fill_(~live, -1)
         for name, x in (("new_k", cache.k), ("new_v", cache.v)):
+            if name not in operands:
+                continue
             rows = operands[name][b * each : (b + 1) * each]
             rows.view(torch.uint8).fill_(0x7F)  # NaN, where nothing is copied
             stored = x[pages[live]].float()

@@ -67,8 +67,9 @@ def leave_room(inputs: Inputs, rows: int, monkeypatch: pytest.MonkeyPatch) -> Pr
     keys = problem.keys
     assert isinstance(keys, PagedKeys)
     pages = launch.scratch_pages(problem, keys)
-    elements = keys.num_kv_heads * (problem.head_dim + problem.v_head_dim)
-    row = pages * keys.cache.page_size * elements * launch.COPY_BYTES
+    types = hopper.copies(problem) or CopyTypes()
+    slot = keys.num_kv_heads * (problem.head_dim * types.k_bytes + problem.v_head_dim * types.v_bytes)
+    row = pages * keys.cache.page_size * slot
     table = 4 * problem.num_seqs * launch.table_pages(problem, keys)
     monkeypatch.setattr(launch, "SCRATCH_BYTES", rows * row + table)
     monkeypatch.setattr(paged_call, "_memory", Memory())
@@ -162,7 +163,7 @@ def test_the_copy_is_exact(stored: torch.dtype, dtype: torch.dtype, prepare: Pre
 @pytest.mark.parametrize("q_lens", [32, (40, 24)], ids=str)
 @pytest.mark.parametrize("impl", ["triton"], indirect=True)
 def test_what_int8_tiles_multiply(q_lens: int | tuple[int, ...], granularity: str, prepare: Prepare, impl: str) -> None:
-    """K is copied as it is. A row of q has K's scales, 127 in its largest place, and a factor that makes scores."""
+    """K stays where it is. A row of q has K's scales, 127 in its largest place, and a factor that makes scores."""
     from swath.backends.triton.arguments import operands_of
 
     storage = KVQuant(torch.int8, granularity)
@@ -177,8 +178,7 @@ def test_what_int8_tiles_multiply(q_lens: int | tuple[int, ...], granularity: st
     assert [call.kernel.fn.__name__ for call in plan.calls[-3:]] == [
         "dequantise_kernel", "quantise_kernel", "hopper_tile_kernel",
     ]  # fmt: skip
-    pages = inputs.block_table[0, :2].long()
-    assert torch.equal(operands["new_k"][:2], inputs.cache.k[pages])
+    assert plan.calls[-1].arguments(operands)["k_desc"].base.data_ptr() == inputs.cache.k.data_ptr()
     scale = inputs.cache.k_scale.reshape(-1, 1) if granularity != "channel" else inputs.cache.k_scale
     scaled = inputs.q.float() * scale.expand(2, 128).tile(16, 1) * problem.score_unit  # [.., Hq, D], heads by turns
     new_q, factor = operands["new_q"], operands["new_q_scale"]
@@ -217,24 +217,39 @@ def test_what_fast_products_have_for_values(case: Case, prepare: Prepare, impl: 
     copied = new_v.view(torch.uint8)
     assert torch.equal(copied[:-1], want[:-1])
     assert torch.equal(copied[-1, ..., :64], want[-1, ..., :64]), "of the last page, which ends within its second half"
-    assert operands["new_k"].dtype == case.storage.dtype
+    assert "new_k" not in operands
 
 
+@pytest.mark.parametrize("boxes", [True, False])
 @pytest.mark.parametrize("impl", ["triton"], indirect=True)
-def test_what_fp8_tiles_multiply(prepare: Prepare, impl: str) -> None:
-    """K is copied as it is. Queries are read where they lie, by whatever strides."""
+def test_what_fp8_tiles_multiply(boxes: bool, prepare: Prepare, impl: str) -> None:
+    """Queries and K are read where they lie, V by the table of its copy. K that no box fits is copied as it is."""
     from swath.backends.triton.arguments import operands_of
 
     fp8 = torch.float8_e4m3fn
     inputs = prepare(Case((40, 70), 32, group=16, dtype=fp8, quant=KVQuant(fp8, "head"), q_scale="token", strided=True))
+    k = inputs.cache.k
+    if not boxes:
+        k = torch.empty(*k.shape[:-1], 72, dtype=fp8)[..., :64].copy_(k)
+        inputs = replace(inputs, keys=replace(inputs.cache, k=k))
     problem = tooling.prepare(inputs.op, *inputs.args, **inputs.options)
     plan = plan_for("hopper", problem, target.target_of(problem.q.device))
     operands = {**operands_of(problem), **plan.scratch.tensors(problem.q.device)}
     copying, tiles = plan.calls
     copying.launch(operands)
-    pages = inputs.block_table[0, :2].long()
-    assert torch.equal(operands["new_k"][:2].view(torch.uint8), inputs.cache.k[pages].view(torch.uint8))
     taken = tiles.arguments(operands)
+    pages, table = inputs.block_table[:, :2].long(), operands["new_table"]
+    for b in range(2):
+        copied = operands["new_v"][table[b, :2].long()].float()
+        assert torch.equal(copied.nan_to_num(7), inputs.cache.v[pages[b]].float().nan_to_num(7))
+    if boxes:
+        assert "new_k" not in operands
+        assert taken["k_desc"].base.data_ptr() == k.data_ptr()
+        assert taken["table"].data_ptr() == inputs.block_table.data_ptr()
+        assert (taken["v_table"] is table, taken["v_table_width"]) == (True, table.shape[1])
+    else:
+        assert torch.equal(operands["new_k"][table[0, :2].long()].view(torch.uint8), k[pages[0]].view(torch.uint8))
+        assert (taken["table"] is table, taken["v_table"]) == (True, None)
     assert taken["q_desc"].base.data_ptr() == inputs.q.data_ptr()
     assert taken["q_scale"] is inputs.q_scale
     assert taken["k_scale"] is inputs.cache.k_scale
@@ -265,14 +280,17 @@ def test_sequences_are_ranked_among_hundreds(prepare: Prepare, impl: str, monkey
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"storage": "int8 fast"}, CopyTypes("int8", v_e4m3=True)),
+        ({"storage": "int8 fast"}, CopyTypes("int8", v_e4m3=True, k_stays=True)),
         ({"storage": "int8 fast", "head_dim": "64"}, CopyTypes()),
         ({"storage": "int8 fast", "window": "size"}, CopyTypes()),
         ({"storage": "int8 fast", "paging": "16"}, CopyTypes()),  # keys of a box lie side by side in a page
-        ({"storage": "queries fast"}, CopyTypes("e4m3", v_e4m3=True)),
-        ({"storage": "queries fast", "head_dim": "64", "window": "size+tensor"}, CopyTypes("e4m3", v_e4m3=True)),
-        ({"storage": "queries fast", "paging": "544"}, CopyTypes("e4m3")),
-        ({"storage": "queries fast", "window": "bounds"}, CopyTypes("e4m3")),
+        ({"storage": "queries fast"}, CopyTypes("e4m3", v_e4m3=True, k_stays=True)),
+        (
+            {"storage": "queries fast", "head_dim": "64", "window": "size+tensor"},
+            CopyTypes("e4m3", v_e4m3=True, k_stays=True),
+        ),
+        ({"storage": "queries fast", "paging": "544"}, CopyTypes("e4m3", k_stays=True)),
+        ({"storage": "queries fast", "window": "bounds"}, CopyTypes("e4m3", k_stays=True)),
         ({"storage": "queries fast", "queries": "decode"}, None),
     ],
 )

@@ -132,12 +132,12 @@ def test_long_prefills_over_8_bit_caches_dequantise_once(row: dict[str, str], ex
     ("row", "expected"),
     [
         ({"storage": "int8 channel"}, CopyTypes()),
-        ({"storage": "int8 compute"}, CopyTypes("int8")),
-        ({"storage": "int8 compute", "head_dim": "256"}, CopyTypes("int8")),
+        ({"storage": "int8 compute"}, CopyTypes("int8", k_stays=True)),
+        ({"storage": "int8 compute", "head_dim": "256"}, CopyTypes("int8", k_stays=True)),
         ({"storage": "int8 compute", "head_dim": "64"}, CopyTypes()),  # slower than in 16 bits
         ({"storage": "int8 compute", "window": "size"}, CopyTypes()),
-        ({"storage": "queries head"}, CopyTypes("e4m3")),
-        ({"storage": "queries none", "head_dim": "64", "window": "size"}, CopyTypes("e4m3")),
+        ({"storage": "queries head"}, CopyTypes("e4m3", k_stays=True)),
+        ({"storage": "queries none", "head_dim": "64", "window": "size"}, CopyTypes("e4m3", k_stays=True)),
         ({"storage": "queries channel"}, None),  # those scales would go into q, and round it
         ({"storage": "queries token"}, None),
         ({"storage": "queries head", "paging": "split 256"}, None),

@@ -45,6 +45,8 @@ class Batch(NamedTuple):
     num_pages: gl.tensor
     table_stride: gl.tensor
     num_tiles: gl.tensor
+    v_table: gl.tensor | None  # of V, where that is a copy and K is not: a row for each sequence
+    v_table_width: gl.tensor | None
 
 
 class WorkTile(NamedTuple):
@@ -109,6 +111,8 @@ def work_tile_of(t, batch, C: gl.constexpr):
     pages = batch.table_width
     if C.F.page_size > 0:
         _, pages = table_row(batch.table, batch.table_index, b, batch.table_stride, batch.table_width, C.F)
+        if batch.v_table is not None:
+            pages = gl.minimum(pages, batch.v_table_width)
     kv_len = keys_within(seq, pages, C.F)
     if C.sections:
         m_blocks = num_m_blocks(b, first_block, batch.cu_q, batch.steps, POSITIONS)

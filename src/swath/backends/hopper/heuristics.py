@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -217,14 +216,28 @@ def few_tokens(problem: Problem) -> bool:
 def copies(problem: Problem) -> CopyTypes | None:
     """What pages are copied as for tiles: 16 bits, types for products in 8 bits, or nothing.
 
+    K that multiplies as it is stored stays where it is, if boxes can be fetched there. They are as large as those of a
+    copy, which has the cache's pages, so that the copy would save nothing. That is not measured yet.
+    """
+    keys = problem.keys
+    if not isinstance(keys, PagedKeys):
+        return None
+    types = products(problem, keys.cache)
+    if types is None:
+        return None
+    types = replace(types, k_stays=bool(types.dots) and in_boxes(keys.cache.k))
+    return types if copy_pays(problem, types) else None
+
+
+def products(problem: Problem, cache: PagedKV) -> CopyTypes | None:
+    """In which types a long prefill over 8-bit pages multiplies: 16 bits, or 8 bits, or None for what tiles decode.
+
     fp8 queries multiply as they are, so that K's scales must be ones that scores can take. int8 products are made where
     they are faster, for all scores are converted: 8,192 tokens of 16 heads of 256 took 622 us so and 768 in 16 bits, of
     32 heads of 128 764 and 766, of 64 heads of 64 1,259 and 1,101; chunks of 2,048 tokens at 16,384 keys 2,649 and
     2,832, under a window of 1,024 317 and 294. For ``compute="fast"`` V multiplies in 8 bits too.
     """
-    if not copy_pays(problem):
-        return None
-    cache, wide = cast(PagedKeys, problem.keys).cache, problem.q.dtype in SIXTEEN_BITS
+    wide = problem.q.dtype in SIXTEEN_BITS
     fast = problem.compute == "fast" and fits_fast(problem, cache)
     pays = problem.head_dim in (128, 256) and keys_of_tile(problem) > SOME_KEYS
     if problem.compute == "int8":

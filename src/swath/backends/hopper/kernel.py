@@ -193,6 +193,7 @@ def all_pages_live(key_tiles, batch, C: gl.constexpr):
 
 RUN_TIME = (
     "lead", "window", "steps", "claimed", "num_seqs", "table_width", "num_pages", "table_stride", "num_tiles",
+    "v_table_width",
 )  # fmt: skip
 
 
@@ -200,7 +201,7 @@ RUN_TIME = (
 def hopper_tile_kernel(
     q_desc, k_desc, v_desc, narrow_k_desc, narrow_v_desc, out_desc, counter, out, lse, sink, q_scale, k_scale, v_scale,
     table, table_index, lens, cu_q, q_start, lead, scale_log2, cap_log2, window,
-    steps, claimed, num_seqs, table_width, num_pages, table_stride, num_tiles,
+    steps, claimed, num_seqs, table_width, num_pages, table_stride, num_tiles, v_table, v_table_width,
     out_seq, out_token, out_head, F: gl.constexpr, LAUNCH: gl.constexpr,
 ):  # fmt: skip
     """The programs of a launch, as many as multiprocessors hold at once, share ``num_tiles`` work tiles."""
@@ -225,7 +226,7 @@ def hopper_tile_kernel(
     fence_async_shared()
     batch = Batch(
         table, table_index, lens, cu_q, q_start, lead, window, steps, claimed, num_seqs, table_width, num_pages,
-        table_stride, num_tiles,
+        table_stride, num_tiles, v_table, v_table_width,
     )  # fmt: skip
     output = Output(out_desc, q_pipe, out, lse, sink, v_scale, out_seq, out_token, out_head)
     score_scales = ScoreScales(scale_log2, cap_log2, k_scale, q_scale)

@@ -164,24 +164,25 @@ def load_keys(
     cuts a box. ``APART``: its rows, which have bounds, may leave out keys between theirs, so that any box may be cut.
     ``ahead``: what ``publish_next`` is called with before the last key tile, if it is.
     """
+    OF_V: gl.constexpr = cut_loaded is not None
     desc, pipe, narrow_desc, narrow_pipe = descriptors.k, pipes.k, descriptors.narrow_k, pipes.narrow_k
     if cut_loaded is not None:
         desc, pipe, narrow_desc, narrow_pipe = descriptors.v, pipes.v, descriptors.narrow_v, pipes.narrow_v
     if C.narrow_n > 0:
         start = narrow_tile(key_tiles, C)
-        narrow = TileLoad(start, box_pages(start, key_tiles, C.narrow_n, 1, batch, C), narrow_desc, narrow_pipe)
-        wide = TileLoad(0, box_pages(0, key_tiles, C.block_n, 1, batch, C), desc, pipe)
+        narrow = TileLoad(start, box_pages(start, key_tiles, C.narrow_n, 1, OF_V, batch, C), narrow_desc, narrow_pipe)
+        wide = TileLoad(0, box_pages(0, key_tiles, C.block_n, 1, OF_V, batch, C), desc, pipe)
         cuts = load_stage(kv_count, cuts, (narrow, wide), key_tiles, cut_loaded, batch, C, APART)
     else:
         start, _ = key_tile(0, key_tiles, C)
-        page = box_pages(start, key_tiles, C.block_n, 1, batch, C)
+        page = box_pages(start, key_tiles, C.block_n, 1, OF_V, batch, C)
         for j in range(key_tiles.walk.total):
             if ahead is not None:
                 if j == key_tiles.walk.total - 1:
                     count, fetched, counter = ahead
                     publish_next(count, gl.max(fetched, 0) + gl.num_programs(0), counter, pipes, batch, C)
             next_start, _ = key_tile(gl.minimum(j + 1, key_tiles.walk.total - 1), key_tiles, C)
-            next_page = box_pages(next_start, key_tiles, C.block_n, 1, batch, C)
+            next_page = box_pages(next_start, key_tiles, C.block_n, 1, OF_V, batch, C)
             loads = (TileLoad(start, page, desc, pipe),)
             cuts = load_stage(kv_count + j, cuts, loads, key_tiles, cut_loaded, batch, C, APART)
             start = next_start
@@ -231,10 +232,11 @@ def load_q(count, work, q_desc, pipe, C: gl.constexpr):
 
 
 @gluon.jit
-def box_pages(start, key_tiles, KEYS: gl.constexpr, WARPS: gl.constexpr, batch, C: gl.constexpr):
+def box_pages(start, key_tiles, KEYS: gl.constexpr, WARPS: gl.constexpr, OF_V: gl.constexpr, batch, C: gl.constexpr):
     """The page of each TMA box of a tile of ``KEYS`` keys, one a lane (the same in each warp). Dense keys are page 0.
 
-    It is -1, which is loaded as zeros, where no row sees the box.
+    It is -1, which is loaded as zeros, where no row sees the box. A copy of V alone has a table of its own, as wide as
+    any sequence is long.
     """
     if C.F.page_size == 0:
         return 0
@@ -242,10 +244,14 @@ def box_pages(start, key_tiles, KEYS: gl.constexpr, WARPS: gl.constexpr, batch, 
         lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
         pos = key_at(start + lane * C.box_rows, key_tiles.walk, C.F)
         wanted = some_seen(pos, pos + C.box_rows, key_tiles.band) & (lane < KEYS // C.box_rows)
-        entries, _ = table_row(
-            batch.table, batch.table_index, key_tiles.work.b, batch.table_stride, batch.table_width, C.F
-        )
-        return pages_of(load_entries(entries, pos // C.F.page_size, wanted, -1, C.F), C.F)
+        if OF_V and batch.v_table is not None:
+            entries = batch.v_table + key_tiles.work.b.to(gl.int64) * batch.v_table_width
+            return gl.load(entries + pos // C.F.page_size, mask=wanted, other=-1)
+        else:
+            entries, _ = table_row(
+                batch.table, batch.table_index, key_tiles.work.b, batch.table_stride, batch.table_width, C.F
+            )
+            return pages_of(load_entries(entries, pos // C.F.page_size, wanted, -1, C.F), C.F)
 
 
 @gluon.jit

@@ -184,6 +184,6 @@ def less_own(bound, own, s):
 @gluon.jit
 def live_boxes(start, KEYS: gl.constexpr, key_tiles, batch, C: gl.constexpr):
     """Which TMA boxes of a tile of ``KEYS`` keys are in a page of the pool, one bit each."""
-    page = box_pages(start, key_tiles, KEYS, 4, batch, C)
+    page = box_pages(start, key_tiles, KEYS, 4, False, batch, C)
     lane = gl.arange(0, 32, layout=page.type.layout)
     return gl.sum(gl.where((page >= 0) & (page < batch.num_pages), 1 << lane, 0), 0)

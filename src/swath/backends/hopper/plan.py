@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,9 +15,11 @@ from swath.backends.hopper.heuristics import HopperHeuristics, draws_tiles, in_b
 from swath.backends.hopper.kernel import hopper_tile_kernel
 from swath.backends.triton.arguments import Operands, shared_args
 from swath.backends.triton.features import Features
+from swath.backends.triton.heuristics.dequantise import table_pages
 from swath.backends.triton.heuristics.tiles import tile_slots
 from swath.backends.triton.runtime import KernelCall, Scratch
 from swath.backends.triton.work import Work
+from swath.cache import PagedKeys
 
 MOST_V_COLUMNS = 256
 """The most columns of V in one launch: the registers of a warpgroup hold no wider accumulator."""
@@ -94,6 +96,8 @@ def launch_of(work: Work, F: Features, first: int, scratch: Scratch, heuristics:
     steps, slots = tile_slots(problem, launch.consumers * rows // launch.pack)
     num_tiles = slots * (F.kv_heads * F.group // launch.pack)
     args = shared_args(work, F) | {"steps": steps, "num_tiles": num_tiles, "LAUNCH": launch}
+    if "v_table" in work.sources:
+        args["v_table_width"] = table_pages(problem, cast(PagedKeys, problem.keys))
     sources = work.sources | {"counter": f"counter_{first}"}
     if draws_tiles(problem):
         scratch.add(f"counter_{first}", torch.int32, 1, zeroed=True)

@@ -125,40 +125,55 @@ def triton_tiles(work: Work, _scratch: Scratch, heuristics: Heuristics) -> tuple
 
 
 def copied(work: Work, types: CopyTypes, scratch: Scratch) -> tuple[list[KernelCall], list[Work]]:
-    """The launch that copies visible pages into scratch, and what tiles then see: the scratch as a 16-bit cache.
+    """The launch that copies visible pages into scratch, and what tiles then see: the scratch as a 16-bit cache, or
+    (``CopyTypes.k_stays``) K in its own cache and V in the scratch, each by a table of its own.
 
-    It has the stored values where their scales can be applied to scores or results later. For products of
+    The copy has the stored values where their scales can be applied to scores or results later. For products of
     queries and keys in int8 one more launch prepares the queries. Where more sequences may need the scratch than have
     room there, a second work is for the others, over the cache itself.
     """
     problem = work.problem
     keys = cast(PagedKeys, problem.keys)
     cache = keys.cache
-    pages, rows, width = scratch_pages(problem, keys), scratch_rows(problem, keys), table_pages(problem, keys)
+    pages, rows, width = scratch_pages(problem, keys), scratch_rows(problem, keys, types), table_pages(problem, keys)
     shape = (rows * pages, cache.num_kv_heads, cache.page_size)
     dtype, dots, v_e4m3 = problem.out.dtype, types.dots, types.v_e4m3
     rows_of_v = (*shape[:2], cache.v_head_dim, cache.page_size) if v_e4m3 else (*shape, cache.v_head_dim)
-    scratch.add("new_k", cache.k.dtype if dots else dtype, *shape, cache.head_dim)
+    if not types.k_stays:
+        scratch.add("new_k", cache.k.dtype if dots else dtype, *shape, cache.head_dim)
     scratch.add("new_v", torch.float8_e4m3fn if v_e4m3 else dtype, *rows_of_v)
     scratch.add("new_table", torch.int32, problem.num_seqs, width)
-    made = scratch.tensors("meta")
-    k, v = (made[name].to(dtype) for name in ("new_k", "new_v"))
-    copy = PagedKeys(PagedKV(k, v.view(*shape, cache.v_head_dim)), PageTable(made["new_table"]), keys.seq_lens)
     int8 = work.features.compute_int8 or dots == "int8"
     F = replace(work.features, pairs=False, dots=dots, v_e4m3=v_e4m3, compute_int8=int8)
     folds = F.copied_k_fold, F.copied_v_fold
-    names = {"k": "new_k", "v": "new_v", "table": "new_table", "table_index": ""}
+    names = {"v": "new_v"}
+    names |= {"v_table": "new_table"} if types.k_stays else {"k": "new_k", "table": "new_table", "table_index": ""}
     names |= {f"{name}_scale": "" for name, fold in zip("kv", folds, strict=True) if fold == "none"}
     calls = [copying(work, F, pages, rows, width)]
     if dots == "int8":
         calls.append(quantising(work, F, scratch))
         names |= {"q": "new_q", "q_scale": "new_q_scale"}
-    parts = [replace(work, problem=replace(problem, keys=copy), sources=names, copied=Copied(*folds, dots, v_e4m3))]
+    seen = replace(problem, keys=keys_of_tiles(keys, rows * pages, width, types, dtype))
+    parts = [replace(work, problem=seen, sources=names, copied=Copied(*folds, dots, v_e4m3))]
     if rows < most_unclaimed(problem):
         scratch.add("copied", torch.int32, 3)
         scratch.add("others", torch.int32, 3)
         parts = [replace(parts[0], sources=names | {"claimed": "copied"}), replace(work, sources={"claimed": "others"})]
     return calls, parts
+
+
+def keys_of_tiles(keys: PagedKeys, pages: int, width: int, types: CopyTypes, dtype: torch.dtype) -> PagedKeys:
+    """What tiles over a copy take keys for: a 16-bit cache of so many scratch pages, or of K's own where it stays."""
+    cache, table = keys.cache, keys.table
+    if types.k_stays:
+        pages = cache.num_pages
+    else:
+        table = PageTable(torch.empty(keys.seq_lens.shape[0], width, dtype=torch.int32, device="meta"))
+    k, v = (
+        torch.empty(pages, cache.num_kv_heads, cache.page_size, dim, dtype=dtype, device="meta")
+        for dim in (cache.head_dim, cache.v_head_dim)
+    )
+    return PagedKeys(PagedKV(k, v), table, keys.seq_lens)
 
 
 def copying(work: Work, F: Features, pages: int, rows: int, width: int) -> KernelCall:

@@ -14,8 +14,6 @@ from swath.problem import Problem
 
 SCRATCH_BYTES = 512 << 20
 """Most that a call may take to hold dequantised pages."""
-COPY_BYTES = 2
-"""Of an element of the copy, at most: K may stay in 8 bits."""
 DEQUANTISE_ROWS = 512
 """Query rows (tokens x group) from which copying a page once costs less than decoding it in every tile that reads it.
 Measured on an H200: 2,048 tokens over 16,384 int8 keys took 8.5 ms (channel) and 13 ms (token) decoding in the tiles,
@@ -28,10 +26,22 @@ class CopyTypes:
 
     dots: the 8-bit type that K keeps, in which it multiplies with queries; "" for 16 bits.
     v_e4m3: V becomes e4m3, its keys side by side, and multiplies so; else it has 16 bits.
+    k_stays: K, which multiplies as it is stored, is not copied: tiles read it in the cache, by the cache's own table.
     """
 
     dots: str = ""
     v_e4m3: bool = False
+    k_stays: bool = False
+
+    @property
+    def k_bytes(self) -> int:
+        """Of an element of K's copy."""
+        return 0 if self.k_stays else 1 if self.dots else 2
+
+    @property
+    def v_bytes(self) -> int:
+        """Of an element of V's copy."""
+        return 1 if self.v_e4m3 else 2
 
 
 def dequantises(problem: Problem) -> bool:
@@ -45,12 +55,12 @@ def copies(problem: Problem) -> CopyTypes | None:
     return CopyTypes() if dequantises(problem) else None
 
 
-def copy_pays(problem: Problem) -> bool:
+def copy_pays(problem: Problem, types: CopyTypes = CopyTypes()) -> bool:
     """Whether a call is a prefill over an 8-bit cache that is long enough for a copy of visible pages to pay."""
     keys = problem.keys
     if not isinstance(keys, PagedKeys) or keys.cache.k.dtype not in STORED or problem.split_size is not None:
         return False  # with split_size no bit may depend on how large the batch is
-    return problem.max_q_len * problem.group >= DEQUANTISE_ROWS and scratch_rows(problem, keys) > 0
+    return problem.max_q_len * problem.group >= DEQUANTISE_ROWS and scratch_rows(problem, keys, types) > 0
 
 
 def most_unclaimed(problem: Problem) -> int:
@@ -72,13 +82,13 @@ def scratch_pages(problem: Problem, keys: PagedKeys) -> int:
     return min(page_count(visible, keys.cache.page_size) + 2, table_pages(problem, keys))
 
 
-def scratch_rows(problem: Problem, keys: PagedKeys) -> int:
+def scratch_rows(problem: Problem, keys: PagedKeys, types: CopyTypes = CopyTypes()) -> int:
     """How many sequences have room in the scratch, table included: all that may need it, or as many as fit.
 
     In a mixed batch each sequence may be a chunk, as far as the host knows; the device gives rows to those that are.
     """
     pages = scratch_pages(problem, keys)
-    elements = keys.num_kv_heads * (problem.head_dim + problem.v_head_dim)
-    row = pages * keys.cache.page_size * elements * COPY_BYTES
+    slot = keys.num_kv_heads * (problem.head_dim * types.k_bytes + problem.v_head_dim * types.v_bytes)
+    row = pages * keys.cache.page_size * slot
     table = problem.num_seqs * table_pages(problem, keys) * torch.int32.itemsize
     return min(most_unclaimed(problem), max(SCRATCH_BYTES - table, 0) // row) if row else 0

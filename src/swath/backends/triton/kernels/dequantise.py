@@ -2,13 +2,13 @@
 
 Every 8-bit value is one of float16 and of bfloat16. So nothing is rounded where a scale can be applied later: to scores
 (K's tensor and head scales) or to results (V's, and its channel scales). Other scales are multiplied into the copy. For
-8-bit products K is copied as it is, and ``quantise.py`` has its scales. For products with V in e4m3 its values lie side
-by side by key, and int8 ones are rounded.
+8-bit products K stays where it is, or is copied so, and queries or scores have its scales. For products with V in e4m3
+its values lie side by side by key, and int8 ones are rounded.
 
-The scratch is a paged cache of its own for the sequences that splits do not claim. The j-th page in sight of the r-th
-of them goes to scratch page ``r * pages + j``, and the entry of a new page table names it, or is -1 for a dead page.
-Entries of pages out of sight are undefined, and not read, so that nothing else changes for the tiles. Sequences without
-room in the scratch are taken by another launch of tiles, over the cache.
+The scratch is a paged cache of its own (of V alone where K stays) for the sequences that splits do not claim. The j-th
+page in sight of the r-th of them goes to scratch page ``r * pages + j``, and the entry of a new page table names it, or
+is -1 for a dead page. Entries of pages out of sight are undefined, and not read, so that nothing else changes for the
+tiles. Sequences without room in the scratch are taken by another launch of tiles, over the cache.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ def dequantise_kernel(
     new_slot = (new_page.to(tl.int64) * F.kv_heads + head) * F.page_size
     k_target, v_target = new_slot * F.head_dim, new_slot * F.v_head_dim
     scale_at = entry * ks_page + head * ks_head
-    copy_page(k + source, new_k + k_target, k_scale, scale_at, ks_token, kv_head, kv_token, False, F, BLOCK_T)
+    if new_k is not None:
+        copy_page(k + source, new_k + k_target, k_scale, scale_at, ks_token, kv_head, kv_token, False, F, BLOCK_T)
     source = v_offset(source, entry, head, 0, F)
     if F.v_e4m3:
         copy_columns(v + source, new_v + v_target, kv_token, F)
