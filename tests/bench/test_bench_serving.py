@@ -24,7 +24,7 @@ from swath.bench.results import Row, Served, append, read
 from swath.bench.serving import check, page, sglang
 from swath.bench.serving.engine import Call, Job, Load, Logprobs
 from swath.bench.serving.job import in_process
-from swath.bench.serving.measure import measure
+from swath.bench.serving.measure import _sensors, measure
 from swath.bench.serving.models import MODELS
 from swath.bench.serving.profile import Kernel, kind_of, spent
 from swath.bench.serving.table import TITLES, cells, in_words, markdown
@@ -111,6 +111,19 @@ def test_a_job_becomes_a_row(tmp_path: Path) -> None:
     assert row.decode_tokens_per_s == pytest.approx(4e6 / row.decode_step_us)
     append(tmp_path / "rows.jsonl", [row])
     assert read(tmp_path / "rows.jsonl") == [row]
+
+
+def test_clock_and_power_are_told_where_the_driver_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_package() -> int:
+        raise ModuleNotFoundError("nvidia-ml-py")
+
+    assert _sensors() == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda: 650_500)
+    monkeypatch.setattr(torch.cuda, "clock_rate", lambda: 1980)
+    assert _sensors() == {"prefill_clock_mhz": 1980.0, "prefill_power_w": 650.5}
+    monkeypatch.setattr(torch.cuda, "clock_rate", no_package)
+    assert _sensors() == {}
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,7 @@ class Served(Row):
       makes; None in rows of a run that did not time them
     - decode_gpu_us, decode_attention_us, decode_append_us: GPU time of such a step, and what attention and writing the
       cache have of it; prefill_*: the same of one prompt
+    - prefill_clock_mhz, prefill_power_w: SM clock and power as the timed prefill ends; None where no driver tells
     """
 
     layers: int
@@ -146,6 +147,8 @@ class Served(Row):
     prefill_gpu_us: float | None = None
     prefill_attention_us: float | None = None
     prefill_append_us: float | None = None
+    prefill_clock_mhz: float | None = None
+    prefill_power_w: float | None = None
 
 
 POSITIVE = ("us", "us_p10_p90", "rounds_us", "floor_us", "x_floor", "read_us", "eager_us")

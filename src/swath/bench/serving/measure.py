@@ -56,6 +56,7 @@ def measure(job: Job, load: Load, start: Start, origin: Origin, tell: Tell) -> R
     tell("prefill")
     singles = [seconds(engine, prompts(1, load.prompt_len, seed), 1) for seed in range(1, 1 + SINGLES)]
     prefill_s = seconds(engine, prompts(load.prompts, load.prompt_len, 100), 1)
+    sensors = _sensors()
     tell("decode")
     decode = _decode(engine, load)
     prefill = _profiled_prefill(engine, load)
@@ -76,7 +77,19 @@ def measure(job: Job, load: Load, start: Start, origin: Origin, tell: Tell) -> R
         all_first_tokens_s=decode.first_tokens_s,
         **_figures("decode", decode.spent),
         **_figures("prefill", prefill),
+        **sensors,
     )
+
+
+def _sensors() -> dict[str, Any]:
+    """The driver's last sample of clock and power, which spans up to a second; nothing without nvidia-ml-py."""
+    if not torch.cuda.is_available():
+        return {}
+    try:
+        clock, milliwatts = torch.cuda.clock_rate(), torch.cuda.power_draw()
+    except Exception:  # noqa: BLE001 - NVML's errors are classes of a package that may be missing
+        return {}
+    return {"prefill_clock_mhz": float(clock), "prefill_power_w": milliwatts / 1e3}
 
 
 def _figures(name: str, found: Spent | None) -> dict[str, Any]:
