@@ -233,9 +233,10 @@ def products(problem: Problem, cache: PagedKV) -> CopyTypes | None:
     """In which types a long prefill over 8-bit pages multiplies: 16 bits, or 8 bits, or None for what tiles decode.
 
     fp8 queries multiply as they are, so that K's scales must be ones that scores can take. int8 products are made where
-    they are faster, for all scores are converted: 8,192 tokens of 16 heads of 256 took 622 us so and 768 in 16 bits, of
-    32 heads of 128 764 and 766, of 64 heads of 64 1,259 and 1,101; chunks of 2,048 tokens at 16,384 keys 2,649 and
-    2,832, under a window of 1,024 317 and 294. For ``compute="fast"`` V multiplies in 8 bits too.
+    they are faster, for all scores are converted and queries take a pass: 8,192 tokens of 16 heads of 256 took 607 us
+    so and 762 in 16 bits, of 32 heads of 128 727 and 764; chunks of 2,048 tokens at 16,384 keys 2,524 and 2,785. Before
+    maxima were taken of integers 64 heads of 64 took 1,259 and 1,101, those chunks under a window of 1,024 317 and 294.
+    For ``compute="fast"`` V multiplies in 8 bits too.
     """
     wide = problem.q.dtype in SIXTEEN_BITS
     fast = problem.compute == "fast" and fits_fast(problem, cache)
