@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
+from compile_rows import BOUNDS, EIGHT_BITS, FAST, HALVES, HEADS, ONE_PASS, OPTIONS, OWN, SEEN, TABLES, named
 from machine_code import flaws
 
 from conftest import plan_for
@@ -28,83 +29,8 @@ from swath.testing import pairwise
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 
-OPTIONS: dict[str, list[str]] = {
-    "queries": ["decode", "steps", "ragged", "dense", "many steps", "long ragged"],
-    "storage": ["bf16", "fp16", "fp32", "int8 channel", "int8 token", "e4m3 head", "e5m2 tensor", "int8 compute"],
-    "head_dim": ["128", "64", "80", "256"],
-    "window": ["none", "size", "size+count", "size+tensor", "both sides", "bounds"],
-    "scoring": ["plain", "softcap", "sink+lse", "interleaved"],
-    "paging": ["16", "544", "flat 16", "split 256"],
-}
-
 PAIRED_TARGET = "sm_90"
 """Rows of every two values are read by Triton for it; compiled is on each target each value that a kernel meets."""
-ONE_PASS = [
-    ("dense", "bf16", "64", "both sides", "sink+lse", "16"),
-    ("ragged", "fp16", "64", "both sides", "softcap", "16"),
-]
-"""What pairs need not meet and a kernel of its own is compiled for: prefill of the paired target in one pass."""
-BOUNDS = [
-    ("decode", "bf16", "128", "bounds+count", "sink+lse", "16"),
-    ("steps", "int8 token", "128", "bounds+count", "plain", "16"),
-    ("ragged", "bf16", "64", "bounds+count", "softcap", "wide 16"),
-    ("long ragged", "int8 token", "128", "bounds+count", "plain", "16"),
-    ("dense", "bf16", "128", "bounds+count", "plain", "16"),
-    ("many steps", "bf16", "64", "bounds nearby", "sink+lse", "16"),
-    ("dense", "bf16", "128", "bounds", "plain", "16"),
-]
-"""Bounds of rows beside leading tokens, and ones that are promised to show few keys."""
-EIGHT_BITS = [
-    ("long ragged", "int8 compute", "128", "none", "sink+lse", "flat 16"),
-    ("long ragged", "queries tensor", "64", "size+count", "softcap", "16"),
-    ("long ragged", "queries head", "256", "none", "plain", "16"),
-]
-"""Long prefills in int8, and of fp8 queries, whose scores the paired target multiplies in 8 bits."""
-FAST = [
-    ("long ragged", "int8 fast", "128", "none", "plain", "64"),
-    ("long ragged", "int8 fast", "256", "wide window", "sink+lse", "64"),
-    ("long ragged", "queries fast", "128", "size", "sink+lse", "flat 64"),
-    ("long ragged", "queries fast", "256", "none", "plain", "64"),
-    ("long ragged", "queries fast", "256", "none", "softcap", "64"),
-    ("long ragged", "queries fast", "64", "none", "softcap", "64"),
-]
-"""The same under ``compute="fast"``: p and V multiply in 8 bits too."""
-TABLES = [
-    ("decode", "bf16", "128", "size+tensor", "plain", "tokens 16"),
-    ("ragged", "fp16", "64", "size", "plain", "tokens 16"),
-    ("long ragged", "int8 token", "128", "none", "plain", "tokens 16"),
-    ("dense", "bf16", "128", "size+tensor", "plain", "wide 16"),
-    ("ragged", "bf16", "128", "size+tensor", "plain", "wide 16"),
-    ("many steps", "int8 channel", "256", "size", "plain", "wide 16"),
-]
-"""Page tables and integers that few callers have, with every kernel that reads them: rows of token slots, 64 bits."""
-HEADS = [
-    ("decode", "bf16", "512", "size", "sink+lse", "16"),
-    ("dense", "bf16", "512", "bounds", "softcap", "16"),
-    ("dense", "bf16", "512", "size+count", "plain", "16"),
-    ("steps", "int8 token", "512", "none", "softcap", "flat 16"),
-    ("ragged", "int8 compute", "512", "both sides", "interleaved", "16"),
-    ("ragged", "fp32", "512", "size", "plain", "16"),
-    ("decode", "bf16", "192/128", "size", "sink+lse", "16"),
-    ("dense", "bf16", "192/128", "none", "plain", "16"),
-    ("long ragged", "int8 channel", "192/128", "size", "plain", "apart 16"),
-    ("ragged", "bf16", "256/128", "size+count", "sink+lse", "flat 16"),
-]
-"""The largest heads, and values that are narrower than keys, or lie otherwise in memory, with every kernel."""
-HALVES = [
-    ("dense", "bf16", "512", "none", "sink+lse", "16"),
-    ("ragged", "fp16", "512", "none", "softcap", "flat 16"),
-    ("ragged", "bf16", "512", "bounds", "sink+lse", "16"),
-    ("many steps", "bf16", "512", "wide window", "sink+lse", "16"),
-    ("dense", "bf16", "512/256", "wide window", "plain", "16"),
-    ("ragged", "bf16", "512", "bounds+count", "sink+lse", "16"),
-    ("long ragged", "int8 channel", "512", "none", "sink+lse", "16"),
-]
-"""Prefill of the paired target with heads of 512, whose values are halved."""
-
-
-OWN = ONE_PASS + BOUNDS + EIGHT_BITS + TABLES + FAST + HALVES
-"""Rows of the paired target, of which the suite compiles every variant of Hopper's tiles."""
 HOPPER_TILES = "hopper_tile_kernel"
 SHARED = ("split_kernel", "reduce_kernel", "tile_kernel")
 """Kernels that calls of the paired target's own tiles have beside these, and that other rows have too."""
@@ -142,7 +68,7 @@ def suite_variants(arch: str) -> list[Variant]:
     """The variants that the suite compiles for a target; each target begins elsewhere, so that other values meet."""
     found = paired_variants(arch)
     own = named(OWN)
-    always = [variant for variant in found if variant.kernel == HOPPER_TILES and variant.row in own]
+    always = [v for v in found if v.row in (own if v.kernel == HOPPER_TILES else named(SEEN))]
     first = len(found) * TARGETS.index(arch) // len(TARGETS)
     return covering(found[first:] + found[:first], always)
 
@@ -150,16 +76,11 @@ def suite_variants(arch: str) -> list[Variant]:
 @cache
 def paired_variants(arch: str) -> list[Variant]:
     """The variants that rows need in which every two values meet; on the paired target those of its own rows too."""
-    rows = pairwise(OPTIONS) + named(HEADS)
+    rows = pairwise(OPTIONS) + named(HEADS + SEEN)
     if arch != PAIRED_TARGET:
         return list(variants(arch, rows))
     own = [variant for variant in variants(arch, named(FAST + HALVES)) if variant.kernel not in SHARED]
     return [*variants(arch, rows + named(ONE_PASS + BOUNDS + EIGHT_BITS + TABLES)), *own]
-
-
-def named(rows: Iterable[tuple[str, ...]]) -> list[dict[str, str]]:
-    """Rows of values by the names of their options."""
-    return [dict(zip(OPTIONS, values, strict=True)) for values in rows]
 
 
 def all_variants(arch: str) -> Iterator[Variant]:
@@ -208,6 +129,8 @@ def variants(arch: str, rows: Iterable[dict[str, str]]) -> Iterator[Variant]:
 WINDOWS = {
     "none": Window(),
     "size": Window(1024),
+    "size 128": Window(128),
+    "size 512": Window(512),
     "size+count": Window(1024, global_tokens=4),
     "size+tensor": Window(1024, torch.zeros(2, dtype=torch.int32), max_global_tokens=64),
     "both sides": Window(60, causal=False),
@@ -222,7 +145,9 @@ WINDOWS = {
 def problem_of(row: dict[str, str]) -> Problem:
     """A call that needs the variant; its tensors are never read."""
     dims = tuple(map(int, row["head_dim"].split("/")))
-    head_dim, v_head_dim, num_seqs, group, kv_heads, capacity = dims[0], dims[-1], 2, 8, 2, 8192
+    head_dim, v_head_dim, num_seqs, kv_heads, capacity = dims[0], dims[-1], 2, 2, 8192
+    queries, _, group_said = row["queries"].partition(" of ")
+    group = int(group_said or 8)
     storage, _, granularity = row["storage"].partition(" ")
     dtypes = {"fp16": torch.float16, "fp32": torch.float32, "queries": torch.float8_e4m3fn}
     dtype = dtypes.get(storage, torch.bfloat16)
@@ -236,13 +161,13 @@ def problem_of(row: dict[str, str]) -> Problem:
     }
     ints = torch.int64 if row["paging"].startswith("wide") else torch.int32
     tokens, cu = 512, torch.zeros(num_seqs + 1, dtype=ints)
-    if row["queries"] == "dense":
+    if queries == "dense":
         q, k = (torch.empty(tokens, h, head_dim, dtype=dtype) for h in (group * kv_heads, kv_heads))
         v = torch.empty(tokens, kv_heads, v_head_dim, dtype=dtype)
         options["window"] = with_bounds(options["window"], row, q, ints)
         return attention_call.prepare(q, k, v, cu, cu, **options)
     page_size = int(row["paging"].split()[-1]) if row["paging"] != "split 256" else 16
-    if row["queries"] == "long ragged":  # 8-bit keys of which the scratch holds one sequence, dequantised
+    if queries == "long ragged":  # 8-bit keys of which the scratch holds one sequence, dequantised
         capacity = options["max_kv_len"] = (3 * SCRATCH_BYTES // 4) // (kv_heads * (head_dim + v_head_dim) * 2)
     table: Any = torch.zeros(num_seqs, -(-capacity // page_size), dtype=ints)
     if row["paging"].startswith("flat"):
@@ -260,10 +185,10 @@ def problem_of(row: dict[str, str]) -> Problem:
     if row["paging"].startswith("apart"):
         cache = PagedKV(cache.k, cache.v.transpose(1, 2).contiguous().transpose(1, 2), cache.k_scale, cache.v_scale)
     uniform = {"decode": (num_seqs,), "steps": (num_seqs, 4), "many steps": (num_seqs, 20)}
-    q = torch.empty(*uniform.get(row["queries"], (tokens,)), group * kv_heads, head_dim, dtype=dtype)
+    q = torch.empty(*uniform.get(queries, (tokens,)), group * kv_heads, head_dim, dtype=dtype)
     if storage == "queries":
         options["q_scale"] = torch.empty(q.shape[:-1])
-    if row["queries"] not in uniform:
+    if queries not in uniform:
         options["cu_seqlens_q"] = cu
     options["window"] = with_bounds(options["window"], row, q, ints)
     return paged_call.prepare(q, cache, table, torch.zeros(num_seqs, dtype=ints), **options)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compile_variants import HEADS, OPTIONS, PAIRED_TARGET, TARGETS, named, suite_variants
+from compile_rows import HEADS, OPTIONS, named
+from compile_variants import PAIRED_TARGET, TARGETS, suite_variants
 
 from conftest import python_environment
 from swath.backends.hopper import attention as hopper

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from compile_variants import OPTIONS, problem_of
+from compile_rows import OPTIONS
+from compile_variants import problem_of
 
 from conftest import plan_for
 from swath import Window

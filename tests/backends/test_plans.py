@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from compile_variants import HALVES, HEADS, OPTIONS, named, problem_of, tiles_of
+from compile_rows import HALVES, HEADS, OPTIONS, SEEN, named
+from compile_variants import problem_of, tiles_of
 from launches import Recorder, fresh_arguments, plain, recording
 from torch import Tensor
 
@@ -227,7 +228,10 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return recording(monkeypatch)
 
 
-@pytest.mark.parametrize("row", pairwise(OPTIONS) + named(HEADS + HALVES), ids=lambda row: " ".join(row.values()))
+ROWS = pairwise(OPTIONS) + named(HEADS + SEEN + HALVES)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: " ".join(row.values()))
 def test_a_remembered_launch_passes_what_a_new_one_would(row: dict[str, str], recorder: Recorder) -> None:
     from swath.backends.triton.arguments import operands_of
 

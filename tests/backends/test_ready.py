@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from compile_variants import OPTIONS, StandIn, problem_of, tiles_of
+from compile_rows import OPTIONS
+from compile_variants import StandIn, problem_of, tiles_of
 from launches import Recorder, fresh_arguments, recording
 from torch import Tensor
 

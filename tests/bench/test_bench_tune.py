@@ -13,7 +13,8 @@ pytest.importorskip("triton", reason="rows are of kernels in Triton")
 pytest.importorskip("typer", reason="the command line needs the extra 'bench'")
 
 from bench_rows import timed_row
-from compile_variants import OPTIONS, problem_of
+from compile_rows import OPTIONS
+from compile_variants import problem_of
 from typer.testing import CliRunner
 
 from conftest import SmallClock, plan_for

@@ -32,7 +32,8 @@ def table_of(target: Target) -> ModuleType:
 
 def split_launch(work: Work, block_m: int) -> SplitLaunch:
     """Decode: the table's row for ``block_m`` rows, as it fits the target."""
-    row: SplitLaunch = table_of(work.target).split_row(work.features, block_m, splits.is_short_run(work.problem))
+    keys = splits.keys_in_sight(work.problem, 1)
+    row: SplitLaunch = table_of(work.target).split_row(work.features, block_m, keys)
     return fitting(row, work.features, block_m, work.target)
 
 

@@ -6,7 +6,7 @@ from swath.backends.triton.features import Features
 from swath.backends.triton.heuristics.launch import SplitLaunch, TileLaunch
 
 
-def split_row(F: Features, block_m: int, _short_run: bool) -> SplitLaunch:
+def split_row(F: Features, block_m: int, _keys: int) -> SplitLaunch:
     """Decode."""
     if F.fp32:
         return SplitLaunch(16, 4, 1)

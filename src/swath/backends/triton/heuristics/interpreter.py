@@ -8,7 +8,7 @@ from swath.backends.triton.heuristics.launch import SplitLaunch, TileLaunch
 SOURCE = "interpreter"
 
 
-def split_row(_F: Features, _block_m: int, _short_run: bool) -> SplitLaunch:
+def split_row(_F: Features, _block_m: int, _keys: int) -> SplitLaunch:
     """Decode."""
     return SplitLaunch(32, 1, 1, SOURCE)
 

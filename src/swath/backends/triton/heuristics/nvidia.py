@@ -6,14 +6,25 @@ from swath.backends.triton.features import Features
 from swath.backends.triton.heuristics.launch import SplitLaunch, TileLaunch
 
 H200 = "H200, torch 2.11, Triton 3.6, 2026-11-21"
-H200_512 = "H200, torch 2.11, Triton 3.6, 2026-11-30"
+H200_LATER = "H200, torch 2.11, Triton 3.6, 2026-11-30"
+
+SHORT_RUN = 2048
+"""Keys that a query sees up to which a slice is over before a deep pipeline pays. Over heads of 512 two programs with
+tiles of 16 keys took 46.0 us and one with 32 63.9 (128 sequences under a window of 128), under 1,024 keys 248.7 and
+282.0; without a window 940 and 942 (64 sequences of 8,192), 952 and 931 (32 of 16,384)."""
+FEW_KEYS = 192
+"""The same up to which heads of 128 take two warps: 128 sequences of 20/4 heads under a window of 128 took 16.4 us so,
+19.9 in four. Under 512 they gain nothing (78.5 and 78.0); not measured in between, where few sequences would be cut."""
+SOME_KEYS = 640
+"""The same up to which heads of 128 have tiles of 32 keys, of which three programs fit: 128 sequences of 72/8 heads
+under a window of 512 took 74.7 us so, 78.0 in tiles of 64. Larger windows are not measured so."""
 
 
-def split_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
-    """Decode, for ``block_m`` rows; ``short_run``: a query sees few keys."""
+def split_row(F: Features, block_m: int, keys: int) -> SplitLaunch:
+    """Decode, for ``block_m`` rows, of which each sees at most ``keys``."""
     if F.fp32:
         return SplitLaunch(16, 4, 1)
-    return _pairs_row(F, block_m, short_run) if F.pairs else _wide_row(F, block_m, short_run)
+    return _pairs_row(F, block_m, keys <= SHORT_RUN) if F.pairs else _wide_row(F, block_m, keys)
 
 
 def _pairs_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
@@ -31,20 +42,32 @@ def _pairs_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
     return SplitLaunch(64, 2, 3, H200, resident=4)
 
 
-def _wide_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
+def _wide_row(F: Features, block_m: int, keys: int) -> SplitLaunch:
     """Over 16-bit keys, and 8-bit ones that are read one by one."""
+    short_run = keys <= SHORT_RUN
+    plain = block_m == 16 and not (F.quantised or F.compute_int8)
     if F.head_dim > 256:
         if block_m > 16:
             return SplitLaunch(32, 8, 2, resident=1)
-        if F.quantised or F.compute_int8:
+        if not plain:
             return SplitLaunch(32, 4, 2)
-        return SplitLaunch(32, 4, 3, H200_512, resident=1)
+        return SplitLaunch(16, 4, 3, H200_LATER) if short_run else SplitLaunch(32, 4, 3, H200_LATER, resident=1)
     if F.head_dim <= 64 and block_m == 16:
         return SplitLaunch(32, 1, 4, H200, resident=8) if short_run else SplitLaunch(64, 2, 3, H200, resident=4)
     if F.padded:
         if F.head_dim <= 80:
             return SplitLaunch(32, 2, 4, H200, resident=4)
-        return SplitLaunch(32, 4, 4, H200, resident=3) if F.head_dim <= 128 else SplitLaunch(32, 4, 3, H200)
+        if F.head_dim <= 128:
+            return SplitLaunch(32, 4, 4, H200, resident=3)
+        if plain and not short_run and (F.head_dim, F.v_head_dim) == (192, 128):
+            return SplitLaunch(64, 4, 3, H200_LATER)  # V's columns leave room for two programs
+        return SplitLaunch(32, 4, 3, H200)
+    if plain and F.head_dim <= 128 and keys <= FEW_KEYS:
+        return SplitLaunch(32, 2, 3, H200_LATER, resident=4)
+    if plain and F.head_dim <= 128 and keys <= SOME_KEYS and F.group > 8:
+        # Three run at once, but for three num_splits would cut such runs, and a reduce costs more than it wins. Smaller
+        # groups are not measured so; where sequences are many, Hopper has tiles for them.
+        return SplitLaunch(32, 4, 4, H200_LATER)
     return SplitLaunch(64, 4, 3, H200) if F.head_dim <= 128 else SplitLaunch(64, 4, 2, H200)
 
 
@@ -60,7 +83,7 @@ def tile_row(F: Features, short_window: bool) -> TileLaunch:
     if F.head_dim > 256:  # 64 rows spill where anything else takes registers
         if F.quantised or F.bounds or F.softcap:
             return TileLaunch(32, 32, 8, stages)
-        return TileLaunch(64, 32, 8, stages, H200_512)
+        return TileLaunch(64, 32, 8, stages, H200_LATER)
     if F.quantised:
         return TileLaunch(64, 32, 8, stages)
     if F.head_dim <= 64 and short_window:

@@ -16,8 +16,6 @@ from swath.window import LARGEST_SIZE
 
 MAX_STEPS = 16
 """Query tokens that a sequence may have to be decoded by splits; longer ones are cut into tiles."""
-SHORT_RUN = 2048
-"""Keys up to which a slice is over before a deep pipeline pays."""
 MIN_SPLIT_TILES = 4
 """Key tiles that a slice should have: shorter ones cost more in the reduce than they win."""
 MAX_SPLIT_KEYS = 32768
@@ -102,11 +100,6 @@ def keys_in_sight(problem: Problem, queries: int) -> int:
     if isinstance(window.global_tokens, Tensor):
         window = replace(window, global_tokens=0, max_global_tokens=None)
     return window.visible_bound(queries, LARGEST_SIZE)
-
-
-def is_short_run(problem: Problem) -> bool:
-    """Whether a query sees few keys."""
-    return keys_in_sight(problem, 1) <= SHORT_RUN
 
 
 def num_splits(owners: int, tiles: int, launch: SplitLaunch, num_sms: int) -> int:
