@@ -17,7 +17,8 @@ FEW_KEYS = 192
 19.9 in four. Under 512 they gain nothing (78.5 and 78.0); not measured in between, where few sequences would be cut."""
 SOME_KEYS = 640
 """The same up to which heads of 128 have tiles of 32 keys, of which three programs fit: 128 sequences of 72/8 heads
-under a window of 512 took 74.7 us so, 78.0 in tiles of 64. Larger windows are not measured so."""
+under a window of 512 took 74.7 us so, 78.0 in tiles of 64. Half as many programs (48/4 heads) took 49.9 us so, and 48.0
+in tiles of 64 in another run. Larger windows are not measured so."""
 
 
 def split_row(F: Features, block_m: int, keys: int) -> SplitLaunch:
