@@ -290,6 +290,8 @@ def test_sequences_are_ranked_among_hundreds(prepare: Prepare, impl: str, monkey
             CopyTypes("e4m3", v_e4m3=True, k_stays=True),
         ),
         ({"storage": "queries fast", "paging": "544"}, CopyTypes("e4m3", k_stays=True)),
+        ({"storage": "queries fast", "head_dim": "256"}, CopyTypes("e4m3", v_e4m3=True, k_stays=True)),
+        ({"storage": "queries fast", "head_dim": "256", "window": "size"}, CopyTypes("e4m3", k_stays=True)),  # slower
         ({"storage": "queries fast", "window": "bounds"}, CopyTypes("e4m3", k_stays=True)),
         ({"storage": "queries fast", "queries": "decode"}, None),
     ],

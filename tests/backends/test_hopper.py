@@ -162,8 +162,9 @@ CASES = {
     "fast, fp8 queries": FAST_FP8,
     "fast, fp8 queries, window, sink and LSE": replace(FAST_FP8, size=300, sink="fp32", table="flat"),
     "fast, fp8 queries of 256, leading keys, holes": replace(
-        FAST_FP8, head_dim=256, size=600, global_tokens=70, holes=True, page_size=128
+        FAST_FP8, head_dim=256, size=1200, global_tokens=70, holes=True, page_size=128
     ),
+    "fast, fp8 queries of 256, few keys, whose values keep 16 bits": replace(FAST_FP8, head_dim=256, size=600),
     "fast, fp8 queries of 256, not causal, padding rows": replace(FAST_FP8, head_dim=256, causal=False, tail=20),
     "fast, fp8 queries of 256, soft cap": replace(FAST_FP8, head_dim=256, softcap=5.0),
     "fast, fp8 queries of 64": replace(FAST_FP8, head_dim=64, quant=KVQuant(E4M3, "tensor", "channel")),

@@ -244,6 +244,7 @@ def test_promised_bounds_pack_heads_of_512_but_decide_no_bit_with_split_size() -
         ("queries fast", "128", "size", "plain", (128, 4, 2, False)),  # two consumers under a window too
         ("queries head", "128", "size", "plain", (64, 3, 1, False)),
         ("queries fast", "256", "none", "plain", (128, 2, 2, True)),
+        ("queries fast", "256", "size", "plain", (64, 3, 2, False)),  # V in 16 bits, as it is faster
         ("int8 fast", "256", "none", "plain", (128, 2, 2, True)),
         ("int8 fast", "256", "none", "softcap", (64, 4, 2, False)),  # registers spill
         ("queries head", "256", "none", "plain", (64, 3, 2, False)),

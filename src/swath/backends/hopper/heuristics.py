@@ -217,7 +217,8 @@ def copies(problem: Problem) -> CopyTypes | None:
     """What pages are copied as for tiles: 16 bits, types for products in 8 bits, or nothing.
 
     K that multiplies as it is stored stays where it is, if boxes can be fetched there. They are as large as those of a
-    copy, which has the cache's pages, so that the copy would save nothing. That is not measured yet.
+    copy, which has the cache's pages, so that the copy saved nothing: with that, and fp8 queries read where they lie,
+    8,192 tokens of 32 heads of 128 took 654 us, 726 before, and four chunks over pages of 16 2,583 and 2,602.
     """
     keys = problem.keys
     if not isinstance(keys, PagedKeys):
@@ -234,12 +235,12 @@ def products(problem: Problem, cache: PagedKV) -> CopyTypes | None:
 
     fp8 queries multiply as they are, so that K's scales must be ones that scores can take. int8 products are made where
     they are faster, for all scores are converted and queries take a pass: 8,192 tokens of 16 heads of 256 took 607 us
-    so and 762 in 16 bits, of 32 heads of 128 727 and 764; chunks of 2,048 tokens at 16,384 keys 2,524 and 2,785. Before
+    so and 779 in 16 bits, of 32 heads of 128 706 and 771; chunks of 2,048 tokens at 16,384 keys 2,495 and 2,997. Before
     maxima were taken of integers 64 heads of 64 took 1,259 and 1,101, those chunks under a window of 1,024 317 and 294.
-    For ``compute="fast"`` V multiplies in 8 bits too.
+    For ``compute="fast"`` V multiplies in 8 bits too, if ``fits_fast`` and ``fast_pays``.
     """
     wide = problem.q.dtype in SIXTEEN_BITS
-    fast = problem.compute == "fast" and fits_fast(problem, cache)
+    fast = problem.compute == "fast" and fits_fast(problem, cache) and fast_pays(problem)
     pays = problem.head_dim in (128, 256) and keys_of_tile(problem) > SOME_KEYS
     if problem.compute == "int8":
         return CopyTypes("int8" if pays else "") if wide else None
@@ -257,6 +258,16 @@ def fits_fast(problem: Problem, cache: PagedKV) -> bool:
     static = "token" not in (cache.quant.k, cache.quant.v_granularity)
     heads = problem.v_head_dim == problem.head_dim and problem.head_dim in (64, 128, 256)
     return static and heads and cache.page_size % BOX_ROWS == 0 and problem.window.bounds is None
+
+
+def fast_pays(problem: Problem) -> bool:
+    """Whether p and V in e4m3 are faster than in 16 bits: not for heads of 256 that see few keys.
+
+    Their tiles of 128 keys, whose products and softmax take turns, are worth it in long runs. Under a window of 1,024
+    2 x 16,384 tokens of fp8 queries took 746 us so, 729 with V in 16 bits, and 846 and 889 with heads of 128. 8,192
+    tokens without a window took 483 and 581 (256), 620 and 652 (128). Heads of 64 were not measured so.
+    """
+    return problem.head_dim != 256 or keys_of_tile(problem) > SOME_KEYS
 
 
 def mixed_steps(problem: Problem) -> int:
