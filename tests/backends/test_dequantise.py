@@ -283,7 +283,8 @@ def test_sequences_are_ranked_among_hundreds(prepare: Prepare, impl: str, monkey
         ({"storage": "int8 fast"}, CopyTypes("int8", v_e4m3=True, k_stays=True)),
         ({"storage": "int8 fast", "head_dim": "64"}, CopyTypes()),
         ({"storage": "int8 fast", "window": "size"}, CopyTypes()),
-        ({"storage": "int8 fast", "paging": "16"}, CopyTypes()),  # keys of a box lie side by side in a page
+        ({"storage": "int8 fast", "paging": "16"}, CopyTypes("int8", k_stays=True)),  # V's boxes are of 64 keys
+        ({"storage": "int8 fast", "window": "bounds"}, CopyTypes("int8", k_stays=True)),
         ({"storage": "queries fast"}, CopyTypes("e4m3", v_e4m3=True, k_stays=True)),
         (
             {"storage": "queries fast", "head_dim": "64", "window": "size+tensor"},

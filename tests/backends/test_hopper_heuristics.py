@@ -235,6 +235,16 @@ def test_promised_bounds_pack_heads_of_512_but_decide_no_bit_with_split_size() -
         assert hopper_launch(Work(near, Target("sm_90", 132))).pack == pack
 
 
+def test_fast_tiles_over_small_pages_are_those_of_int8_products() -> None:
+    row = {"queries": "long ragged", "paging": "16", "head_dim": "128"}
+    fast, int8 = (
+        next(call for call in plan_for("hopper", one, Target("sm_90", 132)).calls if "LAUNCH" in call.args)
+        for one in (problem(storage=storage, **row) for storage in ("int8 fast", "int8 compute"))
+    )
+    named = {"F": replace(fast.args["F"], compute_int8=True)}  # which tiles over copies do not read
+    assert (fast.grid, fast.args | named, fast.sources) == (int8.grid, int8.args, int8.sources)
+
+
 @pytest.mark.parametrize(
     ("storage", "head_dim", "window", "scoring", "shape"),
     [

@@ -237,7 +237,8 @@ def products(problem: Problem, cache: PagedKV) -> CopyTypes | None:
     they are faster, for all scores are converted and queries take a pass: 8,192 tokens of 16 heads of 256 took 607 us
     so and 779 in 16 bits, of 32 heads of 128 706 and 771; chunks of 2,048 tokens at 16,384 keys 2,495 and 2,997. Before
     maxima were taken of integers 64 heads of 64 took 1,259 and 1,101, those chunks under a window of 1,024 317 and 294.
-    For ``compute="fast"`` V multiplies in 8 bits too, if ``fits_fast`` and ``fast_pays``.
+    For ``compute="fast"`` V multiplies in 8 bits too, if ``fits_fast`` and ``fast_pays``. Queries and int8 keys do in
+    any case, where that is faster.
     """
     wide = problem.q.dtype in SIXTEEN_BITS
     fast = problem.compute == "fast" and fits_fast(problem, cache) and fast_pays(problem)
@@ -247,7 +248,7 @@ def products(problem: Problem, cache: PagedKV) -> CopyTypes | None:
     if problem.q.dtype == torch.float8_e4m3fn:
         takes = cache.k.dtype == problem.q.dtype and cache.quant.k in ("none", "tensor", "head")
         return CopyTypes("e4m3", fast) if takes else None
-    if fast and pays and wide and cache.k.dtype == torch.int8:
+    if problem.compute == "fast" and pays and wide and cache.k.dtype == torch.int8 and has_static_scales(cache):
         return CopyTypes("int8", fast)
     return CopyTypes() if dequantises(problem) else None
 
@@ -255,9 +256,14 @@ def products(problem: Problem, cache: PagedKV) -> CopyTypes | None:
 def fits_fast(problem: Problem, cache: PagedKV) -> bool:
     """Whether p and V may multiply in e4m3: keys lie side by side in whole boxes of a page, scores and results can take
     the scales, and no row has bounds."""
-    static = "token" not in (cache.quant.k, cache.quant.v_granularity)
     heads = problem.v_head_dim == problem.head_dim and problem.head_dim in (64, 128, 256)
-    return static and heads and cache.page_size % BOX_ROWS == 0 and problem.window.bounds is None
+    boxes = cache.page_size % BOX_ROWS == 0
+    return has_static_scales(cache) and heads and boxes and problem.window.bounds is None
+
+
+def has_static_scales(cache: PagedKV) -> bool:
+    """Whether no scale is a token's own."""
+    return "token" not in (cache.quant.k, cache.quant.v_granularity)
 
 
 def fast_pays(problem: Problem) -> bool:
