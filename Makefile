@@ -96,8 +96,10 @@ test-hf-newest: $(DEV_STAMP) ## run the tests of the Transformers integration wi
 	PYTHONPATH=$(CURDIR)/$(NEWEST_HF) $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
 	PYTHONPATH=$(CURDIR)/$(NEWEST_HF) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/hf $(ARGS)
 
+# The served model comes first: once a test has drafts, numba is imported, and vLLM 0.32 starts no further engine in that
+# process (it looks into every module, and llvmlite's answers with what it does not expect).
 test-vllm: $(VLLM_STAMP) ## run the real vLLM on swath, on a CPU (3 GB to install; ten minutes)
-	OMP_NUM_THREADS=1 $(CALM) $(VLLM)/bin/python -m pytest -s tests/engines/real_vllm.py tests/engines/real_vllm_model.py \
+	OMP_NUM_THREADS=1 $(CALM) $(VLLM)/bin/python -m pytest -s tests/engines/real_vllm_model.py tests/engines/real_vllm.py \
 	  tests/engines/test_vllm.py $(ARGS)
 
 # Packages that only a GPU needs are stood in for: see tests/engines/no_gpu.
