@@ -66,10 +66,7 @@ def leave_room(inputs: Inputs, rows: int, monkeypatch: pytest.MonkeyPatch) -> Pr
     problem = tooling.prepare(inputs.op, *inputs.args, **inputs.options)
     keys = problem.keys
     assert isinstance(keys, PagedKeys)
-    pages = launch.scratch_pages(problem, keys)
-    types = hopper.copies(problem) or CopyTypes()
-    slot = keys.num_kv_heads * (problem.head_dim * types.k_bytes + problem.v_head_dim * types.v_bytes)
-    row = pages * keys.cache.page_size * slot
+    row = launch.row_bytes(problem, keys, hopper.copies(problem) or CopyTypes())
     table = 4 * problem.num_seqs * launch.table_pages(problem, keys)
     monkeypatch.setattr(launch, "SCRATCH_BYTES", rows * row + table)
     monkeypatch.setattr(paged_call, "_memory", Memory())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swath.backends.triton.features import Features
 from swath.backends.triton.heuristics import Heuristics
-from swath.backends.triton.heuristics.dequantise import CopyTypes, copy_pays, dequantises
+from swath.backends.triton.heuristics.dequantise import CopyTypes, copy_pays
 from swath.backends.triton.heuristics.splits import (
     FULL,
     MAX_STEPS,
@@ -72,10 +72,10 @@ positions of all its heads. 32 ragged sequences took, packed and not: 227 and 27
 3,118 (up to 2,047), 8,340 and 8,900 (up to 4,095); one of 8,192 tokens 788 and 781. Chunks that are all whole tiles
 have no such rows: four of 2,048 tokens under a window of 1,024 took 277 and 267."""
 MANY_KEYS = 4096
-"""Heads of 512 are packed where a window shows a row at most so many keys: a row tile of 128 positions visits four more
-tiles of 32 keys than one of 16, and makes their scores twice. 16,384 tokens of 32/4 heads took, packed and not: 1,933
-and 2,154 us under a window of 512, 3,003 and 3,236 of 1,024, 5,186 and 5,361 of 2,048, 9,166 and 9,250 of 4,096.
-"""
+"""Heads of 512 are packed where a window shows a row at most this many keys. Not packed, a row tile has 128 positions,
+packed it has 16. The larger one visits four more tiles of 32 keys, and makes their scores twice. 16,384 tokens of 32/4
+heads took, packed and not: 1,933 and 2,154 us under a window of 512, 3,003 and 3,236 of 1,024, 5,186 and 5,361 of
+2,048, 9,166 and 9,250 of 4,096."""
 SECTION_KEYS = 8192
 """Keys that rows with bounds may see beyond which heads are taken in sections, as without a window: their order costs
 the load warp 110 instructions a work tile, which show under a window of 1,024. Spans of images over 16,384 keys took
@@ -231,7 +231,7 @@ def copies(problem: Problem) -> CopyTypes | None:
 
 
 def products(problem: Problem, cache: PagedKV) -> CopyTypes | None:
-    """In which types a long prefill over 8-bit pages multiplies: 16 bits, or 8 bits, or None for what tiles decode.
+    """In which types a prefill multiplies, if a copy of its 8-bit pages pays; None for what tiles decode.
 
     fp8 queries multiply as they are, so that K's scales must be ones that scores can take. int8 products are made where
     they are faster, for all scores are converted and queries take a pass: 8,192 tokens of 16 heads of 256 took 607 us
@@ -250,7 +250,7 @@ def products(problem: Problem, cache: PagedKV) -> CopyTypes | None:
         return CopyTypes("e4m3", fast) if takes else None
     if problem.compute == "fast" and pays and wide and cache.k.dtype == torch.int8 and has_static_scales(cache):
         return CopyTypes("int8", fast)
-    return CopyTypes() if dequantises(problem) else None
+    return CopyTypes() if wide else None
 
 
 def fits_fast(problem: Problem, cache: PagedKV) -> bool:

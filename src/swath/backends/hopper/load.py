@@ -166,7 +166,7 @@ def load_keys(
     """
     OF_V: gl.constexpr = cut_loaded is not None
     desc, pipe, narrow_desc, narrow_pipe = descriptors.k, pipes.k, descriptors.narrow_k, pipes.narrow_k
-    if cut_loaded is not None:
+    if OF_V:
         desc, pipe, narrow_desc, narrow_pipe = descriptors.v, pipes.v, descriptors.narrow_v, pipes.narrow_v
     if C.narrow_n > 0:
         start = narrow_tile(key_tiles, C)

@@ -163,7 +163,10 @@ def copied(work: Work, types: CopyTypes, scratch: Scratch) -> tuple[list[KernelC
 
 
 def keys_of_tiles(keys: PagedKeys, pages: int, width: int, types: CopyTypes, dtype: torch.dtype) -> PagedKeys:
-    """What tiles over a copy take keys for: a 16-bit cache of so many scratch pages, or of K's own where it stays."""
+    """The keys that tiles over a copy are planned for: a 16-bit cache on "meta".
+
+    It has as many pages as the scratch, ``pages``, or as the cache where K stays there.
+    """
     cache, table = keys.cache, keys.table
     if types.k_stays:
         pages = cache.num_pages

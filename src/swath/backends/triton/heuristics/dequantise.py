@@ -87,8 +87,12 @@ def scratch_rows(problem: Problem, keys: PagedKeys, types: CopyTypes = CopyTypes
 
     In a mixed batch each sequence may be a chunk, as far as the host knows; the device gives rows to those that are.
     """
-    pages = scratch_pages(problem, keys)
-    slot = keys.num_kv_heads * (problem.head_dim * types.k_bytes + problem.v_head_dim * types.v_bytes)
-    row = pages * keys.cache.page_size * slot
+    row = row_bytes(problem, keys, types)
     table = problem.num_seqs * table_pages(problem, keys) * torch.int32.itemsize
     return min(most_unclaimed(problem), max(SCRATCH_BYTES - table, 0) // row) if row else 0
+
+
+def row_bytes(problem: Problem, keys: PagedKeys, types: CopyTypes) -> int:
+    """Of the scratch for one sequence."""
+    slot = keys.num_kv_heads * (problem.head_dim * types.k_bytes + problem.v_head_dim * types.v_bytes)
+    return scratch_pages(problem, keys) * keys.cache.page_size * slot

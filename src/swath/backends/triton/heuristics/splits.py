@@ -68,7 +68,9 @@ def split_steps(problem: Problem) -> int:
         return 0
     if problem.cu_seqlens_q is None:
         return problem.steps if problem.steps <= MAX_STEPS else 0
-    return min(problem.max_q_len, MAX_STEPS) if problem.max_q_len <= MAX_STEPS or is_mixed(problem) else 0
+    if problem.max_q_len <= MAX_STEPS:
+        return problem.max_q_len
+    return MAX_STEPS if is_mixed(problem) else 0
 
 
 def split_rows(work: Work, steps: int) -> int:
