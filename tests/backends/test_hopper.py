@@ -170,6 +170,7 @@ CASES = {
     "fast, fp8 queries of 64": replace(FAST_FP8, head_dim=64, quant=KVQuant(E4M3, "tensor", "channel")),
     "fast, int8": FAST_INT8,
     "fast, int8, window of many tiles, positions": replace(FAST_INT8, size=1290, q_start=(0, 200, -60, 10)),
+    "fast, int8, pages of 16, whose values keep 16 bits": replace(FAST_INT8, page_size=16, holes=True),
     "fast, int8 of 256, sink and LSE": replace(FAST_INT8, head_dim=256, sink="fp32", dtype=torch.float16),
     "fast, int8 of 256, soft cap": replace(FAST_INT8, head_dim=256, softcap=5.0),
     "decode": DECODE,
@@ -243,6 +244,7 @@ BOUNDS = {
     "512": replace(LONG, head_dim=512, sink="q"),
     "512, int8 pages, leading keys": replace(WIDE_INT8, global_tokens=70),
     "int8 products of 256": replace(INT8, head_dim=256, global_tokens=5),
+    "fast, int8": FAST_INT8,
     "fp8 queries": FP8,
 }
 

@@ -15,7 +15,7 @@ from test_append import SLOTS, empty_cache, tokens
 from test_dequantise import MIXED, leave_room
 
 from conftest import Prepare, plan_for
-from swath import KVQuant, append_kv, merge_states
+from swath import KVQuant, append_kv, merge_states, quantise_q
 from swath.backends.hopper import attention as hopper
 from swath.ops import explain as tooling
 from swath.target import Target, has_triton
@@ -51,7 +51,12 @@ HOPPER = [
     Case((-2, 193, 5), (20, 33, 60), head_dim=192, v_head_dim=128),
     Case((1400, 90), (200, 60), group=4, head_dim=128, quant=INT8_CHANNEL, compute="int8"),
     Case((300, 90), (200, 60), group=4, dtype=E4M3, quant=KVQuant(E4M3, "head"), q_scale="token"),
-]
+    Case((300, 200, 40), (300, 130, 1), head_dim=512, layout="nhd", size=100),
+    Case((300, 90), (200, 60), group=4, head_dim=512, quant=INT8_CHANNEL),
+    Case((1400, 90), (200, 60), group=4, head_dim=128, page_size=64, quant=INT8_CHANNEL, compute="fast"),
+    Case((1400, 90), (200, 60), head_dim=256, page_size=64, dtype=E4M3, quant=KVQuant(E4M3, "head"), q_scale="tensor",
+         compute="fast"),
+]  # fmt: skip
 CALLS = [("triton", case) for case in TRITON] + [("hopper", case) for case in HOPPER]
 
 
@@ -81,6 +86,20 @@ def test_gpu_append(quant: KVQuant, layout: str, impl: str, device: str) -> None
         append_kv(cache, *tokens(torch.bfloat16, device), torch.tensor(SLOTS, device=device), impl=name)
     got, want = (torch.stack((cache.k, cache.v)).view(torch.uint8) for cache in caches)
     assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("head_dim", [80, 128])
+@pytest.mark.parametrize("impl", ["triton"], indirect=True)
+def test_gpu_quantise(head_dim: int, static: bool, impl: str, device: str) -> None:
+    """Rows that end where the tensor does."""
+    torch.manual_seed(0)
+    q = torch.randn(5, 3, head_dim, dtype=torch.bfloat16, device=device)
+    scale = torch.tensor(0.02, device=device) if static else None
+    (got, unit), (want, wanted) = (quantise_q(q, scale, impl=name) for name in (impl, "reference"))
+    assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+    assert torch.equal(unit, wanted)
 
 
 @pytest.mark.gpu
