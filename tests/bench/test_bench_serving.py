@@ -366,6 +366,23 @@ def test_queries_that_fa3_rounds_count_as_rounded() -> None:
     assert sglang._read(fa3, layer, q) is q
 
 
+def test_a_key_that_a_backend_leaves_out_counts_as_unseen() -> None:
+    """SGLang's Triton sees the oldest key of a window in prefill, not in decode: both are one kind of layer."""
+    triton, fa3 = (type(name, (), {})() for name in ("TritonAttnBackend", "FlashAttentionBackend"))
+    decode, prefill = (SimpleNamespace(extend_seq_lens=n) for n in (None, torch.tensor([3])))
+    found = [sglang._left_out(backend, batch) for backend in (triton, fa3) for batch in (decode, prefill)]
+    assert found == [1, 0, 0, 0]
+    shown, checkers = attention(1, 1.0, 0), (check.Checker(), check.Checker())
+    fewer = swath.paged_attention(shown.q, shown.cache, shown.block_table, shown.seq_lens, window=23)
+    for checker, left_out in zip(checkers, (1, 0), strict=True):
+        for _ in range(check.EVERY):
+            checker.look(replace(shown, out=fewer, left_out=left_out))
+        assert checker.seen == {(24, True): check.EVERY}
+    assert checkers[0].error < 1e-2
+    assert checkers[1].error > check.COARSE
+    assert checkers[1].where == "decode, window 24"
+
+
 def test_answers_of_sglang_have_the_chosen_token_first() -> None:
     said = SimpleNamespace(
         output_top_logprobs_idx=[[5, 7], [9, 2]], output_top_logprobs_val=[[-0.1, -2.0], [-0.3, -0.4]],

@@ -30,10 +30,14 @@ NEAR = 0.5
 
 
 class Checker:
-    """Looks at calls of attention. ``error`` is relative to a row's norm, ``budget_used`` of its worst element."""
+    """Looks at calls of attention. ``error`` is relative to a row's norm, ``budget_used`` of its worst element.
+
+    ``where`` says in which kind of call the error was largest.
+    """
 
     def __init__(self) -> None:
         self.error = self.budget_used = 0.0
+        self.where = ""
         self.seen: Counter[tuple[int | None, bool]] = Counter()
         self.looked = 0
         self._generator = torch.Generator().manual_seed(1)
@@ -51,9 +55,13 @@ class Checker:
         self.looked += 1
         longest = max(owners, key=lambda b: kv_lens[b])
         chance = owners[self._below(len(owners))]
+        before = self.error
         self._judge(call, longest, bounds[longest + 1] - 1, kv_lens[longest] - 1)
         row = bounds[chance] + self._below(bounds[chance + 1] - bounds[chance])
         self._judge(call, chance, row, kv_lens[chance] - (bounds[chance + 1] - row))
+        if self.error > before:
+            window = f"window {call.size}" if call.size else "no window"
+            self.where = f"{'decode' if kind[1] else 'prefill'}, {window}"
 
     def _below(self, n: int) -> int:
         return int(torch.randint(n, (), generator=self._generator))
@@ -64,7 +72,8 @@ class Checker:
         whole = torch.tensor([0, 1])
         truth = oracle.paged(
             call.q[row : row + 1], cache.k, cache.v, cache.k_scale, cache.v_scale, call.block_table[b : b + 1],
-            call.seq_lens[b : b + 1], cu_seqlens_q=whole, q_start=whole[:1] + position, size=call.size,
+            call.seq_lens[b : b + 1], cu_seqlens_q=whole, q_start=whole[:1] + position,
+            size=None if call.size is None else call.size - call.left_out,
             scale=call.scale, sink=call.sink, q_scale=call.q_scale,
         )  # fmt: skip
         off = (out.double() - truth.out).norm(dim=-1) / truth.out.norm(dim=-1).clamp(min=1e-30)
@@ -92,10 +101,10 @@ def fault(checker: Checker, apart: float, job: Job) -> str | None:
     if checker.seen.keys() != {(size, is_decode) for size, _ in checker.seen for is_decode in (True, False)}:
         return f"the checks did not see decode and prefill of every kind of layer: {sorted(checker.seen)}"
     if job.backend == "swath" and not checker.budget_used <= 1:
-        used = f"{checker.budget_used:.3g} of its error budget (error {checker.error:.1e})"
+        used = f"{checker.budget_used:.3g} of its error budget (error {checker.error:.1e}; {checker.where})"
         return f"a sampled row of attention uses {used}"
     if not checker.error <= COARSE:
-        return f"a sampled row of attention has an error of {checker.error:.1e}"
+        return f"a sampled row of attention has an error of {checker.error:.1e} ({checker.where})"
     if job.model.is_dense and not apart <= NEAR:
         return f"log-probabilities with and without CUDA graphs are {apart:.2g} apart"
     return None

@@ -67,6 +67,7 @@ class Call:
     - cache: what the backend read, with whatever scales it has
     - block_table [B, pages], seq_lens [B], cu_seqlens_q [B + 1]
     - size: keys in the layer's window, the query's own included, or None
+    - left_out: the oldest keys of the window that the backend is known not to see
     - scale, sink: as ``paged_attention`` takes them
     """
 
@@ -80,6 +81,7 @@ class Call:
     scale: float
     sink: Tensor | None = None
     q_scale: Tensor | None = None
+    left_out: int = 0
 
 
 class Runner(Protocol):

@@ -287,7 +287,18 @@ def _call(runner: Any, layer: Any, batch: Any, q: Any, out: Any, sinks: Any) -> 
         size=window_size(layer.sliding_window_size),
         scale=layer.scaling,
         sink=sinks,
+        left_out=_left_out(runner.attn_backend, batch),
     )
+
+
+def _left_out(backend: Any, batch: Any) -> int:
+    """Keys of the window that a backend does not see: in decode SGLang's Triton does without the oldest.
+
+    It takes ``min(seq_lens, sliding_window_size)`` keys, the query's own among them, where its prefill and every other
+    backend take one more. It is held to what it means to compute, and is timed with it.
+    """
+    is_decode = batch.extend_seq_lens is None
+    return int(is_decode and type(backend).__name__ == "TritonAttnBackend")
 
 
 def _read(backend: Any, layer: Any, q: Any) -> Any:
