@@ -341,46 +341,62 @@ def test_a_call_of_sglang_is_read_from_its_pools(windowed: bool) -> None:
     batch = SimpleNamespace(
         seq_lens=torch.tensor([sglang.PAGE + 3]), req_pool_indices=torch.tensor([1]), extend_seq_lens=torch.tensor([3])
     )
-    call = sglang._call(runner, layer, batch, torch.zeros(3, 64), torch.zeros(3, 64), None)
+    call = sglang._call(runner, layer, batch, (torch.zeros(3, 64),) * 3, torch.zeros(3, 64), None)
     assert call.q.shape == call.out.shape == (3, 4, 16)
     assert call.block_table.tolist() == ([[0, 1]] if windowed else [[1, 2]])
     assert call.cu_seqlens_q.tolist() == [0, 3]
     assert call.cache.k.shape[0] == 3
     assert call.size == (32 if windowed else None)
     batch.extend_seq_lens = None
-    assert sglang._call(runner, layer, batch, torch.zeros(1, 64), torch.zeros(1, 64), None).cu_seqlens_q.tolist() == [
-        0,
-        1,
-    ]
+    call = sglang._call(runner, layer, batch, (torch.zeros(1, 64),) * 3, torch.zeros(1, 64), None)
+    assert call.cu_seqlens_q.tolist() == [0, 1]
+    runner.attn_backend = type(sglang.TRITON, (), {})()
+    assert sglang._call(runner, layer, batch, (torch.zeros(1, 64),) * 3, torch.zeros(1, 64), None).left_out == 1
+    batch.extend_seq_lens = torch.tensor([1])
+    assert sglang._call(runner, layer, batch, (torch.zeros(1, 64),) * 3, torch.zeros(1, 64), None).left_out == 0
 
 
-def test_queries_that_fa3_rounds_count_as_rounded() -> None:
+def over_e4m3(backend: str, q: torch.Tensor, prefills: bool, cached: bool = True) -> tuple[torch.Tensor, swath.PagedKV]:
+    """What 3 query tokens of 2 heads read; their own keys and values are 7 and 9, those before them 3 and 2 x 0.5."""
+    k, v = (torch.full((2 * sglang.PAGE, 1, 128), x).to(torch.float8_e4m3fn if cached else q.dtype) for x in (3.0, 2.0))
+    layer = SimpleNamespace(
+        layer_id=0, tp_q_head_num=2, head_dim=128, v_head_dim=128, k_scale=None, v_scale=torch.tensor(0.5)
+    )
+    batch = SimpleNamespace(extend_seq_lens=torch.tensor([3]) if prefills else None, out_cache_loc=torch.arange(3) + 70)
+    pool = SimpleNamespace(get_kv_buffer=lambda _: (k, v))
+    given = (q.flatten(1), torch.full((3, 128), 7.0), torch.full((3, 128), 9.0))
+    return sglang._read(type(backend, (), {})(), pool, layer, batch, given)
+
+
+def test_queries_that_a_backend_rounds_count_as_rounded() -> None:
     """As those do that vLLM hands over in e4m3."""
-    kind = type("FlashAttentionBackend", (), {})
-    fa3, layer, q = kind(), SimpleNamespace(head_dim=128), torch.randn(3, 128)
-    fa3.kv_cache_dtype_str, fa3.kv_cache_dtype = "fp8_e4m3", torch.float8_e4m3fn
-    assert sglang._read(fa3, layer, q).dtype == torch.float8_e4m3fn
-    assert sglang._read(fa3, SimpleNamespace(head_dim=512), q) is q
-    assert sglang._read(SimpleNamespace(), layer, q) is q
-    fa3.kv_cache_dtype_str = "auto"
-    assert sglang._read(fa3, layer, q) is q
+    q = torch.randn(3, 2, 128)
+    for backend in (sglang.FA3, sglang.TRITON, "SwathBackend"):
+        found, cache = over_e4m3(backend, q, prefills=False)
+        assert found.dtype == (q.dtype if backend == "SwathBackend" else torch.float8_e4m3fn)
+        assert cache.k.dtype == torch.float8_e4m3fn
+        assert over_e4m3(backend, q, prefills=False, cached=False)[0].dtype == q.dtype
+    assert over_e4m3(sglang.FA3, q, prefills=True)[0].dtype == torch.float8_e4m3fn
 
 
-def test_a_key_that_a_backend_leaves_out_counts_as_unseen() -> None:
-    """SGLang's Triton sees the oldest key of a window in prefill, not in decode: both are one kind of layer."""
-    triton, fa3 = (type(name, (), {})() for name in ("TritonAttnBackend", "FlashAttentionBackend"))
-    decode, prefill = (SimpleNamespace(extend_seq_lens=n) for n in (None, torch.tensor([3])))
-    found = [sglang._left_out(backend, batch) for backend in (triton, fa3) for batch in (decode, prefill)]
-    assert found == [1, 0, 0, 0]
-    shown, checkers = attention(1, 1.0, 0), (check.Checker(), check.Checker())
-    fewer = swath.paged_attention(shown.q, shown.cache, shown.block_table, shown.seq_lens, window=23)
-    for checker, left_out in zip(checkers, (1, 0), strict=True):
-        for _ in range(check.EVERY):
-            checker.look(replace(shown, out=fewer, left_out=left_out))
-        assert checker.seen == {(24, True): check.EVERY}
-    assert checkers[0].error < 1e-2
-    assert checkers[1].error > check.COARSE
-    assert checkers[1].where == "decode, window 24"
+def test_triton_reads_a_steps_own_keys_before_they_are_stored() -> None:
+    """With queries as they came, and the cache with queries in e4m3: a product over both halves of the channels."""
+    q = torch.randn(3, 2, 128)
+    found, cache = over_e4m3(sglang.TRITON, q, prefills=True)
+    scores = found @ cache.k[:, 0].flatten(0, 1).T
+    torch.testing.assert_close(scores[..., 70], 7 * q.sum(-1))
+    torch.testing.assert_close(scores[..., 69], 3 * q.to(torch.float8_e4m3fn).float().sum(-1))
+    values = cache.v[:, 0].flatten(0, 1)
+    assert values[[69, 70, 72, 73], 0].tolist() == [1.0, 9.0, 9.0, 1.0]
+    seen = torch.arange(64, 73) < torch.tensor([71, 72, 73]).view(3, 1, 1)
+    weights = (scores[..., 64:73] * 0.1).masked_fill(~seen, -torch.inf).softmax(-1)
+    out = (weights @ values[64:73]).bfloat16()
+    call = Call(found, out, cache, torch.tensor([[1]]), torch.tensor([9]), torch.tensor([0, 3]), None, 0.1)
+    checker = check.Checker()
+    for _ in range(check.EVERY):
+        checker.look(call)
+    assert checker.looked == 1
+    assert checker.error < 1e-2
 
 
 def test_answers_of_sglang_have_the_chosen_token_first() -> None:

@@ -38,6 +38,11 @@ FORKS = False
 """SGLang asks the GPU what it is when it is imported: the process of each job imports it anew."""
 CLOSED = {"gpt-oss-20b": "triton"}
 """Models whose list of backends is closed: swath serves them under another's name."""
+FA3, TRITON = "FlashAttentionBackend", "TritonAttnBackend"
+"""Classes of SGLang's backends. In decode TRITON leaves out the oldest key of a window: it takes ``min(seq_lens,
+sliding_window_size)`` keys, the query's own among them, where its prefill and all others take one more."""
+Given = tuple[Any, Any, Any]
+"""q, k and v of the tokens of a step, as a layer hands them to its backend."""
 TWO_POOLS = ("gpt-oss-20b",)
 """Models whose windows have a pool of their own."""
 
@@ -264,51 +269,76 @@ def _watching(forward: Callable[..., Any], look: Callable[[Call], None], runner:
 
     def watched(q: Any, k: Any, v: Any, layer: Any, batch: Any, *others: Any, **named: Any) -> Any:
         out = forward(q, k, v, layer, batch, *others, **named)
-        look(_call(runner, layer, batch, q, out, named.get("sinks")))
+        look(_call(runner, layer, batch, (q, k, v), out, named.get("sinks")))
         return out
 
     return watched
 
 
-def _call(runner: Any, layer: Any, batch: Any, q: Any, out: Any, sinks: Any) -> Call:
+def _call(runner: Any, layer: Any, batch: Any, given: Given, out: Any, sinks: Any) -> Call:
     """What a layer's backend was given and gave, whichever backend it is."""
     pool, requests, seq_lens = runner.token_to_kv_pool, runner.req_to_token_pool.req_to_token, batch.seq_lens
     slots = requests[batch.req_pool_indices, : int(seq_lens.max())][:, ::PAGE].long()
-    if hasattr(pool, "layers_mapping") and pool.layers_mapping[layer.layer_id][1]:  # a layer of the window's pool
-        slots = pool.translate_loc_from_full_to_swa(slots)
     new = torch.ones_like(seq_lens) if batch.extend_seq_lens is None else batch.extend_seq_lens
+    q, cache = _read(runner.attn_backend, pool, layer, batch, given)
     return Call(
-        q=_read(runner.attn_backend, layer, q).reshape(-1, layer.tp_q_head_num, layer.head_dim),
+        q=q,
         out=out.reshape(-1, layer.tp_q_head_num, layer.v_head_dim),
-        cache=_cache(pool, layer),
-        block_table=(slots // PAGE).int(),
+        cache=cache,
+        block_table=(_in_pool(pool, layer, slots) // PAGE).int(),
         seq_lens=seq_lens,
         cu_seqlens_q=torch.nn.functional.pad(new.cumsum(0), (1, 0)),
         size=window_size(layer.sliding_window_size),
         scale=layer.scaling,
         sink=sinks,
-        left_out=_left_out(runner.attn_backend, batch),
+        left_out=int(_is(runner.attn_backend, TRITON) and batch.extend_seq_lens is None),
     )
 
 
-def _left_out(backend: Any, batch: Any) -> int:
-    """Keys of the window that a backend does not see: in decode SGLang's Triton does without the oldest.
+def _is(backend: Any, name: str) -> bool:
+    return type(backend).__name__ == name
 
-    It takes ``min(seq_lens, sliding_window_size)`` keys, the query's own among them, where its prefill and every other
-    backend take one more. It is held to what it means to compute, and is timed with it.
+
+def _in_pool(pool: Any, layer: Any, slots: Any) -> Any:
+    """Slots as the layer's pool numbers them: that of windows has numbers of its own."""
+    if hasattr(pool, "layers_mapping") and pool.layers_mapping[layer.layer_id][1]:
+        return pool.translate_loc_from_full_to_swa(slots)
+    return slots
+
+
+def _read(backend: Any, pool: Any, layer: Any, batch: Any, given: Given) -> tuple[Any, PagedKV]:
+    """Queries [T, Hq, D] and the cache, as the backend's kernels multiply them.
+
+    Over a cache of e4m3 fa3 casts queries to it, without a scale, and they count as they are then, as those do that
+    vLLM hands to FLASH_ATTN. triton casts them too where it reads the cache.
     """
-    is_decode = batch.extend_seq_lens is None
-    return int(is_decode and type(backend).__name__ == "TritonAttnBackend")
+    q, cache = given[0].reshape(-1, layer.tp_q_head_num, layer.head_dim), _cache(pool, layer)
+    stored = cache.k.dtype
+    if stored.itemsize > 1:
+        return q, cache
+    if _is(backend, TRITON) and batch.extend_seq_lens is not None:
+        return _two_kinds(pool, layer, batch, q, given)
+    casts = (_is(backend, FA3) and layer.head_dim <= 256) or _is(backend, TRITON)
+    return (q.to(stored) if casts else q), cache
 
 
-def _read(backend: Any, layer: Any, q: Any) -> Any:
-    """The queries that a backend's kernel reads: fa3 makes them e4m3 over a cache of e4m3, without a scale.
+def _two_kinds(pool: Any, layer: Any, batch: Any, q: Any, given: Given) -> tuple[Any, PagedKV]:
+    """What triton multiplies in prefill over e4m3: old keys with queries cast to e4m3, a step's own keys with queries.
 
-    They count as they are then, as those do that vLLM hands to FLASH_ATTN.
+    Its own keys and values are those that came, before they were stored. Both kinds are in one cache here: old keys in
+    the first half of the channels, own ones in the second, and zeros in the other half.
     """
-    is_fa3 = type(backend).__name__ == "FlashAttentionBackend"
-    rounds = is_fa3 and backend.kv_cache_dtype_str != "auto" and layer.head_dim <= 256
-    return q.to(backend.kv_cache_dtype) if rounds else q
+    stored = [x[: x.shape[0] // PAGE * PAGE] for x in pool.get_kv_buffer(layer.layer_id)]
+    k, v = (
+        x.float() if scale is None else x.float() * scale
+        for x, scale in zip(stored, (layer.k_scale, layer.v_scale), strict=True)
+    )
+    new_k, new_v = (x.reshape(-1, *y.shape[1:]).float() for x, y in zip(given[1:], (k, v), strict=True))
+    own = _in_pool(pool, layer, batch.out_cache_loc)
+    k = torch.cat([k, torch.zeros_like(k)], -1)
+    k[own] = torch.cat([torch.zeros_like(new_k), new_k], -1)
+    v[own] = new_v
+    return torch.cat([q.to(stored[0].dtype).float(), q.float()], -1), nhd_cache(k, v, PAGE, k.dtype)
 
 
 def _cache(pool: Any, layer: Any) -> PagedKV:
