@@ -266,6 +266,18 @@ def test_a_run_times_who_passes_and_says_why_not_the_others() -> None:
     assert str(figures.launch).startswith("torch, float32")
 
 
+def test_the_spread_of_few_runs_lies_within_them() -> None:
+    class Uneven(SmallClock):
+        def times_us(self, run: run.Run, count: int) -> list[float]:
+            run()
+            return [9e3, 9e4][:count]
+
+    (row,) = run.measure_case(SMALL, (PROVIDERS["swath-cpu"],), Uneven(), 1, lambda _text: None, ORIGIN)
+    assert isinstance(row, Timed)
+    low, high = row.us_p10_p90
+    assert 9e3 <= low < high <= 9e4
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", ["decode", "steps", "prefill"])
 def test_a_gpu_run_has_all_its_figures(op: str) -> None:

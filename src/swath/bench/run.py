@@ -170,7 +170,7 @@ def _one_turn(contender: _Contender, clock: CpuClock) -> None:
 def _figures(contender: _Contender, work: Work, ceilings: list[Ceilings], read_us: float | None) -> Timed:
     """Medians over the rounds; the floor of a round comes from its own matrix product and the run's best read."""
     rounds_us = [median(times) for times in contender.times]
-    tenths = quantiles([t for times in contender.times for t in times], n=10)
+    tenths = quantiles([t for times in contender.times for t in times], n=10, method="inclusive")  # no time beyond them
     read, copied = max(c.read_tb_per_s for c in ceilings), median(c.copy_tb_per_s for c in ceilings)
     bytes_us = work.nbytes / read / 1e6
     floors = [max(bytes_us, work.flops / c.matmul_tflop_per_s / 1e6) for c in ceilings]
