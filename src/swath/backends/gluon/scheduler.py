@@ -197,13 +197,31 @@ FETCH_ADD = gl.constexpr(
 
 
 @gluon.jit
-def fetch_add(counter):
-    """Take a number from the launch's counter. Lane 0 of the warp gets it, the others get 0; its first use waits.
+def fetch_number(counter):
+    """Ask the launch's counter for a number, if there is one. ``next_number`` waits for the answer, in lane 0.
 
-    ``gl.atomic_add`` lost tiles in a prototype, and an exchange between the lanes would wait here.
+    ``gl.atomic_add`` lost tiles in a prototype.
     """
-    address = gl.full((32,), 0, gl.int64, layout=gl.BlockedLayout([1], [32], [1], [0])) + counter.to(gl.int64)
-    return gl.inline_asm_elementwise(FETCH_ADD, "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1)
+    address = gl.full((32,), 0, gl.int64, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    if counter is None:
+        return address.to(gl.int32)
+    else:
+        address += counter.to(gl.int64)
+        return gl.inline_asm_elementwise(FETCH_ADD, "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def next_number(t, counter, fetched):
+    """The number of the tile after ``t`` of this program: what was ``fetched``, or without a counter tiles in turn.
+
+    It is asked for when the tile before is all loaded, no sooner: a program with a long tile would keep the next one
+    from those that are done. 2,048 tokens of 32 heads of 128 took 110 us where it was drawn a tile ahead, and take 87,
+    8,192 of 16 heads of 256 733 and 691.
+    """
+    if counter is None:
+        return t + gl.num_programs(0)
+    else:
+        return gl.max(fetched, 0) + gl.num_programs(0)
 
 
 @gluon.jit

@@ -37,9 +37,10 @@ from swath.backends.gluon.pipeline import (
 from swath.backends.gluon.scheduler import (
     bounds_of_tile,
     element,
-    fetch_add,
+    fetch_number,
     get_work,
     has_work,
+    next_number,
     no_work,
     publish_work,
     q_coordinates,
@@ -52,10 +53,7 @@ from swath.backends.triton.kernels.walk import key_at, seen_by_any
 
 @gluon.jit
 def load_qk_warp(descriptors, counter, pipes, batch, C: gl.constexpr):
-    """The first load warp: the scheduler of the program, and the producer of q and K.
-
-    Tile numbers come from ``counter``, which all programs share. Without one, programs take them in turn.
-    """
+    """The first load warp: the scheduler of the program, and the producer of q and K."""
     if C.F.bounds:
         load_qk_of_bounds(descriptors, counter, pipes, batch, C)
     else:
@@ -71,8 +69,8 @@ def load_qk(descriptors, counter, pipes, batch, C: gl.constexpr):
     t = gl.program_id(0)
     while t < batch.num_tiles:
         work = work_tile_of(t, batch, C)
-        if counter is not None:
-            fetched = fetch_add(counter)
+        if C.narrow_n > 0:  # a work tile is one stage, whose loads hide the counter's answer
+            fetched = fetch_number(counter)
         if work.q_len > 0:
             publish_work(work_count, pipes.work, work)
             key_tiles = key_tiles_of(work, batch, C)
@@ -80,10 +78,9 @@ def load_qk(descriptors, counter, pipes, batch, C: gl.constexpr):
             cuts = load_keys(kv_count, cuts, key_tiles, descriptors, None, pipes, batch, C)
             work_count += 1
             kv_count += key_tiles.walk.total
-        if counter is None:
-            t += gl.num_programs(0)
-        else:
-            t = gl.max(fetched, 0) + gl.num_programs(0)
+        if C.narrow_n == 0:
+            fetched = fetch_number(counter)
+        t = next_number(t, counter, fetched)
     publish_work(work_count, pipes.work, no_work(C))
 
 
@@ -100,10 +97,9 @@ def load_qk_of_bounds(descriptors, counter, pipes, batch, C: gl.constexpr):
     publish_next(work_count, gl.program_id(0), counter, pipes, batch, C)
     work = get_work(work_count, pipes.work, 1, C)
     while has_work(work, C):
-        ahead = (work_count + 1, fetch_add(counter), counter)
         key_tiles = key_tiles_of(work, batch, C)
         load_q(work_count, work, descriptors.q, pipes.q, C)
-        cuts = load_keys(kv_count, cuts, key_tiles, descriptors, None, pipes, batch, C, ahead=ahead)
+        cuts = load_keys(kv_count, cuts, key_tiles, descriptors, None, pipes, batch, C, ahead=(work_count + 1, counter))
         work_count += 1
         kv_count += key_tiles.walk.total
         work = get_work(work_count, pipes.work, 1, C)
@@ -119,7 +115,7 @@ def publish_next(count, t, counter, pipes, batch, C: gl.constexpr):
             publish_work(count, pipes.work, with_sight(work, batch, C))
             searching = 0
         else:
-            t = gl.max(fetch_add(counter), 0) + gl.num_programs(0)
+            t = next_number(t, counter, fetch_number(counter))
     if searching == 1:
         publish_work(count, pipes.work, no_work(C))
 
@@ -162,7 +158,7 @@ def load_keys(
 
     ``kv_count`` key tiles were loaded before this work tile. Returns ``cuts`` plus the stages of V in which an edge
     cuts a box. ``APART``: its rows, which have bounds, may leave out keys between theirs, so that any box may be cut.
-    ``ahead``: what ``publish_next`` is called with before the last key tile, if it is.
+    ``ahead``: as what and from which counter the next work tile is published before the last key tile, if it is.
     """
     OF_V: gl.constexpr = cut_loaded is not None
     desc, pipe, narrow_desc, narrow_pipe = descriptors.k, pipes.k, descriptors.narrow_k, pipes.narrow_k
@@ -179,8 +175,9 @@ def load_keys(
         for j in range(key_tiles.walk.total):
             if ahead is not None:
                 if j == key_tiles.walk.total - 1:
-                    count, fetched, counter = ahead
-                    publish_next(count, gl.max(fetched, 0) + gl.num_programs(0), counter, pipes, batch, C)
+                    count, counter = ahead
+                    t = next_number(0, counter, fetch_number(counter))
+                    publish_next(count, t, counter, pipes, batch, C)
             next_start, _ = key_tile(gl.minimum(j + 1, key_tiles.walk.total - 1), key_tiles, C)
             next_page = box_pages(next_start, key_tiles, C.block_n, 1, OF_V, batch, C)
             loads = (TileLoad(start, page, desc, pipe),)
