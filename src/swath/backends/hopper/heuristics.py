@@ -43,6 +43,7 @@ class HopperLaunch:
     box_rows: int = 0
     uniform: bool = False
     narrow_n: int = 0  # keys of a narrow tile: it and one of ``block_n`` hold all that a row tile sees
+    out_stage: bool = False  # whether results leave as boxes from a stage of their own, beside one of q
     products_first: bool = False  # whether a step's products end before its softmax: fewer registers live, none overlap
     sections: bool = False  # whether heads are taken in sections whose keys the L2 cache holds, not all at once
 
@@ -164,15 +165,18 @@ def narrow_keys_launch(F: Features, problem: Problem) -> HopperLaunch:
 
     Heads of 256, 8,192 tokens: with V in e4m3 tiles of 128 keys took 458 us (e4m3) and 462 (int8), those of 64 497 and
     515 at best; 642 where products of e4m3 run beside the softmax, for registers spill, as they do with a soft cap
-    (1,072 bytes a thread). Heads of 128, 8,192 tokens: tiles of 64 keys took 18 to 25 % more. Three stages took 611 us
-    (e4m3), four 627; over int8 four 629, three 635. Under a window of 1,024, 2 x 16,384 tokens: one consumer took 864
-    us (int8) and 825 (e4m3), two 906 and 844; with V in e4m3 one 921 and 887, two 860 and 815. For few keys and heads
-    of 64 or 256 nothing else was measured.
+    (1,072 bytes a thread). A stage for results alone, for which there is room beside one of queries, took 447 us of 459
+    (e4m3, all passes included) and 474 of 480 (int8). Heads of 128, 8,192 tokens: tiles of 64 keys took 18 to 25 %
+    more. Three stages took 611 us (e4m3), four 627; over int8 four 629, three 635. Under a window of 1,024, 2 x 16,384
+    tokens: one consumer took 864 us (int8) and 825 (e4m3), two 906 and 844; with V in e4m3 one 921 and 887, two 860 and
+    815. For few keys and heads of 64 or 256 nothing else was measured.
     """
     few = keys_of_tile(problem) <= SOME_KEYS
     if F.head_dim > 128:
         wide = F.v_e4m3 and not F.softcap
-        return HopperLaunch(128, 2, 1, products_first=True) if wide else HopperLaunch(64, 4 if F.v_e4m3 else 3, 1)
+        if wide:
+            return HopperLaunch(128, 2, 1, products_first=True, out_stage=True)
+        return HopperLaunch(64, 4 if F.v_e4m3 else 3, 1)
     if F.head_dim == 128 and few and not F.v_e4m3:
         return HopperLaunch(
             64, 3, 2, consumers=1, programs=2, consumer_registers=216, producer_registers=40, registers=128

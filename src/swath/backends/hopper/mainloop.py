@@ -75,7 +75,7 @@ def mainloop(kv_count, work_count, WG: gl.constexpr, rows, output, pipes, batch,
     consumer_wait(k)
     s = warpgroup_mma_wait(0, deps=[start_scores(q.tile, k.tile, C)])  # [M, N]
     consumer_release("k", kv_count, C)
-    if output.desc is not None:
+    if output.desc is not None and not C.out_stage:
         release_stored_rows(work_count - 1, C)
     s, scale = masked_scores(s, start, new_from, rows, batch, True, C)
     p, m, l, alpha = fragment_softmax(s, scale, rows.m, to_thread_sums(rows.l), C)  # [M, N], [M], [M, 4], [M]
@@ -85,7 +85,7 @@ def mainloop(kv_count, work_count, WG: gl.constexpr, rows, output, pipes, batch,
     p, state = overlap(masked, key_tiles.walk.total, kv_count, p, state, q, rows, pipes, batch, False, C)
     m, l, acc, alpha = state
     acc = rescale_acc(acc, alpha)
-    if output.desc is None:
+    if output.desc is None or C.out_stage:
         consumer_release("q", work_count, C)
     v = pipeline_state(pipes.v, kv_count + key_tiles.walk.total - 1)
     consumer_wait(v)
