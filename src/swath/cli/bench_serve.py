@@ -38,7 +38,7 @@ MODELS_OF = {
     ),
     "sglang": (
         ("mistral-7b", "bf16", ("swath", "fa3", "triton")),
-        ("mistral-7b", "fp8", ("swath", "fa3")),
+        ("mistral-7b", "fp8", ("swath", "fa3", "triton")),
         ("gpt-oss-20b", "bf16", ("swath", "fa3", "triton")),
         ("gemma-3-12b", "bf16", ("swath", "fa3", "triton")),
     ),
