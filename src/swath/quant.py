@@ -38,6 +38,14 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16)
 
+E4M3_KEYS = 1280
+"""Keys at most over which ``compute="fast"`` may multiply p and V in e4m3.
+
+Tensor cores of Hopper cut the products that they add to 13 bits of the sum so far. Of values with a mean of 1 and a
+deviation of 0.5 that loses 1.5 % over 1,024 keys, 14 % over 8,192 and 51 % over 65,536, in FlashAttention-3 too. Up to
+this many keys no values lose more than 2^-4, half a step of p in e4m3.
+"""
+
 
 def granularity_of(scale: Tensor | None) -> str:
     """The granularity a scale tensor stands for: its rank, also where Hkv is 1."""

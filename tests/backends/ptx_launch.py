@@ -67,16 +67,9 @@ CASES = {
         (1300,), (64,), q_start=(300,), **SMALL | {"group": 8}, quant=KVQuant(torch.int8, "channel"), compute="int8"
     ),
     "fast, fp8 queries": Case((330, 90), (64, 34), **BY_HEAD | FAST, holes=True),
-    "fast, two consumers": Case(
-        (430, 1350), (140, 0), **FP8_Q | FAST | {"group": 4}, quant=KVQuant(E4M3, "tensor"), q_scale="tensor"
-    ),
-    "fast, heads of 64": Case(
-        (430, 1350), (104, 0), **FP8_Q | FAST | {"group": 5, "head_dim": 64}, quant=KVQuant(E4M3), q_scale="tensor",
-        softcap=20.0, sink="fp32",
-    ),
-    "fast, int8": Case(
-        (1300,), (64,), q_start=(300,), **SMALL | FAST | {"group": 8, "head_dim": 256, "page_size": 128},
-        quant=KVQuant(torch.int8, "head"), sink="q",
+    "fast, many tiles": Case(
+        (430, 1150), (140, 0), **FP8_Q | FAST | {"group": 5}, quant=KVQuant(E4M3, "tensor"), q_scale="tensor",
+        size=1150, softcap=20.0, sink="fp32",
     ),
     "hostile bounds": Case((90,), (70,), ranges="hostile", softcap=5.0, tail=300, **SMALL | {"head_dim": 64}),
 }  # fmt: skip

@@ -18,9 +18,9 @@ For an element t of the output, in the names of ``Truth`` (oracle.py), the budge
   score.
 - fp8 queries and keys may multiply in e4m3 (``e4m3``). Hopper's tensor cores align 32 products with the largest of them
   and cut them to 13 bits; so D / 32 times 2^-13 (noise + score_size) is one more part of ``score``.
-- So may p and V (``p_e4m3``, and ``compute="fast"``). Then u is 2^-4 for p, whose last steps are 2^-18 of the largest,
-  where kernels multiply p with 2^8; and its sum is cut every 32 keys: keys / 32 times 2^-13 (|t| + 4 quadrature). Of an
-  int8 cache "fast" also rounds V to e4m3, another 2^-4, and q to int8.
+- So may p and V (``p_e4m3``, and ``compute="fast"`` beside such queries). Then u is 2^-4 for p, whose last steps are
+  2^-18 of the largest, where kernels multiply p with 2^8. Of values of one sign all products are cut one way, each by
+  half a step of 2^-13 of the sum: keys times 2^-14 (|t| + 4 quadrature). Over an int8 cache "fast" rounds q to int8.
 - ``rest``: no float32 p is below 2^-126, nor an element below the smallest of its type. Where ``4 score`` is 1 or more,
   as at scores of millions, another key may have the largest score: v_norm, for any of the values may come out.
 - ``sum``: sums over the keys, running rescales, the exponential.
@@ -46,7 +46,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swath.quant import KVQuant
+from swath.quant import E4M3_KEYS, KVQuant
 from swath.testing.oracle import Truth
 
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
@@ -58,7 +58,7 @@ _FP16_STEP = 2.0**-25
 _FP8_UNIT, _FP8_STEP = 2.0**-4, 2.0**-18
 """Of p in e4m3: half a unit in the last place of 1, and the smallest steps, of p times 2^8."""
 _FP8_SUM, _FP8_PRODUCTS = 2.0**-13, 32
-"""What a sum of e4m3 products is cut to, relative to its largest term, and products that are added before that."""
+"""What a sum of e4m3 products is cut to, relative to its largest term, and products that are added at once."""
 _SMALLEST_P = 2.0**-126
 
 
@@ -67,7 +67,7 @@ class Arithmetic:
     """How a result was computed, as far as its error budget depends on it.
 
     quant: of the cache, None for dense keys. compute: as of ``paged_attention``. e4m3: queries and keys multiply in
-    e4m3. p_e4m3: so do p and V, as they may under ``compute="fast"``.
+    e4m3. p_e4m3: so do p and V, as they may under ``compute="fast"`` where these do.
     """
 
     quant: KVQuant | None = None
@@ -82,13 +82,12 @@ class Arithmetic:
 
     @property
     def fast_int8(self) -> bool:
-        """Whether queries may be rounded to int8 and V to e4m3."""
+        """Whether queries may be rounded to int8."""
         return self.compute == "fast" and self.quant is not None and self.quant.dtype == torch.int8
 
-    @property
-    def rounds_p(self) -> bool:
-        """Whether p may be rounded to e4m3."""
-        return self.p_e4m3 or self.compute == "fast"
+    def rounds_p(self, keys: Tensor) -> Tensor:
+        """Of which rows p may be rounded to e4m3, by the keys that they see."""
+        return (keys <= E4M3_KEYS) & (self.e4m3 and self.compute == "fast") | self.p_e4m3
 
     def key_rounding(self, dtype: torch.dtype) -> float:
         """Of an element of K, or of q, before the products of a score, relative."""
@@ -105,15 +104,16 @@ def out_budget(truth: Truth, dtype: torch.dtype, how: Arithmetic = PLAIN) -> Ten
     """The largest error allowed for each element of ``out``, float64 [R, Hq, D]; ``dtype`` is out's."""
     u, e = UNIT[dtype], UNIT[torch.float32]
     t = truth.out.abs()
-    rounding = (_FP8_UNIT if how.rounds_p else u) + u * (how.quant is not None and how.quant.v_granularity == "token")
-    if how.fast_int8:
-        rounding += _FP8_UNIT
-    cuts = (truth.keys / _FP8_PRODUCTS).ceil() * _FP8_SUM * how.rounds_p  # [R, 1]
-    rounded_p = (rounding + cuts[..., None]) * (t + _DEVIATIONS * truth.quadrature)
+    e4m3 = how.rounds_p(truth.keys)[..., None]  # [R, 1, 1]
+    cuts = truth.keys[..., None] * _FP8_SUM / 2
+    rounding = torch.where(e4m3, _FP8_UNIT + cuts, u)
+    if how.quant is not None and how.quant.v_granularity == "token":
+        rounding += u
+    rounded_p = rounding * (t + _DEVIATIONS * truth.quadrature)
     score_error = _score_error(truth, dtype, how)[..., None]
     weights = score_error + _sum_error(truth)[..., None]
     has_fp16 = dtype == torch.float16 or (how.quantised and dtype == torch.bfloat16)
-    step = _INT8_STEP if how.compute == "int8" else _FP8_STEP if how.rounds_p else _FP16_STEP if has_fp16 else 0.0
+    step = torch.where(e4m3, _FP8_STEP, _FP16_STEP if has_fp16 else 0.0) if how.compute != "int8" else _INT8_STEP
     steps = step * (_DEVIATIONS * truth.v_norm + truth.keys[..., None] * t) * truth.peak[..., None]
     if how.compute == "int8":
         steps += _DEVIATIONS * step * (truth.coarse_noise / truth.products.sqrt())[..., None] * truth.shared

@@ -234,15 +234,6 @@ def new_pipeline(
 
 
 @gluon.jit
-def new_out_stage(DTYPE: gl.constexpr, full, C: gl.constexpr):
-    """Memory for results alone, as a pipeline of one stage like that of q, whose mbarrier ``full`` nobody waits for."""
-    COLUMNS: gl.constexpr = box_columns("out", C)
-    BOXES: gl.constexpr = C.consumers * blocks_of("out", C)
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONSUMER_ROWS, COLUMNS], DTYPE)
-    return Pipeline(gl.allocate_shared_memory(DTYPE, [BOXES, CONSUMER_ROWS, COLUMNS], LAYOUT), full)
-
-
-@gluon.jit
 def with_narrow_tile(pipe, blocks: gl.constexpr, keys: gl.constexpr, rows: gl.constexpr):
     """Shared memory for one more tile of ``keys`` keys in every stage: filled and released together with the other.
 

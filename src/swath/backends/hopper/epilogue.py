@@ -1,8 +1,8 @@
 """The epilogue of an MMA warpgroup: it normalises its rows and stores them and their LSE.
 
-Rows are stored by TMA where they can be: then no warp waits for them, nor computes an address for each. They leave from
-the stage of the q pipeline that their queries came in, or one of their own. This takes two such stages, an output whose
-strides suit TMA, and rows that are all of one sequence. Other rows are stored by the threads.
+Rows are stored by TMA where they can be, from the stage of the q pipeline that their queries came in: then no warp
+waits for them, nor computes an address for each. This takes two stages of q, an output whose strides suit TMA, and rows
+that are all of one sequence. Other rows are stored by the threads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from swath.backends.device.quant import scale_values
 from swath.backends.device.softmax import finish
@@ -37,7 +37,7 @@ class Output(NamedTuple):
     """Where results go, and what joins them: sink logits and the scale of V."""
 
     desc: gl.tensor | None  # the TMA descriptor of ``out``, if rows are stored by TMA
-    pipe: Pipeline  # from whose stages they are stored: that of q, or one of their own
+    q_pipe: Pipeline  # from whose stages they are stored
     out: gl.tensor
     lse: gl.tensor
     sink: gl.tensor
@@ -72,10 +72,8 @@ def epilogue(state, count, work, WG: gl.constexpr, output, batch, C: gl.constexp
             o = gl.convert_layout(o, store_layout(C.F.v_head_dim))
         store_by_threads(o, q_begin, work, output, batch, C)
     else:
-        index = pipeline_state(output.pipe, count).index
-        tile = output_tile(index, WG, output.pipe, C)
-        if C.out_stage:
-            tma.store_wait(0)
+        index = pipeline_state(output.q_pipe, count).index
+        tile = output_tile(index, WG, output.q_pipe, C)
         tile.store(o)
         fence_async_shared()
         # Rows past the last one of a uniform batch are out of the tensor's bounds, others are the next sequence's.
@@ -86,9 +84,9 @@ def epilogue(state, count, work, WG: gl.constexpr, output, batch, C: gl.constexp
 
 
 @gluon.jit
-def output_tile(index, WG: gl.constexpr, pipe, C: gl.constexpr):
-    """Where an MMA warpgroup leaves its rows [M, Dv] for TMA: the first columns of its part of a stage."""
-    tiles = as_tiles(pipe, CONSUMER_ROWS, C.F.v_head_dim, pipe.stages.dtype).stages
+def output_tile(index, WG: gl.constexpr, q_pipe, C: gl.constexpr):
+    """Where an MMA warpgroup leaves its rows [M, Dv] for TMA: the first columns of its part of a stage of q."""
+    tiles = as_tiles(q_pipe, CONSUMER_ROWS, C.F.v_head_dim, q_pipe.stages.dtype).stages
     EACH: gl.constexpr = tiles.shape[0] // (C.q_stages * C.consumers)
     return tiles.index((index * C.consumers + WG) * EACH)
 
@@ -99,7 +97,7 @@ def store_by_tma(index, work, WG: gl.constexpr, output, C: gl.constexpr):
     BLOCKS: gl.constexpr = blocks_of("out", C)
     COLUMNS: gl.constexpr = box_columns("out", C)
     for block in gl.static_range(BLOCKS):
-        box = query_box(index, WG, block, output.pipe, output.desc, C)
+        box = query_box(index, WG, block, output.q_pipe, output.desc, C)
         tma_store(output.desc, q_coordinates(work, WG, block * COLUMNS, C), box)
 
 

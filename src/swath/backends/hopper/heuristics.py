@@ -24,6 +24,7 @@ from swath.backends.triton.heuristics.tiles import SHORT_WINDOW, is_short, pack_
 from swath.backends.triton.work import Work
 from swath.cache import PagedKeys, PagedKV
 from swath.problem import Problem
+from swath.quant import E4M3_KEYS
 from swath.window import LARGEST_SIZE
 
 
@@ -43,8 +44,6 @@ class HopperLaunch:
     box_rows: int = 0
     uniform: bool = False
     narrow_n: int = 0  # keys of a narrow tile: it and one of ``block_n`` hold all that a row tile sees
-    out_stage: bool = False  # whether results leave as boxes from a stage of their own, beside one of q
-    products_first: bool = False  # whether a step's products end before its softmax: fewer registers live, none overlap
     sections: bool = False  # whether heads are taken in sections whose keys the L2 cache holds, not all at once
 
     @property
@@ -163,28 +162,20 @@ def looped_launch(F: Features, problem: Problem) -> HopperLaunch:
 def narrow_keys_launch(F: Features, problem: Problem) -> HopperLaunch:
     """For 8-bit queries and keys, which take half the room; with V in e4m3 a tile takes half in all.
 
-    Heads of 256, 8,192 tokens: with V in e4m3 tiles of 128 keys took 458 us (e4m3) and 462 (int8), those of 64 497 and
-    515 at best; 642 where products of e4m3 run beside the softmax, for registers spill, as they do with a soft cap
-    (1,072 bytes a thread). A stage for results alone, for which there is room beside one of queries, took 447 us of 459
-    (e4m3, all passes included) and 474 of 480 (int8). Heads of 128, 8,192 tokens: tiles of 64 keys took 18 to 25 %
-    more. Three stages took 611 us (e4m3), four 627; over int8 four 629, three 635. Under a window of 1,024, 2 x 16,384
-    tokens: one consumer took 864 us (int8) and 825 (e4m3), two 906 and 844; with V in e4m3 one 921 and 887, two 860 and
-    815. For few keys and heads of 64 or 256 nothing else was measured.
+    Heads of 128, 8,192 tokens: tiles of 64 keys took 18 to 25 % more. Under a window of 1,024, 2 x 16,384 tokens: one
+    consumer took 864 us (int8) and 825 (e4m3), two 906 and 844; with V in e4m3 one 921 and 887, two 860 and 815. For
+    few keys and heads of 64 or 256 nothing else was measured.
     """
     few = keys_of_tile(problem) <= SOME_KEYS
     if F.head_dim > 128:
-        wide = F.v_e4m3 and not F.softcap
-        if wide:
-            return HopperLaunch(128, 2, 1, products_first=True, out_stage=True)
-        return HopperLaunch(64, 4 if F.v_e4m3 else 3, 1)
+        return HopperLaunch(64, 3, 1)
     if F.head_dim == 128 and few and not F.v_e4m3:
         return HopperLaunch(
             64, 3, 2, consumers=1, programs=2, consumer_registers=216, producer_registers=40, registers=128
         )
     if F.head_dim == 64 and few:
         return HopperLaunch(64, 3, 2, consumers=1, programs=3, consumer_registers=136, registers=80)
-    deep = F.head_dim == 64 or (F.v_e4m3 and (few or F.dots == "int8"))
-    return HopperLaunch(128, 4 if deep else 3, 2)
+    return HopperLaunch(128, 4 if F.head_dim == 64 or F.v_e4m3 else 3, 2)
 
 
 def narrow_values_launch(F: Features, few: bool) -> HopperLaunch:
@@ -241,43 +232,38 @@ def products(problem: Problem, cache: PagedKV) -> CopyTypes | None:
     they are faster, for all scores are converted and queries take a pass: 8,192 tokens of 16 heads of 256 took 607 us
     so and 779 in 16 bits, of 32 heads of 128 706 and 771; chunks of 2,048 tokens at 16,384 keys 2,495 and 2,997. Before
     maxima were taken of integers 64 heads of 64 took 1,259 and 1,101, those chunks under a window of 1,024 317 and 294.
-    For ``compute="fast"`` V multiplies in 8 bits too, if ``fits_fast`` and ``fast_pays``. Queries and int8 keys do in
-    any case, where that is faster.
+    For ``compute="fast"`` so do queries and int8 keys, where that is faster, and V where ``fast_values`` says so.
     """
     wide = problem.q.dtype in SIXTEEN_BITS
-    fast = problem.compute == "fast" and fits_fast(problem, cache) and fast_pays(problem)
     pays = problem.head_dim in (128, 256) and keys_of_tile(problem) > SOME_KEYS
     if problem.compute == "int8":
         return CopyTypes("int8" if pays else "") if wide else None
     if problem.q.dtype == torch.float8_e4m3fn:
         takes = cache.k.dtype == problem.q.dtype and cache.quant.k in ("none", "tensor", "head")
-        return CopyTypes("e4m3", fast) if takes else None
+        return CopyTypes("e4m3", fast_values(problem, cache)) if takes else None
     if problem.compute == "fast" and pays and wide and cache.k.dtype == torch.int8 and has_static_scales(cache):
-        return CopyTypes("int8", fast)
+        return CopyTypes("int8")
     return CopyTypes() if wide else None
 
 
-def fits_fast(problem: Problem, cache: PagedKV) -> bool:
-    """Whether p and V may multiply in e4m3: keys lie side by side in whole boxes of a page, scores and results can take
-    the scales, and no row has bounds."""
-    heads = problem.v_head_dim == problem.head_dim and problem.head_dim in (64, 128, 256)
-    boxes = cache.page_size % BOX_ROWS == 0
-    return has_static_scales(cache) and heads and boxes and problem.window.bounds is None
+def fast_values(problem: Problem, cache: PagedKV) -> bool:
+    """Whether p and V multiply in e4m3 beside fp8 queries: if the caller allows it, the window keeps sums short, keys
+    lie side by side in whole boxes of a page, results can take the scales, no row has bounds, and it is faster.
+
+    It is with heads of 128: 2 x 16,384 tokens under a window of 1,024 took 849 us so and 872 with V in 16 bits. With
+    heads of 256 they took 746 and 729, of 64 under a window of 128 544 and 389. ``max_kv_len`` does not count: on a
+    hint no result may hang.
+    """
+    if problem.compute != "fast" or problem.window.bounds is not None or problem.head_dim != 128:
+        return False
+    keys = problem.window.visible_bound(TILE_ROWS, problem.keys.capacity)
+    fits = problem.v_head_dim == 128 and cache.page_size % BOX_ROWS == 0 and has_static_scales(cache)
+    return fits and keys <= E4M3_KEYS
 
 
 def has_static_scales(cache: PagedKV) -> bool:
     """Whether no scale is a token's own."""
     return "token" not in (cache.quant.k, cache.quant.v_granularity)
-
-
-def fast_pays(problem: Problem) -> bool:
-    """Whether p and V in e4m3 are faster than in 16 bits: not for heads of 256 that see few keys.
-
-    Their tiles of 128 keys, whose products and softmax take turns, are worth it in long runs. Under a window of 1,024
-    2 x 16,384 tokens of fp8 queries took 746 us so, 729 with V in 16 bits, and 846 and 889 with heads of 128. 8,192
-    tokens without a window took 483 and 581 (256), 620 and 652 (128). Heads of 64 were not measured so.
-    """
-    return problem.head_dim != 256 or keys_of_tile(problem) > SOME_KEYS
 
 
 def mixed_steps(problem: Problem) -> int:

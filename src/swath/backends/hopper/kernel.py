@@ -35,9 +35,7 @@ from swath.backends.gluon.pipeline import (
     consumer_release,
     consumer_wait,
     new_barriers,
-    new_out_stage,
     new_pipeline,
-    pipeline_state,
     query_boxes,
     query_state,
     value_box,
@@ -107,11 +105,8 @@ def run_mainloop(WG: gl.constexpr, output, score_scales, pipes, batch, C: gl.con
         l = sum_of_threads(l, m)
         if output.desc is not None:
             # Passed already: a block boundary, or ptxas finds the next rows after the wait for the product. The stage
-            # of q is not loaded anew before these rows' results have left it, that of V before it is released.
-            if C.out_stage:
-                consumer_wait(pipeline_state(pipes.v, kv_count - 1))
-            else:
-                consumer_wait(query_state(pipes.q, work_count - 1, WG, C))
+            # is not loaded anew before these rows' results have left it.
+            consumer_wait(query_state(pipes.q, work_count - 1, WG, C))
         acc = warpgroup_mma_wait(0, deps=[values])  # [M, Dv]
         consumer_release("v", kv_count - 1, C)
         if rereads_work(C):
@@ -233,8 +228,7 @@ def hopper_tile_kernel(
         table, table_index, lens, cu_q, q_start, lead, window, steps, claimed, num_seqs, table_width, num_pages,
         table_stride, num_tiles, v_table, v_table_width,
     )  # fmt: skip
-    out_pipe = new_out_stage(OUT, q_pipe.full, C) if C.out_stage else q_pipe
-    output = Output(out_desc, out_pipe, out, lse, sink, v_scale, out_seq, out_token, out_head)
+    output = Output(out_desc, q_pipe, out, lse, sink, v_scale, out_seq, out_token, out_head)
     score_scales = ScoreScales(scale_log2, cap_log2, k_scale, q_scale)
     load_registers: gl.constexpr = C.producer_registers
     mma_registers: gl.constexpr = C.consumer_registers

@@ -75,7 +75,7 @@ def mainloop(kv_count, work_count, WG: gl.constexpr, rows, output, pipes, batch,
     consumer_wait(k)
     s = warpgroup_mma_wait(0, deps=[start_scores(q.tile, k.tile, C)])  # [M, N]
     consumer_release("k", kv_count, C)
-    if output.desc is not None and not C.out_stage:
+    if output.desc is not None:
         release_stored_rows(work_count - 1, C)
     s, scale = masked_scores(s, start, new_from, rows, batch, True, C)
     p, m, l, alpha = fragment_softmax(s, scale, rows.m, to_thread_sums(rows.l), C)  # [M, N], [M], [M, 4], [M]
@@ -85,7 +85,7 @@ def mainloop(kv_count, work_count, WG: gl.constexpr, rows, output, pipes, batch,
     p, state = overlap(masked, key_tiles.walk.total, kv_count, p, state, q, rows, pipes, batch, False, C)
     m, l, acc, alpha = state
     acc = rescale_acc(acc, alpha)
-    if output.desc is None or C.out_stage:
+    if output.desc is None:
         consumer_release("q", work_count, C)
     v = pipeline_state(pipes.v, kv_count + key_tiles.walk.total - 1)
     consumer_wait(v)
@@ -104,39 +104,28 @@ def with_positive_scale(rows, q, C: gl.constexpr):
 def overlap(first, end, kv_count, p, state, q, rows, pipes, batch, MASKED: gl.constexpr, C: gl.constexpr):
     """Key tiles ``first .. end - 1``: the product of the last tile's p with its V runs beside the softmax of this one.
 
-    So p comes in, and goes out, before its product with V; and acc before its factor ``alpha``. With
-    ``products_first`` that product ends before the softmax begins, and runs beside the other warpgroup's.
+    So p comes in, and goes out, before its product with V; and acc before its factor ``alpha``.
     """
     m, l, acc, alpha = state  # [M], [M, 4], [M, Dv], [M]
     for j in range(first, end):
         start, new_from = key_tile(j, rows.key_tiles, C)
         k, v = key_state(pipes.k, kv_count + j, C), pipeline_state(pipes.v, kv_count + j - 1)
         p16 = as_operand(p, acc, v.tile.dtype)  # [M, N]
-        if C.products_first:
-            acc = rescale_acc(acc, alpha)
-            consumer_wait(v)
-            values = warpgroup_mma(p16, right_operand(v.tile, C), acc, is_async=True)  # [M, Dv] += [M, N] @ [N, Dv]
-            consumer_wait(k)
-            scores = start_scores(q.tile, k.tile, C)  # [M, N] = [M, D] @ [D, N]
-            acc, s = warpgroup_mma_wait(0, deps=[values, scores])
-            release_tiles(kv_count + j, C)
-        else:
-            consumer_wait(k)
-            scores = start_scores(q.tile, k.tile, C)
-            acc = rescale_acc(acc, alpha)
-            consumer_wait(v)
-            values = warpgroup_mma(p16, right_operand(v.tile, C), acc, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[scores])
+        consumer_wait(k)
+        scores = start_scores(q.tile, k.tile, C)  # [M, N] = [M, D] @ [D, N]
+        acc = rescale_acc(acc, alpha)
+        consumer_wait(v)
+        values = warpgroup_mma(p16, right_operand(v.tile, C), acc, is_async=True)  # [M, Dv] += [M, N] @ [N, Dv]
+        s = warpgroup_mma_wait(1, deps=[scores])
         s, scale = masked_scores(s, start, new_from, rows, batch, MASKED, C)
         p, m, l, alpha = fragment_softmax(s, scale, m, l, C)
-        if not C.products_first:
-            # A barrier known to have passed makes a block boundary here, and the move keeps p above it: otherwise ptxas
-            # hoists the wait for the product with V over the softmax, and nothing overlaps. This loop waits for no
-            # other barrier of q: before a second wait at a barrier Triton lets all warps meet.
-            p = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [p], dtype=gl.float32, is_pure=False, pack=1)
-            consumer_wait(q)
-            acc, p, alpha = warpgroup_mma_wait(0, deps=[values, p, alpha])
-            release_tiles(kv_count + j, C)
+        # A barrier known to have passed makes a block boundary here, and the move keeps p above it: otherwise ptxas
+        # hoists the wait for the product with V over the softmax, and nothing overlaps. This loop waits for no other
+        # barrier of q: before a second wait at a barrier Triton lets all warps meet.
+        p = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [p], dtype=gl.float32, is_pure=False, pack=1)
+        consumer_wait(q)
+        acc, p, alpha = warpgroup_mma_wait(0, deps=[values, p, alpha])
+        release_tiles(kv_count + j, C)
     return p, (m, l, acc, alpha)
 
 

@@ -104,7 +104,7 @@ def launch_of(work: Work, F: Features, first: int, scratch: Scratch, heuristics:
     else:
         args["counter"] = None
     boxes: dict[str, tuple[int, ...]] = {"q": (1, rows // launch.pack, launch.pack)}
-    if (launch.q_stages > 1 or launch.out_stage) and in_boxes(problem.out):
+    if launch.q_stages > 1 and in_boxes(problem.out):
         boxes["out"] = boxes["q"]
     else:
         args["out_desc"] = None

@@ -48,11 +48,10 @@ def fragment_softmax(s, scale, m, l, C: gl.constexpr):
     Integer scores, products of int8, become floats after their maximum, for sm_90 has one of three integers: 8,192
     tokens of 32 heads of 128 took 664 us so and 693 as floats, of 16 heads of 256 542 and 545.
     """
-    LOG2: gl.constexpr = P_LOG2 if C.F.v_e4m3 else 0
     if loops_over_64(C) or s.dtype == gl.int32:
-        m_new = fragment_max((s,), scale, m, LOG2)
+        m_new = fragment_max((s,), scale, m)
     else:
-        m_new = kept_max(s, scale, m, LOG2)
+        m_new = kept_max(s, scale, m, P_LOG2 if C.F.v_e4m3 else 0)
     m_new = gl.where(m_new > m + (E4M3_SLACK if C.F.v_e4m3 else SLACK), m_new, m)
     p = exp_scores(s.to(gl.float32), scale, m_new, C.F.row_scales and not C.F.softcap)
     alpha = gl.exp2(m - m_new)
@@ -93,27 +92,19 @@ def rescale_ptx(values):
 
 
 @gluon.jit
-def fragment_max(tiles, scale, m, LESS: gl.constexpr = 0):
-    """The maximum m [M] after all scores in ``tiles``, each [M, N] with an N of its own; scores count ``LESS`` less."""
+def fragment_max(tiles, scale, m):
+    """The maximum m [M] after all scores in ``tiles``, each [M, N] with an N of its own."""
     columns = gl.max(every_eighth(tiles[0]), 1)  # [M, 8]
     for i in gl.static_range(1, len(tiles)):
         more = gl.max(every_eighth(tiles[i]), 1)
         columns = gl.maximum(gl.convert_layout(columns, more.type.layout), more)
-    return gl.maximum(m, less(gl.convert_layout(gl.max(columns, 1), m.type.layout) * scale, LESS))
+    return gl.maximum(m, gl.convert_layout(gl.max(columns, 1), m.type.layout) * scale)
 
 
 @gluon.jit
-def less(x, BY: gl.constexpr):
-    """x less a constant, which may be 0."""
-    if BY == 0:
-        return x
-    else:
-        return x - BY
-
-
-@gluon.jit
-def kept_max(s, scale, m, LESS: gl.constexpr = 0):
+def kept_max(s, scale, m, LESS: gl.constexpr):
     """``fragment_max`` of one tile for an m that is kept until scores exceed it by ``SLACK``, in fewer instructions.
+    Scores count ``LESS`` less.
 
     It may be too small where that does not matter: see ``thread_max_ptx``.
     """
@@ -125,7 +116,7 @@ def kept_max(s, scale, m, LESS: gl.constexpr = 0):
     # Each value of a thread is now the maximum of its row: one is kept, without an instruction.
     columns = gl.reduce(every_eighth(own), 1, first).reshape((s.shape[0], THREADS, COLUMNS // THREADS))  # [M, 4, 2]
     own = gl.convert_layout(gl.reduce(columns, 2, first), BY_THREAD, assert_trivial=True)  # [M, 4]
-    return gl.maximum(m, less(gl.convert_layout(gl.max(own, 1), m.type.layout) * scale, LESS))
+    return gl.maximum(m, gl.convert_layout(gl.max(own, 1), m.type.layout) * scale - LESS)
 
 
 LOWEST = gl.constexpr(-15)

@@ -25,7 +25,7 @@ class CopyTypes:
     """What visible pages are copied as for tiles.
 
     dots: the 8-bit type that K keeps, in which it multiplies with queries; "" for 16 bits.
-    v_e4m3: V becomes e4m3, its keys side by side, and multiplies so; else it has 16 bits.
+    v_e4m3: V, in e4m3, stays so, its keys side by side, and multiplies so; else it has 16 bits.
     k_stays: K, which multiplies as it is stored, is not copied: tiles read it in the cache, by the cache's own table.
     """
 

@@ -3,7 +3,7 @@
 Every 8-bit value is one of float16 and of bfloat16. So nothing is rounded where a scale can be applied later: to scores
 (K's tensor and head scales) or to results (V's, and its channel scales). Other scales are multiplied into the copy. For
 8-bit products K stays where it is, or is copied so, and queries or scores have its scales. For products with V in e4m3
-its values lie side by side by key, and int8 ones are rounded.
+its values lie side by side by key.
 
 The scratch is a paged cache of its own (of V alone where K stays) for the sequences that splits do not claim. The j-th
 page in sight of the r-th of them goes to scratch page ``r * pages + j``, and the entry of a new page table names it, or
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from swath.backends.device.cache import load_entries, page_in_sight, pages_of, table_row, v_offset
-from swath.backends.device.quant import channel_scale, decode, encode_e4m3, head_scale, key_of_column, sign_of
+from swath.backends.device.quant import channel_scale, decode, head_scale, key_of_column, sign_of
 from swath.backends.device.window import Rows, band_of, bounds_of, rows_of, view_of
 from swath.backends.triton.kernels.query import keys_within, lead_of, ranked_sequence, sequence_of, store_claim
 
@@ -57,15 +57,13 @@ VALUES_AT_ONCE = tl.constexpr(64)
 
 @triton.jit
 def copy_columns(source, target, token_stride, F: tl.constexpr):
-    """V of one kv head of a page, stored [page_size, Dv] at ``source``, to [Dv, page_size] in e4m3 at ``target``."""
+    """V of one kv head of a page in e4m3, stored [page_size, Dv] at ``source``, to [Dv, page_size] at ``target``."""
     n, column = tl.arange(0, VALUES_AT_ONCE), tl.arange(0, F.block_dv)
     live = column < F.v_head_dim
     for first in range(0, F.page_size, VALUES_AT_ONCE):
         token = first + key_of_column(n)
         row = v_offset(token * token_stride, 0, 0, token, F)
         x = tl.load(source + row[:, None] + column[None, :], mask=live[None, :], other=0)
-        if F.stored == "int8":
-            x = encode_e4m3(x.to(tl.float32), not F.interpret)
         to = target + column[:, None] * F.page_size + first + n[None, :]
         tl.store(to, tl.trans(x), mask=live[:, None])
 
