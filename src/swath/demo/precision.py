@@ -30,7 +30,7 @@ from swath.ops.append import append_kv
 from swath.quant import calibrate
 
 PAGE_SIZE = 64
-"""As ``compute="fast"`` has them."""
+"""A multiple of 64, as ``compute="fast"`` has them."""
 BUDGET = Budget(tokens=3072, scored=1024, chunk=1024, decode_steps=0)
 
 

@@ -86,7 +86,8 @@ def paged_attention(
             It may be q itself, and shares no memory with other arguments.
         return_lse: also return the log of the softmax denominator: natural log, fp32, as q without D.
         compute: "float"; "int8" to multiply in int8 (int8 cache with tensor, head or channel scales); "fast" to let
-            scores, p and values multiply in 8 bits where that is faster, at errors of some percent (8-bit cache).
+            scores, and under short windows p and values, multiply in 8 bits where that is faster, at errors of up to
+            some percent (8-bit cache).
         split_size: a multiple of 64: cut the keys at its multiples, so that no bit of a row depends on the batch.
         impl: "auto" or the backend to use.
 
