@@ -16,11 +16,13 @@ For an element t of the output, in the names of ``Truth`` (oracle.py), the budge
   kernels divide q by its largest element and round it to fp16. fp8 has few mantissas, and equal ones under one scale
   have equal errors: that part goes with the score. What follows (scale, soft cap, base 2) rounds in proportion to the
   score.
-- fp8 queries and keys may multiply in e4m3 (``e4m3``). Hopper's tensor cores align 32 products with the largest of them
-  and cut them to 13 bits; so D / 32 times 2^-13 (noise + score_size) is one more part of ``score``.
+- fp8 queries and keys may multiply in e4m3 (``e4m3``). Hopper's tensor cores cut every product to 13 bits of the sum so
+  far, and of products of one sign all one way: by half a step of 2^-13 of the sum, which is half of it on average. So
+  a score is up to D 2^-15 of itself off, and D 2^-17 (noise + score_size) is one more part of ``score``, which counts 4
+  times.
 - So may p and V (``p_e4m3``, and ``compute="fast"`` beside such queries). Then u is 2^-4 for p, whose last steps are
-  2^-18 of the largest, where kernels multiply p with 2^8. Of values of one sign all products are cut one way, each by
-  half a step of 2^-13 of the sum: keys times 2^-14 (|t| + 4 quadrature). Over an int8 cache "fast" rounds q to int8.
+  2^-18 of the largest, where kernels multiply p with 2^8. Sums over keys are cut alike, and equal keys may come last:
+  keys times 2^-14 (|t| + 4 quadrature). Over an int8 cache "fast" rounds q to int8.
 - ``rest``: no float32 p is below 2^-126, nor an element below the smallest of its type. Where ``4 score`` is 1 or more,
   as at scores of millions, another key may have the largest score: v_norm, for any of the values may come out.
 - ``sum``: sums over the keys, running rescales, the exponential.
@@ -57,8 +59,8 @@ _INT8_STEP = 1 / 254
 _FP16_STEP = 2.0**-25
 _FP8_UNIT, _FP8_STEP = 2.0**-4, 2.0**-18
 """Of p in e4m3: half a unit in the last place of 1, and the smallest steps, of p times 2^8."""
-_FP8_SUM, _FP8_PRODUCTS = 2.0**-13, 32
-"""What a sum of e4m3 products is cut to, relative to its largest term, and products that are added at once."""
+_FP8_CUT = 2.0**-14
+"""Of a product of e4m3 numbers that is added to a sum, half a step of 13 bits, relative to the sum."""
 _SMALLEST_P = 2.0**-126
 
 
@@ -105,7 +107,7 @@ def out_budget(truth: Truth, dtype: torch.dtype, how: Arithmetic = PLAIN) -> Ten
     u, e = UNIT[dtype], UNIT[torch.float32]
     t = truth.out.abs()
     e4m3 = how.rounds_p(truth.keys)[..., None]  # [R, 1, 1]
-    cuts = truth.keys[..., None] * _FP8_SUM / 2
+    cuts = truth.keys[..., None] * _FP8_CUT
     rounding = torch.where(e4m3, _FP8_UNIT + cuts, u)
     if how.quant is not None and how.quant.v_granularity == "token":
         rounding += u
@@ -136,7 +138,7 @@ def _score_error(truth: Truth, dtype: torch.dtype, how: Arithmetic) -> Tensor:
     rounded_k = (truth.noise + truth.score_size / _DEVIATIONS) * how.key_rounding(dtype)
     error = rounded_k + truth.noise * truth.products * e + 8 * truth.score_size * e
     if how.e4m3:
-        error += truth.products / _FP8_PRODUCTS * _FP8_SUM * (truth.noise + truth.score_size)
+        error += truth.products * _FP8_CUT / 2 / _DEVIATIONS * (truth.noise + truth.score_size)
     return error + truth.coarse_noise * _INT8_STEP if how.compute == "int8" or how.fast_int8 else error
 
 
