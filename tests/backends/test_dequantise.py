@@ -274,6 +274,8 @@ def test_sequences_are_ranked_among_hundreds(prepare: Prepare, impl: str, monkey
         ({"storage": "int8 fast", "window": "bounds"}, CopyTypes("int8", k_stays=True)),
         ({"storage": "queries fast"}, CopyTypes("e4m3", k_stays=True)),  # sums are too long
         ({"storage": "queries fast", "window": "size"}, CopyTypes("e4m3", v_e4m3=True, k_stays=True)),
+        ({"storage": "queries fast", "window": "size+count"}, CopyTypes("e4m3", v_e4m3=True, k_stays=True)),
+        ({"storage": "queries fast", "window": "size+tensor"}, CopyTypes("e4m3", k_stays=True)),  # counts may be any
         ({"storage": "queries fast", "window": "size", "paging": "544"}, CopyTypes("e4m3", k_stays=True)),
         ({"storage": "queries fast", "window": "size", "head_dim": "64"}, CopyTypes("e4m3", k_stays=True)),  # slower
         ({"storage": "queries fast", "window": "size", "head_dim": "256"}, CopyTypes("e4m3", k_stays=True)),  # slower

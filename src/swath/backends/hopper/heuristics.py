@@ -162,9 +162,9 @@ def looped_launch(F: Features, problem: Problem) -> HopperLaunch:
 def narrow_keys_launch(F: Features, problem: Problem) -> HopperLaunch:
     """For 8-bit queries and keys, which take half the room; with V in e4m3 a tile takes half in all.
 
-    Heads of 128, 8,192 tokens: tiles of 64 keys took 18 to 25 % more. Under a window of 1,024, 2 x 16,384 tokens: one
-    consumer took 864 us (int8) and 825 (e4m3), two 906 and 844; with V in e4m3 one 921 and 887, two 860 and 815. For
-    few keys and heads of 64 or 256 nothing else was measured.
+    Heads of 128, 8,192 tokens: tiles of 64 keys took 18 to 25 % more. Under a window of 1,024, 2 x 16,384 tokens of fp8
+    queries: one consumer took 825 us, two 844; with V in e4m3 one 887, two 815. For few keys and heads of 64 or 256
+    nothing else was measured.
     """
     few = keys_of_tile(problem) <= SOME_KEYS
     if F.head_dim > 128:
@@ -232,7 +232,7 @@ def products(problem: Problem, cache: PagedKV) -> CopyTypes | None:
     they are faster, for all scores are converted and queries take a pass: 8,192 tokens of 16 heads of 256 took 607 us
     so and 779 in 16 bits, of 32 heads of 128 706 and 771; chunks of 2,048 tokens at 16,384 keys 2,495 and 2,997. Before
     maxima were taken of integers 64 heads of 64 took 1,259 and 1,101, those chunks under a window of 1,024 317 and 294.
-    For ``compute="fast"`` so do queries and int8 keys, where that is faster, and V where ``fast_values`` says so.
+    For ``compute="fast"`` int8 keys multiply by the same rule, and p and V beside fp8 queries by ``fast_values``.
     """
     wide = problem.q.dtype in SIXTEEN_BITS
     pays = problem.head_dim in (128, 256) and keys_of_tile(problem) > SOME_KEYS
@@ -251,12 +251,13 @@ def fast_values(problem: Problem, cache: PagedKV) -> bool:
     lie side by side in whole boxes of a page, results can take the scales, no row has bounds, and it is faster.
 
     It is with heads of 128: 2 x 16,384 tokens under a window of 1,024 took 849 us so and 872 with V in 16 bits. With
-    heads of 256 they took 746 and 729, of 64 under a window of 128 544 and 389. ``max_kv_len`` does not count: on a
-    hint no result may hang.
+    heads of 256 they took 746 and 729, of 64 under a window of 128 544 and 389. ``max_kv_len`` and
+    ``max_global_tokens`` do not count: on a hint no result may hang.
     """
     if problem.compute != "fast" or problem.window.bounds is not None or problem.head_dim != 128:
         return False
-    keys = problem.window.visible_bound(TILE_ROWS, problem.keys.capacity)
+    window = replace(problem.window, max_global_tokens=None)
+    keys = window.visible_bound(TILE_ROWS, problem.keys.capacity)
     fits = problem.v_head_dim == 128 and cache.page_size % BOX_ROWS == 0 and has_static_scales(cache)
     return fits and keys <= E4M3_KEYS
 
