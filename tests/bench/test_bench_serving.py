@@ -295,6 +295,3 @@ def test_wrong_jobs_are_named() -> None:
     assert "MODEL/CACHE/BACKEND" in failure("bench", "serve", "mistral-7b/bf16")
     assert "one of mistral-7b" in failure("bench", "serve", "mistral/bf16/swath")
     assert "behind the colon" in failure("bench", "serve", "mistral-7b:all/bf16/swath")
-
-
-# ---- SGLang --------------------------------------------------------------------------------------------------------

@@ -214,9 +214,9 @@ def fetch_number(counter):
 def next_number(t, counter, fetched):
     """The number of the tile after ``t`` of this program: what was ``fetched``, or without a counter tiles in turn.
 
-    It is asked for when the tile before is all loaded, no sooner: a program with a long tile would keep the next one
-    from those that are done. 2,048 tokens of 32 heads of 128 took 110 us where it was drawn a tile ahead, and take 87,
-    8,192 of 16 heads of 256 733 and 691.
+    A loop over key tiles asks for it when they are all loaded, or with bounds when the last one is next. Asked for
+    sooner, a program with a long tile keeps the next one from those that are done: 2,048 tokens of 32 heads of 128 took
+    110 us where it was drawn a tile ahead, and take 87, 8,192 of 16 heads of 256 733 and 691.
     """
     if counter is None:
         return t + gl.num_programs(0)

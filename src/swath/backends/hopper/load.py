@@ -158,7 +158,8 @@ def load_keys(
 
     ``kv_count`` key tiles were loaded before this work tile. Returns ``cuts`` plus the stages of V in which an edge
     cuts a box. ``APART``: its rows, which have bounds, may leave out keys between theirs, so that any box may be cut.
-    ``ahead``: as what and from which counter the next work tile is published before the last key tile, if it is.
+    ``ahead``, with bounds: the next work tile's count, and the counter that it is drawn from (decode, which may have
+    none, takes no bounds). It is published before the last key tile of this one is loaded.
     """
     OF_V: gl.constexpr = cut_loaded is not None
     desc, pipe, narrow_desc, narrow_pipe = descriptors.k, pipes.k, descriptors.narrow_k, pipes.narrow_k
