@@ -153,7 +153,7 @@ def copy(problem: Any, operands: Any) -> None:
             if name == "new_k" and rows.dtype.itemsize > 1:
                 stored *= cache.k_scale[:, None]
             stored = stored.to(rows.dtype)
-            rows[live] = side_by_side(stored) if name == "new_v" and problem.compute == "fast" else stored
+            rows[live] = side_by_side(stored) if name == "new_v" and rows.dtype.itemsize == 1 else stored
     if "new_q" not in operands:
         return
     scale = torch.ones(()) if cache.k_scale is None else cache.k_scale.float()
