@@ -26,7 +26,7 @@ class Provider:
             The call returns out with rows as q's, [..., Hq, Dv].
         module: what must be importable. package: whose version is printed; both None for torch and swath.
         devices: whose tensors it takes. launch: of swath's own, the launch of a call in words.
-        p_e4m3: whether it rounds p to e4m3 before the product with V: its error budget is then that of 3 mantissa bits.
+        p_e4m3: whether it rounds p to e4m3 before the product with V: its error budget is then that of e4m3 products.
         builds: whether it compiles for many seconds before its first call: ``--quick`` leaves it out unless named.
     """
 
