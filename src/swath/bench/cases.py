@@ -110,7 +110,7 @@ def _decodes() -> Iterable[BenchCase]:
 
 
 def _shapes() -> Iterable[BenchCase]:
-    """Heads of 512, and values narrower than keys, as models of 2026 have them."""
+    """Heads of 256 and 512, and values narrower than keys."""
     gemma4: dict[str, Any] = dict(heads=(32, 4), head_dim=512, tags=("shapes",))
     mimo: dict[str, Any] = dict(head_dim=192, v_head_dim=128, tags=("shapes",))
     local: dict[str, Any] = dict(heads=(64, 8), size=128, sink="q", **mimo)
@@ -123,6 +123,11 @@ def _shapes() -> Iterable[BenchCase]:
     yield _decode("gemma 4 B32 16k D512 int8 token", 32, 16 * K, storage="int8 token", **gemma4)
     deepseek: dict[str, Any] = dict(heads=(64, 1), head_dim=512, size=128, sink="q", tags=("shapes",))
     yield _decode("deepseek 4 B128 16k D512 w128 sinks", 128, 16 * K, **deepseek)
+    gemma3: dict[str, Any] = dict(heads=(16, 8), head_dim=256, tags=("shapes",))
+    for stored in (None, "int8 token", "e4m3 tensor"):
+        name = f"gemma 3 B64 8k D256{'' if stored is None else f' {stored}'}"
+        yield _decode(name, 64, 8 * K, storage=stored, **gemma3)
+        yield _decode(f"{name} w1024", 64, 8 * K, storage=stored, size=1024, **gemma3)
     yield _decode("mimo B64 16k D192/128", 64, 16 * K, heads=(64, 4), **mimo)
     yield _decode("mimo B128 16k D192/128 w128 sinks", 128, 16 * K, **local)
 

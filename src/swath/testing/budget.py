@@ -22,7 +22,7 @@ For an element t of the output, in the names of ``Truth`` (oracle.py), the budge
   times.
 - So may p and V (``p_e4m3``, and ``compute="fast"`` beside such queries). Then u is 2^-4 for p, whose last steps are
   2^-18 of the largest, where kernels multiply p with 2^8. Sums over keys are cut alike, and equal keys may come last:
-  keys times 2^-14 (|t| + 4 quadrature). Over an int8 cache "fast" rounds q to int8.
+  keys times 2^-14 (|t| + 4 quadrature), but no more than for ``E4M3_KEYS``. Over an int8 cache "fast" rounds q to int8.
 - ``rest``: no float32 p is below 2^-126, nor an element below the smallest of its type. Where ``4 score`` is 1 or more,
   as at scores of millions, another key may have the largest score: v_norm, for any of the values may come out.
 - ``sum``: sums over the keys, running rescales, the exponential.
@@ -107,7 +107,7 @@ def out_budget(truth: Truth, dtype: torch.dtype, how: Arithmetic = PLAIN) -> Ten
     u, e = UNIT[dtype], UNIT[torch.float32]
     t = truth.out.abs()
     e4m3 = how.rounds_p(truth.keys)[..., None]  # [R, 1, 1]
-    cuts = truth.keys[..., None] * _FP8_CUT
+    cuts = truth.keys.clamp(max=E4M3_KEYS)[..., None] * _FP8_CUT
     rounding = torch.where(e4m3, _FP8_UNIT + cuts, u)
     if how.quant is not None and how.quant.v_granularity == "token":
         rounding += u

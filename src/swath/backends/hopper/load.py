@@ -91,6 +91,7 @@ def load_qk_of_bounds(descriptors, counter, pipes, batch, C: gl.constexpr):
     That takes as long as a key tile. So the next work tile is published before the last key tile of this one is loaded,
     for which there is no room yet, and then read as the other warps read it.
     """
+    gl.static_assert(counter is not None, "work tiles with bounds are drawn from a counter")
     work_count = 0
     kv_count = 0
     cuts = 0
