@@ -198,14 +198,15 @@ FETCH_ADD = gl.constexpr(
 
 @gluon.jit
 def fetch_number(counter):
-    """Ask the launch's counter for a number. ``next_number`` waits for the answer, in lane 0. No counter: ``None``.
+    """Ask the launch's counter for a number, if there is one. ``next_number`` waits for the answer, in lane 0.
 
     ``gl.atomic_add`` lost tiles in a prototype.
     """
+    address = gl.full((32,), 0, gl.int64, layout=gl.BlockedLayout([1], [32], [1], [0]))
     if counter is None:
-        return None
+        return address.to(gl.int32)
     else:
-        address = gl.full((32,), 0, gl.int64, layout=gl.BlockedLayout([1], [32], [1], [0])) + counter.to(gl.int64)
+        address += counter.to(gl.int64)
         return gl.inline_asm_elementwise(FETCH_ADD, "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1)
 
 
