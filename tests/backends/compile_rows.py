@@ -39,6 +39,11 @@ FAST = [
     ("long ragged", "queries fast", "128", "size", "softcap", "64"),
 ]
 """The same under ``compute="fast"``: under a window p and V of fp8 queries multiply in 8 bits too."""
+IN_TURN = [
+    ("full decode", "bf16", "128", "size", "sink+lse", "16"),
+    ("full decode", "fp16", "128", "size+count", "softcap", "flat 64"),
+]
+"""Decode of as many sequences as a GPU has places for, in tiles that programs take in turn, not from a counter."""
 TABLES = [
     ("decode", "bf16", "128", "size+tensor", "plain", "tokens 16"),
     ("ragged", "fp16", "64", "size", "plain", "tokens 16"),
@@ -82,7 +87,7 @@ HALVES = [
 """Prefill of the paired target with heads of 512, whose values are halved."""
 
 
-OWN = ONE_PASS + BOUNDS + EIGHT_BITS + TABLES + FAST + HALVES
+OWN = ONE_PASS + BOUNDS + EIGHT_BITS + IN_TURN + TABLES + FAST + HALVES
 """Rows of the paired target, of which the suite compiles every variant of Hopper's tiles."""
 
 

@@ -147,6 +147,8 @@ def problem_of(row: dict[str, str]) -> Problem:
     dims = tuple(map(int, row["head_dim"].split("/")))
     head_dim, v_head_dim, num_seqs, kv_heads, capacity = dims[0], dims[-1], 2, 2, 8192
     queries, _, group_said = row["queries"].partition(" of ")
+    if queries == "full decode":
+        num_seqs, queries = 132, "decode"
     group = int(group_said or 8)
     storage, _, granularity = row["storage"].partition(" ")
     dtypes = {"fp16": torch.float16, "fp32": torch.float32, "queries": torch.float8_e4m3fn}

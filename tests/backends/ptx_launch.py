@@ -42,6 +42,7 @@ CASES = {
     "one pass": Case((200, 60), (40, 60), dense=True, size=100, **SMALL | {"head_dim": 64, "group": 8}, sink="q"),
     "bounds apart, leading keys": Case((150, 90), (40, 70), ranges="random", global_tokens=(0, 7), **SMALL),
     "bounds, chunks and pages of 8": Case((150, 90), (90, 20), ranges="chunked", page_size=8, **SMALL | {"group": 2}),
+    "decode, tiles in turn": Case((150, 0, 90), 1, **SMALL | {"group": 8}, size=100, sink="q"),
     "512/256": Case((150, 90), (40, 70), dense=True, size=30, **SMALL | {"head_dim": 512}, v_head_dim=256),
     "512, two halves": Case((90,), (70,), dense=True, size=30, **SMALL | {"head_dim": 512}, sink="q"),
     "512, two halves of int8": Case(
