@@ -39,7 +39,8 @@ Row = TypeVar("Row", SplitLaunch, TileLaunch)
 def fitting(row: Row, F: Features, block_m: int, target: Target) -> Row:
     """The row with fewer stages, then fewer keys, until the buffers of ``block_m`` rows fit the target's shared memory.
 
-    A stage holds a tile of K and one of V; query rows and p on their way through shared memory come on top.
+    A stage holds a tile of K and one of V; query rows and p on their way through shared memory come on top, and what is
+    decoded: pairs are in registers.
     """
     element = 4 if F.fp32 else 2
     columns = F.block_d + F.block_dv
@@ -47,7 +48,7 @@ def fitting(row: Row, F: Features, block_m: int, target: Target) -> Row:
     block_n, stages = row.block_n, row.stages
 
     def used() -> int:
-        decoded = block_n * columns * element if F.quantised else 0
+        decoded = block_n * columns * element if F.quantised and not F.pairs else 0
         return stages * block_n * stored + block_m * (F.block_d + block_n) * element + decoded
 
     least = 32 if F.compute_int8 else 16  # keys that a product with V takes

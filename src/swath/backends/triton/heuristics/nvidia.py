@@ -38,7 +38,10 @@ def _pairs_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
         return SplitLaunch(64, 4 if F.padded else 2, 3, H200, resident=4)
     if F.padded and F.page_size & (F.page_size - 1):
         return SplitLaunch(64, 4, 3)  # two warps spill: a slot of such pages takes a division, and registers
-    if short_run and F.head_dim <= 128:
+    if F.head_dim > 128:  # with two warps and tiles of 64 keys registers spill
+        token_scales = "token" in (F.k_fold, F.v_fold)
+        return SplitLaunch(128, 4, 2, H200_LATER) if token_scales else SplitLaunch(32, 2, 3, H200_LATER, resident=4)
+    if short_run:
         return SplitLaunch(32, 1, 2, H200, resident=8)
     return SplitLaunch(64, 2, 3, H200, resident=4)
 
