@@ -109,6 +109,8 @@ def test_a_job_becomes_a_row(tmp_path: Path) -> None:
     assert row.checked_calls == 4
     assert row.decode_step_us is not None
     assert row.decode_tokens_per_s == pytest.approx(4e6 / row.decode_step_us)
+    assert row.host_loop_ms is not None
+    assert row.host_loop_ms > 0
     append(tmp_path / "rows.jsonl", [row])
     assert read(tmp_path / "rows.jsonl") == [row]
 

@@ -14,6 +14,7 @@ COLUMNS: tuple[Column, ...] = (
     ("attention ms a prompt", lambda row: _part(row.prefill_attention_us, row.prefill_gpu_us, MS)),
     ("first token ms", lambda row: number(row.first_token_ms, 3)),
     ("decode tok/s", lambda row: "" if row.decode_tokens_per_s is None else f"{row.decode_tokens_per_s:,.0f}"),
+    ("host loop ms", lambda row: "" if row.host_loop_ms is None else number(row.host_loop_ms, 3)),
     ("GPU us a step", lambda row: "" if row.decode_gpu_us is None else number(row.decode_gpu_us)),
     ("attention us a layer", lambda row: _part(row.decode_attention_us, row.decode_gpu_us, row.layers)),
     ("start s", lambda row: number(row.start_s, 3)),
