@@ -14,7 +14,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from compile_rows import BOUNDS, EIGHT_BITS, FAST, HALVES, HEADS, ONE_PASS, OPTIONS, OWN, SEEN, TABLES, named
+from compile_rows import FAST, HALVES, HEADS, OPTIONS, OWN, SEEN, named
 from machine_code import flaws
 
 from conftest import plan_for
@@ -80,7 +80,8 @@ def paired_variants(arch: str) -> list[Variant]:
     if arch != PAIRED_TARGET:
         return list(variants(arch, rows))
     own = [variant for variant in variants(arch, named(FAST + HALVES)) if variant.kernel not in SHARED]
-    return [*variants(arch, rows + named(ONE_PASS + BOUNDS + EIGHT_BITS + TABLES)), *own]
+    whole = [row for row in OWN if row not in FAST + HALVES]
+    return [*variants(arch, rows + named(whole)), *own]
 
 
 def all_variants(arch: str) -> Iterator[Variant]:
