@@ -100,7 +100,7 @@ test-hf-newest: $(DEV_STAMP) ## run the tests of the Transformers integration wi
 # process (it looks into every module, and llvmlite's answers with what it does not expect).
 test-vllm: $(VLLM_STAMP) ## run the real vLLM on swath, on a CPU (3 GB to install; ten minutes)
 	OMP_NUM_THREADS=1 $(CALM) $(VLLM)/bin/python -m pytest -s tests/engines/real_vllm_model.py tests/engines/real_vllm.py \
-	  tests/engines/test_vllm.py $(ARGS)
+	  tests/engines/real_vllm_shards.py tests/engines/test_vllm.py $(ARGS)
 
 # Packages that only a GPU needs are stood in for: see tests/engines/no_gpu.
 test-sglang: $(SGLANG_STAMP) ## run the real SGLang on swath, on a CPU (2 GB to install; ten minutes)

@@ -143,6 +143,21 @@ def test_importing_the_plugin_imports_neither_vllm_nor_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=python_environment())
 
 
+def test_ranks_that_share_a_context_have_steps_over_their_own_keys(vllm: SimpleNamespace) -> None:
+    """Decode context parallel; what such a step makes is held to one pass in ``test_shards.py``."""
+    assert vllm.backend.SwathImpl.supports_dcp
+    impl = vllm.backend.SwathImpl(4, 64, 0.125, 2)
+    impl.dcp_rank, impl.dcp_world_size = 1, 2
+    config = config_of(one=SimpleNamespace(impl=impl, _k_scale_float=0.5, _v_scale_float=0.5))
+    config.parallel_config = SimpleNamespace(decode_context_parallel_size=2, cp_kv_cache_interleave_size=4)
+    builder = vllm.backend.SwathBuilder(spec_of(vllm, "auto"), ["one"], config, torch.device("cpu"))
+    metadata = metadata_of(BATCHES["decode"], vllm, None, "cpu", graph=False)
+    step = builder.build(0, metadata)
+    assert step.shard == (1, 2, 4)
+    assert step.held.tolist() == step.shard.held(metadata.seq_lens).tolist()
+    assert builder.get_cudagraph_support(config, None) == vllm.AttentionCGSupport.NEVER
+
+
 def test_an_older_vllm_is_refused(vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM shows the reason where it chooses a backend."""
     monkeypatch.delattr(import_module("vllm.v1.kv_cache_interface"), "KVCacheLayout")

@@ -168,6 +168,7 @@ def config_of(
         scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=128),
         compilation_config=SimpleNamespace(static_forward_context=layers),
         speculative_config=SimpleNamespace(num_speculative_tokens=3),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, cp_kv_cache_interleave_size=1),
     )
 
 

@@ -126,6 +126,17 @@ class AttentionMetadataBuilder(Generic[T]):
 
 
 class AttentionImpl(Generic[T]):
+    can_return_lse_for_decode: bool = False
+    supports_dcp: bool = False
+    supports_mtp_with_cp_non_trivial_interleave_size: bool = False
+    dcp_world_size: int
+    dcp_rank: int
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        self = super().__new__(cls)
+        self.dcp_world_size, self.dcp_rank = 1, 0
+        return self
+
     def __init__(
         self, num_heads: int, head_size: int, scale: float, num_kv_heads: int | None = None,
         alibi_slopes: list[float] | None = None, sliding_window: int | None = None, kv_cache_dtype: str = "auto",
@@ -168,6 +179,10 @@ class AttentionBackendEnum(Enum):
         return OVERRIDES.get(self, self.value)
 
 
+def get_dcp_group() -> Any:
+    raise AssertionError("decode context model parallel group is not initialized")
+
+
 class Platform:
     def is_cpu(self) -> bool:
         return True
@@ -200,6 +215,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         "AttentionBackend", "AttentionCGSupport", "AttentionImpl", "AttentionMetadataBuilder", "AttentionType",
         "CommonAttentionMetadata", "MultipleOf",
     ),
+    "vllm.distributed.parallel_state": ("get_dcp_group",),
     "vllm.platforms": ("current_platform",),
     "vllm.v1.attention.backends.registry": ("AttentionBackendEnum", "register_backend"),
     "vllm.v1.kv_cache_interface": ("FullAttentionSpec", "KVCacheLayout", "KVQuantMode"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from swath import bounds
 from swath.cache import PagedKV
+from swath.engines.shards import Shard
 from swath.errors import bad_value
 from swath.ops import paged
 from swath.ops.append import append_kv
@@ -85,6 +86,8 @@ class Step:
         q_start: [B], or None: the queries are the last keys.
         global_tokens, causal: of the layers' windows (see ``Window``).
         size: keys in the windows of all layers, in place of their own; None: each layer has its own.
+        shard: None, or which keys are here, of those that ranks hold by turns. Lengths and bounds count the keys of all
+            ranks, ``block_table`` has the pages of this one.
         spans, whole_spans: None, or [B, R, 2], ranges of keys whose rows see all of them, also later keys, as
             ``swath.bounds.blocks`` takes them: image spans. Attention is causal but for them.
     """
@@ -100,6 +103,7 @@ class Step:
     global_tokens: int | Tensor = 0
     causal: bool = True
     size: int | None = None
+    shard: Shard | None = None
     spans: Tensor | None = None
     whole_spans: bool = True
     _windows: dict[int | None, Window] = field(default_factory=dict, init=False, repr=False)
@@ -115,21 +119,31 @@ class Step:
         """The window of layers that see ``size`` keys, the same object for all of them."""
         if size not in self._windows:
             leading = 0 if size is None else self.global_tokens
-            if self.spans is None:
+            if self.spans is None and self.shard is None:
                 made = Window(size, leading, self.causal)
+            elif self.shard is None:
+                made = Window(global_tokens=leading, bounds=self._bounds(size))
             else:
-                made = Window(global_tokens=leading, bounds=self._bounds(size, self.spans))
+                held = self.shard.held(torch.as_tensor(leading))
+                leading = held if isinstance(leading, Tensor) else int(held)
+                made = Window(global_tokens=leading, bounds=self.shard.seen(self._bounds(size)))
             self._windows[size] = made
         return self._windows[size]
 
-    def _bounds(self, size: int | None, spans: Tensor) -> Tensor:
+    def _bounds(self, size: int | None) -> Tensor:
         """The keys of each row: shaped as q is given, with [lo, hi) in place of heads and D."""
         if not self.causal:
-            raise bad_value("causal", "True where there are spans", False)
+            raise bad_value("causal", "True where there are spans or shards", False)
         steps = None if self.max_q_len == 1 else self.max_q_len
         count = steps if self.cu_seqlens_q is None else self.num_tokens
         rows = bounds.positions_of(self.seq_lens, count, cu_seqlens_q=self.cu_seqlens_q, q_start=self.q_start)
+        spans = self.seq_lens.new_empty(self.seq_lens.shape[0], 0, 2) if self.spans is None else self.spans
         return bounds.blocks(rows, spans, size=size, whole=self.whole_spans, cu_seqlens_q=self.cu_seqlens_q)
+
+    @cached_property
+    def held(self) -> Tensor:
+        """Keys of each sequence that are here, [B]."""
+        return self.seq_lens if self.shard is None else self.shard.held(self.seq_lens)
 
     def append(self, layer: Layer, cache: PagedKV, k: Tensor, v: Tensor) -> None:
         """Write the new tokens' k, v [T or more, Hkv, D] into their slots."""
@@ -172,10 +186,10 @@ class Step:
             out = None if out is None else out.unflatten(0, (-1, steps))
         window = self.window(layer.size if self.size is None else self.size)
         options = dict(
-            cu_seqlens_q=self.cu_seqlens_q, max_q_len=steps, max_kv_len=self.max_kv_len, window=window,
-            q_start=self.q_start, out=out, **layer.options,
+            cu_seqlens_q=self.cu_seqlens_q, max_q_len=steps, window=window, q_start=self.q_start, out=out,
+            max_kv_len=self.max_kv_len if self.shard is None else self.shard.most(self.max_kv_len), **layer.options,
         )  # fmt: skip
-        return (q, cache, self.block_table, self.seq_lens), options
+        return (q, cache, self.block_table, self.held), options
 
 
 def window_size(left: int) -> int | None:

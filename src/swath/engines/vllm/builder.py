@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 
 import swath
 from swath.engines.common import Step
+from swath.engines.shards import Shard
 from swath.engines.vllm import logger
 from swath.engines.warmup import Traffic, warm
 from swath.errors import bad_value
@@ -30,7 +31,11 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
-        """Any batch, but for models with spans of images: a graph is captured without them, and holds for decode."""
+        """Any batch, but for models with spans of images: a graph is captured without them, and holds for decode. None
+        with decode context parallel: exchanges between ranks were not tried in graphs.
+        """
+        if vllm_config.parallel_config.decode_context_parallel_size > 1:
+            return AttentionCGSupport.NEVER
         return (
             AttentionCGSupport.UNIFORM_BATCH if vllm_config.model_config.is_mm_prefix_lm else AttentionCGSupport.ALWAYS
         )
@@ -45,12 +50,20 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         self.layers = [context[name] for name in layer_names]
         for layer in self.layers:
             layer.impl.check_scales(layer)
+        self.shard = self.shard_of(vllm_config.parallel_config)
         if self.layers:
             logger.info(self.said())
         if device.type == "cuda":
             begin = time.perf_counter()
             calls = self.warm()
             logger.info("swath compiled %d calls for %s in %.1f s", calls, layer_names[0], time.perf_counter() - begin)
+
+    def shard_of(self, parallel: Any) -> Shard | None:
+        """Which keys this rank holds, with decode context parallel. Layers of a group are alike in that."""
+        impl = self.layers[0].impl if self.layers else None
+        if impl is None or impl.dcp_world_size == 1:
+            return None
+        return Shard(impl.dcp_rank, impl.dcp_world_size, parallel.cp_kv_cache_interleave_size)
 
     def said(self) -> str:
         """For the log: which layers swath serves, and how."""
@@ -71,8 +84,11 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         kinds = {}
         for layer in self.layers:
             impl, own = layer.impl, layer.impl.layer
-            kind = impl.num_heads, own.size, own.softcap, own.sink is None
-            kinds[kind] = own, impl.storage.view(kv, impl.head_size, layer._k_scale, layer._v_scale), impl.num_heads
+            if self.shard is not None:
+                own = replace(own, sink=None)
+            num_heads = impl.num_heads * impl.dcp_world_size
+            kind = num_heads, own.size, own.softcap, own.sink is None
+            kinds[kind] = own, impl.storage.view(kv, impl.head_size, layer._k_scale, layer._v_scale), num_heads
         scheduler, speculation = config.scheduler_config, config.speculative_config
         steps = (1,) if speculation is None else (1, 1 + (speculation.num_speculative_tokens or 0))
         most = scheduler.max_num_seqs, scheduler.max_num_batched_tokens, config.model_config.max_model_len
@@ -91,7 +107,7 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         step = Step(
             block_table=ints.new_empty(num_seqs, width), seq_lens=ints.new_empty(num_seqs),
             slots=ints.new_empty(num_tokens, dtype=torch.int64), num_tokens=num_tokens, max_q_len=max_q_len,
-            max_kv_len=max_kv_len, cu_seqlens_q=ints,
+            max_kv_len=max_kv_len, cu_seqlens_q=ints, shard=self.shard,
         )  # fmt: skip
         return step if self.rswa_window is None else self.with_leading(step)
 
@@ -103,7 +119,7 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         step = Step(
             block_table=m.block_table_tensor, seq_lens=m.seq_lens, slots=m.slot_mapping, causal=m.causal,
             num_tokens=m.num_actual_tokens, max_q_len=m.max_query_len, max_kv_len=m.max_seq_len,
-            cu_seqlens_q=m.query_start_loc,
+            cu_seqlens_q=m.query_start_loc, shard=self.shard,
         )  # fmt: skip
         if self.rswa_window is not None and m.rswa_prefix_lens is not None:
             num_seqs = m.seq_lens.shape[0]

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor
 from vllm import envs
+from vllm.distributed.parallel_state import get_dcp_group
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from swath.cache import PagedKV
 from swath.engines.common import BATCH_INVARIANT_SPLIT, Layer, Step
+from swath.engines.shards import attend_shared
 from swath.engines.vllm.storage import STORAGE
 from swath.engines.vllm.versions import STATIC_INT8
 from swath.errors import bad_value
@@ -22,7 +24,14 @@ def takes_head_size(head_size: int) -> bool:
 
 
 class SwathImpl(AttentionImpl):  # type: ignore[misc]
-    """The attention of one layer."""
+    """The attention of one layer.
+
+    Decode context parallel: ranks are asked for no LSE, but exchange what they find by themselves (``engines.shards``).
+    """
+
+    supports_dcp = True
+    can_return_lse_for_decode = True  # vLLM refuses others
+    supports_mtp_with_cp_non_trivial_interleave_size = True
 
     def __init__(
         self, num_heads: int, head_size: int, scale: float, num_kv_heads: int | None = None,
@@ -79,5 +88,9 @@ class SwathImpl(AttentionImpl):  # type: ignore[misc]
             raise bad_value("output_scale", "None: fused_output_quant_supported says so", "a tensor")
         if attn_metadata is None:  # a profiling run, before there is a cache
             return output.fill_(0)
-        attn_metadata.attend(self.layer, query, self.cache(layer, kv_cache), output)
+        cache = self.cache(layer, kv_cache)
+        if attn_metadata.shard is None:
+            attn_metadata.attend(self.layer, query, cache, output)
+        else:
+            attend_shared(attn_metadata, self.layer, query, cache, output, get_dcp_group().device_group)
         return output
