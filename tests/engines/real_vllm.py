@@ -190,7 +190,6 @@ REFUSED = {
     "MLA": dict(use_mla=True),
     "sparse": dict(use_sparse=True),
     "attention type": dict(attn_type="encoder_only"),
-    "DCP": dict(use_dcp=True),
     "PCP": dict(use_pcp=True),
     "float16 queries": dict(kv_cache_dtype="float16"),
 }
@@ -200,6 +199,7 @@ def test_what_vllm_is_told_when_it_chooses() -> None:
     """Its own question, as the platform for CUDA asks it."""
     validate = import_module("swath.engines.vllm.backend").SwathBackend.validate_configuration
     assert validate(**SELECTION) == []
+    assert validate(**SELECTION | dict(use_dcp=True, use_non_causal=False)) == []
     for reason, change in REFUSED.items():
         (said,) = validate(**SELECTION | change)
         assert reason in said
