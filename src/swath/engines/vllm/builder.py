@@ -31,8 +31,8 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
-        """Any batch, but for models with spans of images: a graph is captured without them, and holds for decode. None
-        with decode context parallel: exchanges between ranks were not tried in graphs.
+        """``ALWAYS``; for models with image spans ``UNIFORM_BATCH``, as a graph is captured without spans and holds for
+        decode alone; with decode context parallel ``NEVER``, as exchanges between ranks were not tried in graphs.
         """
         if vllm_config.parallel_config.decode_context_parallel_size > 1:
             return AttentionCGSupport.NEVER
