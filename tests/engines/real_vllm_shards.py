@@ -11,6 +11,7 @@ import socket
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import pytest
@@ -28,23 +29,34 @@ then rounded to another step."""
 Answers = list[tuple[list[int], list[dict[int, float]]]]
 """Of each prompt: its tokens, and the logprobs of the likeliest ones at each."""
 
+COMMON: dict[str, Any] = dict(
+    vocab_size=512, hidden_size=128, intermediate_size=128, num_hidden_layers=3, num_attention_heads=8,
+    num_key_value_heads=1, head_dim=64, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        dict(num_hidden_layers=6, sliding_window=40, query_pre_attn_scalar=64, tie_word_embeddings=True),
+    ),
+}
+"""Gemma has layers with a window. Ranks share their keys where vLLM keeps them like those of other layers: without its
+hybrid manager."""
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One kv head for two ranks: without it vLLM shares no context."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=128, num_hidden_layers=3, num_attention_heads=8,
-        num_key_value_heads=1, head_dim=64, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0,
-    )  # fmt: skip
-    made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    config, own = CONFIGS[request.param]
+    made = getattr(transformers, config)(**COMMON | own)
+    random = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
     with torch.no_grad():
-        for name, x in made.named_parameters():
+        for name, x in random.named_parameters():
             if "norm" not in name:
                 x.normal_(0, 0.08)
-    folder = tmp_path_factory.mktemp("model")
-    made.save_pretrained(folder)
+    folder = tmp_path_factory.mktemp(request.param)
+    random.save_pretrained(folder)
     return folder
 
 
@@ -93,7 +105,8 @@ def work(rank: int, port: int, model: str, options: dict[str, Any], answers: Any
     engine = LLM(
         model, dtype="float32", tensor_parallel_size=RANKS, distributed_executor_backend="external_launcher",
         attention_backend="CUSTOM", enforce_eager=True, max_model_len=512, max_num_seqs=8, max_num_batched_tokens=128,
-        block_size=16, seed=0, skip_tokenizer_init=True, **options,
+        block_size=16, seed=0, skip_tokenizer_init=True, disable_hybrid_kv_cache_manager=True,
+        **options,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     prompts = [dict(prompt_token_ids=torch.randint(3, 500, (n,), generator=generator).tolist()) for n in PROMPTS]
@@ -114,12 +127,19 @@ def generated(model: Path, **options: Any) -> list[tuple[Answers, int]]:
     ranks = [context.Process(target=work, args=(r, port, str(model), options, answers)) for r in range(RANKS)]
     for process in ranks:
         process.start()
+    found: list[tuple[Answers, int]] = []
     try:
-        return [answers.get(timeout=180) for _ in ranks]
+        while len(found) < RANKS:
+            try:
+                found.append(answers.get(timeout=1))
+            except Empty:
+                if any(process.exitcode for process in ranks):
+                    raise RuntimeError("a rank has died: its output says why") from None
     finally:
         for process in ranks:
-            process.join(20)
+            process.join(20 if len(found) == RANKS else 0)
             process.kill()
+    return found
 
 
 @pytest.mark.parametrize(("kv_cache_dtype", "interleave"), [("auto", 1), ("auto", 8), ("int8_per_token_head", 16)])

@@ -119,10 +119,12 @@ def errors(request: pytest.FixtureRequest) -> list[dict[str, float]]:
         processes = [context.Process(target=work, args=(r, ranks, f"{folder}/store", answers)) for r in range(ranks)]
         for process in processes:
             process.start()
-        found = [answers.get(timeout=120) for _ in processes]
-        for process in processes:
-            process.join()
-    return found
+        try:
+            return [answers.get(timeout=120) for _ in processes]
+        finally:
+            for process in processes:
+                process.join(10)
+                process.kill()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")

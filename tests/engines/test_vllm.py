@@ -149,13 +149,23 @@ def test_ranks_that_share_a_context_have_steps_over_their_own_keys(vllm: SimpleN
     impl = vllm.backend.SwathImpl(4, 64, 0.125, 2)
     impl.dcp_rank, impl.dcp_world_size = 1, 2
     config = config_of(one=SimpleNamespace(impl=impl, _k_scale_float=0.5, _v_scale_float=0.5))
-    config.parallel_config = SimpleNamespace(decode_context_parallel_size=2, cp_kv_cache_interleave_size=4)
+    config.model_config.get_total_num_kv_heads = lambda: 2
+    config.parallel_config = SimpleNamespace(
+        decode_context_parallel_size=2, cp_kv_cache_interleave_size=4, tensor_parallel_size=4
+    )
     builder = vllm.backend.SwathBuilder(spec_of(vllm, "auto"), ["one"], config, torch.device("cpu"))
     metadata = metadata_of(BATCHES["decode"], vllm, None, "cpu", graph=False)
     step = builder.build(0, metadata)
     assert step.shard == (1, 2, 4)
     assert step.held.tolist() == step.shard.held(metadata.seq_lens).tolist()
     assert builder.get_cudagraph_support(config, None) == vllm.AttentionCGSupport.NEVER
+    config.parallel_config.tensor_parallel_size = 6  # the kv head of three ranks, of which two share a context
+    with pytest.raises(ValueError, match="a divisor of 3"):
+        builder.shard_here()
+    config.parallel_config.tensor_parallel_size = 4
+    builder.layers[0].attention_chunk_size = 64
+    with pytest.raises(ValueError, match="chunks"):
+        builder.shard_here()
 
 
 def test_an_older_vllm_is_refused(vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

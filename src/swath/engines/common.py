@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -61,6 +61,11 @@ class Layer:
     def options(self) -> dict[str, Any]:
         """Its options of ``paged_attention``."""
         return dict(scale=self.scale, softcap=self.softcap, sink=self.sink, split_size=self.split_size)
+
+    @cached_property
+    def without_sink(self) -> Layer:
+        """The same layer, whose sink joins later."""
+        return replace(self, sink=None)
 
     def append(self, cache: PagedKV, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Write k, v [T or more, Hkv, D] into ``slots``, int [T]; -1 is none, and rows past them are padding."""

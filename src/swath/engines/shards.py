@@ -6,7 +6,6 @@ attends with all of them to the keys it holds, and sends back what it found for 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -46,23 +45,44 @@ def attend_shared(step: Step, layer: Layer, q: Tensor, cache: PagedKV, out: Tens
 
     ``step.shard`` says which keys are this rank's. ``group``: a process group, whose ranks are those of the shards.
     """
-    n, ranks, kv_heads = step.num_tokens, dist.get_world_size(group), cache.num_kv_heads
-    q = q[:n].contiguous()
-    gathered = q.new_empty(ranks, *q.shape)  # [R, T, Hq, D]
-    dist.all_gather(list(gathered), q, group=group)
-    # The group of a kv head, one after another: [T, Hkv, R, Hq / Hkv, D].
-    heads = gathered.unflatten(2, (kv_heads, -1)).permute(1, 2, 0, 3, 4)
-    found, lse = step.attend(replace(layer, sink=None), heads.flatten(1, 3), cache, return_lse=True)
-    mine = _exchanged(found, kv_heads, ranks, group), _exchanged(lse[..., None], kv_heads, ranks, group)[..., 0]
-    merged, merged_lse = merge_states(*mine, dtype=torch.float32)
+    n = step.num_tokens
+    heads = _gathered(q[:n], cache.num_kv_heads, group)
+    found, lse = step.attend(layer.without_sink, heads, cache, return_lse=True)
+    merged, merged_lse = _merged(found, lse, cache.num_kv_heads, group)
     if layer.sink is not None:
         share = torch.sigmoid(merged_lse - layer.sink)  # of the keys, beside the sink
         merged *= share.masked_fill(merged_lse == -torch.inf, 0.0)[..., None]
     out[:n].copy_(merged.view_as(out[:n]))
 
 
-def _exchanged(x: Tensor, kv_heads: int, ranks: int, group: Any) -> Tensor:
+def rehearse(q: Tensor, kv_heads: int, group: Any) -> None:
+    """Exchange as much as for attention of q, before there is a cache: an engine that profiles its memory counts it."""
+    heads = _gathered(q, kv_heads, group)
+    _merged(heads, heads.new_zeros(heads.shape[:2], dtype=torch.float32), kv_heads, group)
+
+
+def _gathered(q: Tensor, kv_heads: int, group: Any) -> Tensor:
+    """The queries of all ranks, [T, R * Hq, D] of q [T, Hq, D]: a kv head's stand together, rank by rank."""
+    ranks, n = dist.get_world_size(group), q.shape[0]
+    gathered = q.new_empty(ranks * n, *q.shape[1:])
+    _ALL_GATHER(gathered, q.contiguous(), group=group)
+    by_rank = gathered.view(ranks, n, kv_heads, -1, q.shape[-1])  # [R, T, Hkv, Hq / Hkv, D]
+    return by_rank.permute(1, 2, 0, 3, 4).flatten(1, 3)
+
+
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""The same by the names of newer and older releases of torch."""
+
+
+def _merged(found: Tensor, lse: Tensor, kv_heads: int, group: Any) -> tuple[Tensor, Tensor]:
+    """This rank's heads [T, Hq, Dv] in float32, and their LSE [T, Hq], of what each rank found for those of all."""
+    outs, lses = _exchanged(found, kv_heads, group), _exchanged(lse[..., None], kv_heads, group)
+    return merge_states(outs, lses[..., 0], dtype=torch.float32)
+
+
+def _exchanged(x: Tensor, kv_heads: int, group: Any) -> Tensor:
     """What all ranks found for this one's heads, [R, T, Hq, ...], of x [T, R * Hq, ...] for those of all."""
+    ranks = dist.get_world_size(group)
     sent = x.unflatten(1, (kv_heads, ranks, -1)).permute(2, 0, 1, 3, 4).contiguous()  # [R, T, Hkv, Hq / Hkv, ...]
     came = torch.empty_like(sent)
     dist.all_to_all_single(came, sent, group=group)

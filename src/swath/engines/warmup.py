@@ -12,6 +12,7 @@ from swath.cache import PagedKV
 from swath.engines.common import Layer, Step
 from swath.ops.append import append_kv
 from swath.ops.explain import in_threads, warmup
+from swath.ops.merge import merge_states
 from swath.ops.paged import paged_attention
 from swath.ops.signature import cache_look
 
@@ -86,8 +87,9 @@ def warm(
     for layer, cache, num_q_heads in layers:
         sink = None if layer.sink is None else layer.sink.dtype
         with torch.no_grad():
-            spanned = any(step.spans is not None for step in steps_of(1, 2, 2, 2))
-            kind = (layer.numbers, sink, cache_look(cache), num_q_heads, dtype, traffic, spanned)
+            few = steps_of(1, 2, 2, 2)
+            spanned, shard = any(step.spans is not None for step in few), few[0].shard
+            kind = (layer.numbers, sink, cache_look(cache), num_q_heads, dtype, traffic, spanned, shard)
         if kind in _warmed:
             continue
         _warmed.add(kind)
@@ -99,11 +101,20 @@ def warm(
                 warmup(paged_attention, *arguments, **options, impl=layer.impl)
                 calls += 1
             warmup(append_kv, cache, *new_tokens(cache, dtype))
+            if shard is not None:
+                warm_merge(shard.world_size, num_q_heads // shard.world_size, cache, dtype)
     return calls
 
 
 _warmed: set[object] = set()
 """Kinds of layers that this process has compiled for: engines make their metadata builders more than once."""
+
+
+def warm_merge(ranks: int, num_heads: int, cache: PagedKV, dtype: torch.dtype) -> None:
+    """Compile the merge of what ranks found for the heads of one."""
+    for tokens in (1, 2, 4):  # how a state is aligned goes by its tokens
+        outs = torch.empty(ranks, tokens, num_heads, cache.v_head_dim, dtype=dtype, device=cache.k.device)
+        warmup(merge_states, outs, outs[..., 0].float(), dtype=torch.float32)
 
 
 def new_tokens(cache: PagedKV, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

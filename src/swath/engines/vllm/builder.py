@@ -50,7 +50,7 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         self.layers = [context[name] for name in layer_names]
         for layer in self.layers:
             layer.impl.check_scales(layer)
-        self.shard = self.shard_of(vllm_config.parallel_config)
+        self.shard = self.shard_here()
         if self.layers:
             logger.info(self.said())
         if device.type == "cuda":
@@ -58,12 +58,23 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
             calls = self.warm()
             logger.info("swath compiled %d calls for %s in %.1f s", calls, layer_names[0], time.perf_counter() - begin)
 
-    def shard_of(self, parallel: Any) -> Shard | None:
-        """Which keys this rank holds, with decode context parallel. Layers of a group are alike in that."""
+    def shard_here(self) -> Shard | None:
+        """Which keys this rank holds, with decode context parallel. Layers of a group are alike in that.
+
+        Raises:
+            ValueError: ranks that share a context have different kv heads, or a layer's requests are cut into chunks.
+        """
         impl = self.layers[0].impl if self.layers else None
         if impl is None or impl.dcp_world_size == 1:
             return None
-        return Shard(impl.dcp_rank, impl.dcp_world_size, parallel.cp_kv_cache_interleave_size)
+        ranks, parallel = impl.dcp_world_size, self.vllm_config.parallel_config
+        copies = parallel.tensor_parallel_size // self.vllm_config.model_config.get_total_num_kv_heads()
+        if copies % ranks:
+            wanted = f"a divisor of {copies}, the ranks that have the same kv head"
+            raise bad_value("decode_context_parallel_size", wanted, ranks)
+        if any(getattr(layer, "attention_chunk_size", None) for layer in self.layers):
+            raise bad_value("decode_context_parallel_size", "1 for layers that attend within chunks", ranks)
+        return Shard(impl.dcp_rank, ranks, parallel.cp_kv_cache_interleave_size)
 
     def said(self) -> str:
         """For the log: which layers swath serves, and how."""

@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from swath.cache import PagedKV
 from swath.engines.common import BATCH_INVARIANT_SPLIT, Layer, Step
-from swath.engines.shards import attend_shared
+from swath.engines.shards import attend_shared, rehearse
 from swath.engines.vllm.storage import STORAGE
 from swath.engines.vllm.versions import STATIC_INT8
 from swath.errors import bad_value
@@ -87,6 +87,8 @@ class SwathImpl(AttentionImpl):  # type: ignore[misc]
         if output_scale is not None or output_block_scale is not None:
             raise bad_value("output_scale", "None: fused_output_quant_supported says so", "a tensor")
         if attn_metadata is None:  # a profiling run, before there is a cache
+            if self.dcp_world_size > 1:
+                rehearse(query, self.num_kv_heads, get_dcp_group().device_group)
             return output.fill_(0)
         cache = self.cache(layer, kv_cache)
         if attn_metadata.shard is None:
