@@ -53,8 +53,7 @@ def filled(case: Shared, shard: Shard, k: Tensor, v: Tensor) -> tuple[swath.Page
     num_seqs, most = k.shape[:2]
     width = -(-shard.most(most) // PAGE)
     cache = swath.PagedKV.empty(case.quant, num_seqs * width, KV_HEADS, PAGE, HEAD_DIM)
-    for name in ("k", "v"):
-        kept = getattr(cache, name)
+    for kept in (cache.k, cache.v):
         kept.view(torch.uint8).fill_(0x7F)  # NaN where nothing is written, or 127
     table = torch.randperm(num_seqs * width, generator=torch.Generator().manual_seed(shard.rank)).int()
     table = table.view(num_seqs, width)

@@ -125,8 +125,8 @@ class Served(Row):
       makes; None in rows of a run that did not time them
     - decode_gpu_us, decode_attention_us, decode_append_us: GPU time of such a step, and what attention and writing the
       cache have of it; prefill_*: the same of one prompt
-    - host_loop_ms: what a loop of Python alone takes around those steps, the slower of before and after: where it
-      differs, wall times of steps that wait for the host do not compare
+    - host_loop_ms: the time of an empty loop in Python, measured before and after the decode; the larger of the two.
+      Rows whose values differ ran on hosts of different speed, so their wall times of steps do not compare
     - prefill_clock_mhz, prefill_power_w: SM clock and power as the timed prefill ends; None where no driver tells
     """
 

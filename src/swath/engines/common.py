@@ -126,12 +126,13 @@ class Step:
             leading = 0 if size is None else self.global_tokens
             if self.spans is None and self.shard is None:
                 made = Window(size, leading, self.causal)
-            elif self.shard is None:
-                made = Window(global_tokens=leading, bounds=self._bounds(size))
             else:
-                held = self.shard.held(torch.as_tensor(leading))
-                leading = held if isinstance(leading, Tensor) else int(held)
-                made = Window(global_tokens=leading, bounds=self.shard.seen(self._bounds(size)))
+                seen = self._bounds(size)
+                if self.shard is not None:
+                    held = self.shard.held(torch.as_tensor(leading))
+                    leading = held if isinstance(leading, Tensor) else int(held)
+                    seen = self.shard.seen(seen)
+                made = Window(global_tokens=leading, bounds=seen)
             self._windows[size] = made
         return self._windows[size]
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from swath.engines.common import Layer, Step
 
 
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""One function by its name in newer and in older releases of torch."""
+
+
 class Shard(NamedTuple):
     """The keys of one rank: token p is held by rank ``p // interleave % world_size``."""
 
@@ -68,10 +72,6 @@ def _gathered(q: Tensor, kv_heads: int, group: Any) -> Tensor:
     _ALL_GATHER(gathered, q.contiguous(), group=group)
     by_rank = gathered.view(ranks, n, kv_heads, -1, q.shape[-1])  # [R, T, Hkv, Hq / Hkv, D]
     return by_rank.permute(1, 2, 0, 3, 4).flatten(1, 3)
-
-
-_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""The same by the names of newer and older releases of torch."""
 
 
 def _merged(found: Tensor, lse: Tensor, kv_heads: int, group: Any) -> tuple[Tensor, Tensor]:

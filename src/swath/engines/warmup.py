@@ -97,7 +97,7 @@ def warm(
             for step in (step for sizes in traffic.shapes() for step in steps_of(*sizes)):
                 q = torch.empty(step.num_tokens, num_q_heads, cache.head_dim, dtype=dtype, device=cache.k.device)
                 arguments, options = step.call(layer, q, cache, q.new_empty(*q.shape[:-1], cache.v_head_dim))
-                options["return_lse"] = step.shard is not None
+                options["return_lse"] = shard is not None
                 warmup(paged_attention, *arguments, **options, impl=layer.impl)
                 calls += 1
             warmup(append_kv, cache, *new_tokens(cache, dtype))

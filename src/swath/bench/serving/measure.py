@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
@@ -24,7 +25,7 @@ TIMED_STEPS, PROFILED_STEPS = 40, 8
 """Of the decode, in this order: a profiler that was at work once slows the launches that follow. Other tokens come
 before, while later prompts are prefilled."""
 LOOPS, ROUNDS = 5, 100_000
-"""Of Python's loop: the fastest of so many, each of so many rounds."""
+"""The host's speed is that of an empty loop in Python: ``ROUNDS`` iterations, the fastest of ``LOOPS`` runs."""
 PROFILED_PROMPTS = 2
 SINGLES = 3
 
@@ -101,8 +102,8 @@ def _figures(name: str, found: Spent | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Decode:
-    """Of all sequences together: seconds to the last first token, a step's median wall time, what Python's loop took
-    before and after the steps at most, and a step's GPU time."""
+    """Of all sequences together: seconds to the last first token, a step's median wall time, the host's speed (see
+    ``Served.host_loop_ms``), and a step's GPU time."""
 
     first_tokens_s: float
     step_us: float
@@ -111,15 +112,8 @@ class Decode:
 
 
 def _host_loop_ms() -> float:
-    """How fast this process runs Python now: on a shared machine half as fast, as chance has it."""
-
-    def once() -> float:
-        begin = time.perf_counter()
-        for _ in range(ROUNDS):
-            pass
-        return time.perf_counter() - begin
-
-    return min(once() for _ in range(LOOPS)) * 1e3
+    """How long an empty loop takes in this process now. On a shared machine Python may run at half its speed."""
+    return min(timeit.repeat(number=ROUNDS, repeat=LOOPS)) * 1e3
 
 
 def _decode(engine: Engine, load: Load) -> Decode:

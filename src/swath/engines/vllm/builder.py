@@ -96,7 +96,7 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         for layer in self.layers:
             impl, own = layer.impl, layer.impl.layer
             if self.shard is not None:
-                own = replace(own, sink=None)
+                own = own.without_sink
             num_heads = impl.num_heads * impl.dcp_world_size
             kind = num_heads, own.size, own.softcap, own.sink is None
             kinds[kind] = own, impl.storage.view(kv, impl.head_size, layer._k_scale, layer._v_scale), num_heads

@@ -39,8 +39,8 @@ Row = TypeVar("Row", SplitLaunch, TileLaunch)
 def fitting(row: Row, F: Features, block_m: int, target: Target) -> Row:
     """The row with fewer stages, then fewer keys, until the buffers of ``block_m`` rows fit the target's shared memory.
 
-    A stage holds a tile of K and one of V; query rows and p on their way through shared memory come on top, and what is
-    decoded: pairs are in registers.
+    A stage holds a tile of K and one of V. Query rows and p come on top, for they pass through shared memory, and so do
+    decoded tiles. Pairs are decoded in registers.
     """
     element = 4 if F.fp32 else 2
     columns = F.block_d + F.block_dv
