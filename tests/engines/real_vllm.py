@@ -21,6 +21,7 @@ import torch
 import transformers
 import vllm_environment  # noqa: F401 - first of all
 import vllm_stub
+from tiny_models import VOCABULARY, save
 from torch import Tensor
 
 import swath
@@ -28,11 +29,6 @@ import swath.engines.vllm
 import swath.hf
 from swath import KVQuant
 
-VOCABULARY = 512
-COMMON: dict[str, Any] = dict(
-    vocab_size=VOCABULARY, hidden_size=128, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
 ROPE = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 1024,
     "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -67,18 +63,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny random models, saved as checkpoints."""
     folder = tmp_path_factory.mktemp("models")
     for name, (config, own) in CONFIGS.items():
-        torch.manual_seed(0)
-        # vLLM takes the output weights of Gemma from its input embeddings.
-        tied = name.startswith("gemma")
-        made = getattr(transformers, config)(**COMMON | own | {"tie_word_embeddings": tied})
-        model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter, x in model.named_parameters():
-                if parameter.endswith("sinks"):
-                    x.normal_(0.5, 1.0)
-                elif "norm" not in parameter:
-                    x.normal_(0, 0.08)
-        model.save_pretrained(folder / name)
+        save(folder / name, config, own)
     return folder
 
 

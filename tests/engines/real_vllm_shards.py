@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from tiny_models import save
 from torch import Tensor
 
 RANKS = 2
@@ -29,16 +29,11 @@ then rounded to another step."""
 Answers = list[tuple[list[int], list[dict[int, float]]]]
 """Of each prompt: its tokens, and the logprobs of the likeliest ones at each."""
 
-COMMON: dict[str, Any] = dict(
-    vocab_size=512, hidden_size=128, intermediate_size=128, num_hidden_layers=3, num_attention_heads=8,
-    num_key_value_heads=1, head_dim=64, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+HEADS: dict[str, Any] = dict(num_attention_heads=8, num_key_value_heads=1)
+"""One kv head for two ranks: without it vLLM shares no context."""
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", {}),
-    "gemma3": (
-        "Gemma3TextConfig",
-        dict(num_hidden_layers=6, sliding_window=40, query_pre_attn_scalar=64, tie_word_embeddings=True),
-    ),
+    "llama": ("LlamaConfig", dict(num_hidden_layers=3)),
+    "gemma3": ("Gemma3TextConfig", dict(num_hidden_layers=6, sliding_window=40, query_pre_attn_scalar=64)),
 }
 """Gemma has layers with a window. Ranks share their keys where vLLM keeps them like those of other layers: without its
 hybrid manager."""
@@ -46,17 +41,10 @@ hybrid manager."""
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One kv head for two ranks: without it vLLM shares no context."""
-    torch.manual_seed(0)
+    """The checkpoint that all ranks load."""
     config, own = CONFIGS[request.param]
-    made = getattr(transformers, config)(**COMMON | own)
-    random = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
-    with torch.no_grad():
-        for name, x in random.named_parameters():
-            if "norm" not in name:
-                x.normal_(0, 0.08)
     folder = tmp_path_factory.mktemp(request.param)
-    random.save_pretrained(folder)
+    save(folder, config, HEADS | own)
     return folder
 
 
