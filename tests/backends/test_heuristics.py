@@ -25,7 +25,7 @@ from swath.backends.triton.heuristics.dequantise import (
     scratch_rows,
 )
 from swath.backends.triton.heuristics.launch import UNMEASURED, SplitLaunch, fitting
-from swath.backends.triton.heuristics.splits import even_slices, keys_in_sight, num_splits
+from swath.backends.triton.heuristics.splits import SHORT_RUN, even_slices, keys_in_sight, num_splits
 from swath.backends.triton.heuristics.tiles import pack_heads
 from swath.backends.triton.work import Work
 from swath.cache import PagedKeys, PagedKV
@@ -106,6 +106,30 @@ def test_rows_of_more_steps_are_those_of_before(head_dim: str, block_m: int) -> 
     F = features_of(problem(head_dim=head_dim), Target("sm_90", 132))
     launches = {replace(nvidia.split_row(F, block_m, keys), source="") for keys in (128, 512, 1024, 8192)}
     assert len(launches) == 1
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "storage", "keys", "rows", "launch"),
+    [
+        ("256", "int8 channel", 8192, 32, (64, 4, 3, 2)),
+        ("256", "int8 channel", SHORT_RUN, 16, (32, 2, 3, 4)),
+        ("256", "int8 token", 8192, 16, (128, 4, 2, 2)),
+        ("192/128", "int8 token", 8192, 32, (128, 4, 2, 2)),
+        ("192/128", "e4m3 head", 8192, 32, (128, 4, 2, 2)),
+        ("80", "int8 token", SHORT_RUN, 32, (64, 4, 3, 4)),
+        ("512", "int8 channel", 8192, 16, (32, 4, 3, 2)),
+        ("256", "int8 compute", 8192, 32, (64, 4, 2, 2)),
+    ],
+)
+def test_programs_of_more_rows_for_wide_heads_over_8_bits(
+    head_dim: str, storage: str, keys: int, rows: int, launch: tuple[int, int, int, int]
+) -> None:
+    """Four steps of groups of 8."""
+    call = problem(queries="steps", head_dim=head_dim, storage=storage)
+    work = Work(replace(call, max_kv_len=keys), Target("sm_90", 132))
+    assert TRITON.split_rows(work, 4) == rows
+    found = TRITON.split_launch(work, rows)
+    assert (found.block_n, found.warps, found.stages, found.resident) == launch
 
 
 @pytest.mark.parametrize("owners", [32, 128, 256, 512, 1024, 2048])

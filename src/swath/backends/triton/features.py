@@ -58,6 +58,11 @@ class Features:
         return self.stored != "unquantised"
 
     @property
+    def token_scales(self) -> bool:
+        """Whether each key has a scale of its own, of K or of V."""
+        return "token" in (self.k_fold, self.v_fold)
+
+    @property
     def copied_k_fold(self) -> str:
         """The scales of K that a copy of 8-bit keys leaves to the scores: others are multiplied into it, or (for int8
         products) into the queries."""

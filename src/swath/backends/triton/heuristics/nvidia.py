@@ -7,6 +7,7 @@ from swath.backends.triton.heuristics.launch import SplitLaunch, TileLaunch
 
 H200 = "H200, torch 2.11, Triton 3.6, 2026-11-21"
 H200_LATER = "H200, torch 2.11, Triton 3.6, 2026-11-30"
+H200_DECEMBER = "H200, torch 2.11, Triton 3.6, 2026-12-01"
 
 SHORT_RUN = 2048
 """Keys that a query sees up to which a slice is over before a deep pipeline pays. Over heads of 512 two programs with
@@ -34,13 +35,14 @@ def _pairs_row(F: Features, block_m: int, short_run: bool) -> SplitLaunch:
         return SplitLaunch(32, 4, 3)
     if F.bounds and F.softcap and F.padded and block_m > 16:
         return SplitLaunch(64, 8, 3)  # four warps spill
+    if block_m > 16 and F.head_dim > 128:
+        return SplitLaunch(*((128, 4, 2) if F.v_head_dim <= 128 else (64, 4, 3)), H200_DECEMBER)
     if block_m > 16:
         return SplitLaunch(64, 4 if F.padded else 2, 3, H200, resident=4)
     if F.padded and F.page_size & (F.page_size - 1):
         return SplitLaunch(64, 4, 3)  # two warps spill: a slot of such pages takes a division, and registers
     if F.head_dim > 128:  # with two warps and tiles of 64 keys registers spill
-        token_scales = "token" in (F.k_fold, F.v_fold)
-        return SplitLaunch(128, 4, 2, H200_LATER) if token_scales else SplitLaunch(32, 2, 3, H200_LATER, resident=4)
+        return SplitLaunch(128, 4, 2, H200_LATER) if F.token_scales else SplitLaunch(32, 2, 3, H200_LATER, resident=4)
     if short_run:
         return SplitLaunch(32, 1, 2, H200, resident=8)
     return SplitLaunch(64, 2, 3, H200, resident=4)
@@ -80,7 +82,7 @@ def tile_row(F: Features, short_window: bool) -> TileLaunch:
     if F.fp32:
         return TileLaunch(16, 16, 8 if F.bounds else 4, 1)  # four warps spill where bounds of rows take registers
     # With more, the LLVM of Triton 3.6 mixed two lanes of the columns' numbers (docs/notes/reliability.md).
-    stages = 1 if "token" in (F.k_fold, F.v_fold) else 2
+    stages = 1 if F.token_scales else 2
     # A warpgroup's products take 64 rows, and ptxas 12.8 lost where their tile of V lies (the same notes).
     if F.block_d != F.block_dv:
         return TileLaunch(32, 32, 4 if F.head_dim <= 256 else 8, stages)

@@ -23,6 +23,8 @@ MAX_SPLIT_KEYS = 32768
 128 sequences of 128 to 65,536 keys took 1.50 times their floor uncut and 1.04 so; over int8 keys 3.23 and 1.24."""
 LEAST_SPLIT_TILES = 16
 """Key tiles from which short sequences of a ragged batch are not cut further, however long others may be."""
+SHORT_RUN = 2048
+"""Keys in sight up to which wide heads over 8-bit keys have programs of 16 rows."""
 MAX_ROUNDS = 5
 """Rounds of programs beyond which an uneven last one matters little."""
 FULL = 0.92
@@ -77,17 +79,30 @@ def split_rows(work: Work, steps: int) -> int:
     """Rows (steps x group) of a split program.
 
     With split_size they must not depend on the batch: a row's bits would. Over 8-bit keys 32 are most: 8 steps of
-    groups of 4 over int8 took 386 us so, 461 in programs of 16 rows; with wide heads they are more than the registers
-    hold. In a mixed batch most sequences have one token: programs for the rows of more find none, and return.
+    groups of 4 over int8 took 386 us so, 461 in programs of 16 rows. In a mixed batch most sequences have one token:
+    programs for the rows of more find none, and return.
 
     int8 products under bounds have 32 at most, too: 64 are multiplied by a warp group, and ptxas of CUDA 12.8 lost the
     address of V there (docs/notes/reliability.md).
     """
     F, problem = work.features, work.problem
     few = F.pairs or (F.compute_int8 and F.bounds)
-    if F.fp32 or is_mixed(problem) or problem.split_size is not None or (few and F.head_dim > 128):
+    crowded = few and F.head_dim > 128 and not wide_heads_pay(work, steps)
+    if F.fp32 or is_mixed(problem) or problem.split_size is not None or crowded:
         return 16
     return next((m for m in (16, 32) if steps * F.group <= m), 32 if few else 64)
+
+
+def wide_heads_pay(work: Work, steps: int) -> bool:
+    """Whether programs of 32 rows pay for heads wider than 128 over 8-bit keys, which they then read half as often.
+
+    With heads of 256 8 steps of groups of 4 took 309 us so, 413 in programs of 16 rows. Scales of tokens take registers
+    that such rows do not leave: 4 steps of four sequences of 32,768 keys took 83 us, and 72. With V's heads of 128 they
+    do: 244 and 394. Over few keys no program reads much: 16 sequences of 2,048 took 36.4 and 34.6.
+    """
+    F = work.features
+    fits = F.pairs and F.head_dim <= 256 and (F.v_head_dim <= 128 or not F.token_scales)
+    return fits and keys_in_sight(work.problem, steps) > SHORT_RUN
 
 
 def keys_in_sight(problem: Problem, queries: int) -> int:
