@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -143,20 +142,13 @@ class PageTable:
         """Entries a page."""
         return 1 if self.unit == "page" else page_size
 
-    @cached_property
-    def _bounds(self) -> list[int]:
-        """The index on the host: ``indptr`` or ``rows``."""
-        index = self.rows if self.indptr is None else self.indptr
-        bounds: list[int] = [] if index is None else index.tolist()
-        return bounds
-
     def row(self, b: int, page_size: int) -> Tensor:
-        """The pages of sequence ``b``, int [pages]; reads the index to the host."""
+        """The pages of sequence ``b``, int [pages]; reads the index to the host, each time: it may change in place."""
         if self.indptr is not None:
-            first, end = (min(max(i, 0), self.entries.shape[0]) for i in self._bounds[b : b + 2])
+            first, end = (min(max(i, 0), self.entries.shape[0]) for i in self.indptr[b : b + 2].tolist())
             entries = self.entries[first : max(first, end)]
         else:
-            row = b if self.rows is None else self._bounds[b]
+            row = b if self.rows is None else int(self.rows[b])
             entries = self.entries[row] if 0 <= row < self.entries.shape[0] else self.entries.new_empty(0)
         step = self._step(page_size)
         return entries if step == 1 else entries[::step].div(step, rounding_mode="floor")
@@ -203,7 +195,7 @@ def locate_slots(
         seq, index = token // max(per_seq, 1), token % max(per_seq, 1)
         q_len = torch.full_like(token, per_seq)
     else:
-        cu = cu_seqlens_q.long()
+        cu = cu_seqlens_q.long().clamp(0, num_tokens)
         seq = (torch.searchsorted(cu, token, right=True) - 1).clamp(0, num_seqs - 1)
         index, q_len = token - cu[seq], cu[seq + 1] - cu[seq]
     position = seq_lens.long()[seq].clamp(0, LARGEST) - q_len + index

@@ -163,3 +163,23 @@ def test_check_takes_every_form() -> None:
             check(cache, table, LENS)
     with pytest.raises(ValueError, match=r"^block_table: wanted pages for 17 keys of sequence 0, got 0"):
         check(cache, PageTable(TABLE, rows=torch.tensor([3, 0, 1])), LENS)
+
+
+@pytest.mark.parametrize("index", ["rows", "indptr"])
+def test_a_table_that_is_kept_follows_its_tensors(index: str, prepare: Prepare, impl: str) -> None:
+    """A serving loop keeps the table from step to step, and changes its tensors in place."""
+    inputs = prepare(Case((70, 70), 1))
+    entries = inputs.block_table
+    if index == "rows":
+        table = PageTable(entries, rows=torch.tensor([0, 1], device=entries.device))
+        moved = torch.tensor([1, 0], device=entries.device)
+    else:
+        width = entries.shape[1]
+        table = PageTable(entries.flatten(), torch.tensor([0, width, 2 * width], device=entries.device))
+        moved = torch.tensor([width, 2 * width, 2 * width], device=entries.device)  # the second has no page now
+    kept = replace(inputs, block_table=table)
+    kept.run(impl)
+    getattr(table, index).copy_(moved)
+    fresh = replace(inputs, block_table=replace(table))
+    for got, want in zip(kept.run(impl), fresh.run(impl), strict=True):
+        assert torch.equal(got, want)
