@@ -77,6 +77,11 @@ class Problem:
         return self.out.shape[-1]
 
     @property
+    def in_place(self) -> bool:
+        """Whether the output is written where the queries are."""
+        return self.out.data_ptr() == self.q.data_ptr() != 0
+
+    @property
     def interleaved(self) -> bool:
         """Whether query head h has the kv head ``h % Hkv``, not ``h // group``."""
         return self.gqa == "interleaved"

@@ -208,6 +208,16 @@ def test_hopper_halves_values_of_512() -> None:
     assert "v_head_dim 128; it has 256, 512" in str(why_not_tiles(wide_chunk(Window(), v_head_dim=128), 132))
 
 
+def test_hopper_does_not_write_halves_of_values_over_queries_that_it_reads_again() -> None:
+    for v_head_dim, reason in ((512, "an out that is q"), (256, None)):
+        one = wide_chunk(Window(), v_head_dim=v_head_dim)
+        q = torch.empty(one.q.shape, dtype=one.q.dtype)
+        apart, in_place = (replace(one, q=q, out=x[..., :v_head_dim]) for x in (torch.empty_like(q), q))
+        assert why_not_tiles(apart, 132) is None
+        found = why_not_tiles(in_place, 132)
+        assert found is None if reason is None else reason in str(found)
+
+
 @pytest.mark.parametrize(
     ("storage", "lacks"),
     [

@@ -67,6 +67,17 @@ def test_strangers_are_named_and_forgotten() -> None:
     assert watched() is None
 
 
+def test_an_out_that_is_q_makes_another_call() -> None:
+    q = torch.zeros(2, 1, 16)
+    looks = [signature_of((q,), {"out": out}) for out in (torch.zeros_like(q), torch.ones_like(q), q, q.view(2, 1, 16))]
+    assert looks[0] == looks[1] != looks[2] == looks[3]
+
+
+def test_a_negated_view_makes_another_call() -> None:
+    x = torch.zeros(2, 16)
+    assert signature_of((x,), {}) != signature_of((torch._neg_view(x),), {})
+
+
 def test_what_tables_look_like() -> None:
     """Forms of one shape are different calls."""
     entries, rows = torch.zeros(3, 4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)

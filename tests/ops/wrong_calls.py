@@ -130,6 +130,7 @@ def tensor(what: str, name: str, dtype: torch.dtype | None) -> Iterator[Wrong]:
     yield Wrong(what, name, ValueError, "two dimensions more", lambda x: x[None, None])
     yield Wrong(what, name, ValueError, "on meta", lambda x: x.to("meta"))
     yield Wrong(what, name, TypeError, "sparse", Tensor.to_sparse)
+    yield Wrong(what, name, TypeError, "negated", torch._neg_view)
     if dtype is not None:
         yield Wrong(what, name, TypeError, f"{dtype}", lambda x: x.to(dtype))
 
@@ -294,6 +295,7 @@ def caches() -> Iterator[Wrong]:
     for name in ("k", "v"):
         yield from values(what, name, TypeError, None, [1])
         yield Wrong(what, name, TypeError, "sparse", Tensor.to_sparse)
+        yield Wrong(what, name, TypeError, "negated", torch._neg_view)
     yield Wrong(what, "k", TypeError, "int16", Tensor.short)
     yield Wrong(what, "k", ValueError, "three dimensions", lambda k: k[0])
     yield Wrong(what, "k", ValueError, "last stride", columns_first)

@@ -43,7 +43,8 @@ def signature_of(operands: tuple[Any, ...], options: dict[str, Any]) -> Signatur
         kind = type(x)
         if kind is Tensor or kind is Parameter:  # as ``tensor_look``, but calls cost too
             needs_grad = with_grad and x.requires_grad
-            looks.append((x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % ALIGNMENT, needs_grad))
+            look = x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % ALIGNMENT, x.is_neg(), needs_grad
+            looks.append(look)
         elif kind in VALUES:
             looks.append(kind)
             looks.append(x)
@@ -51,12 +52,20 @@ def signature_of(operands: tuple[Any, ...], options: dict[str, Any]) -> Signatur
             looks.append(cache_look(x))
         else:
             looks.append(_look(x))
+    out = options.get("out")
+    if out is not None:
+        looks.append(in_place(operands[0], out))
     return tuple(looks)
 
 
 def tensor_look(x: Tensor) -> object:
     """What a signature says of a tensor, where no gradients are recorded."""
-    return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % ALIGNMENT
+    return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % ALIGNMENT, x.is_neg()
+
+
+def in_place(q: object, out: object) -> bool:
+    """Whether results go where the queries are."""
+    return isinstance(q, Tensor) and isinstance(out, Tensor) and q.data_ptr() == out.data_ptr() != 0
 
 
 class Look:

@@ -10,6 +10,7 @@ from swath.backends.hopper.heuristics import (
     BOX_BYTES,
     HOPPER,
     MOST_TOKENS,
+    MOST_V_COLUMNS,
     HopperHeuristics,
     copies,
     decodes_in_tiles,
@@ -58,6 +59,8 @@ def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
     v_head_dims = (256, 512) if problem.head_dim == 512 else V_HEAD_DIMS
     if problem.v_head_dim not in v_head_dims:
         return f"v_head_dim {problem.v_head_dim}; it has {', '.join(map(str, v_head_dims))}"
+    if problem.v_head_dim > MOST_V_COLUMNS and problem.in_place:
+        return "an out that is q: each half of such values has a launch, and the second reads q after the first wrote"
     types = copies(problem)
     if problem.q.dtype == torch.float8_e4m3fn and types is None:
         return "fp8 queries; they multiply with e4m3 keys in long prefills, without K scales a channel or token"

@@ -53,6 +53,8 @@ class HopperLaunch:
 
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+MOST_V_COLUMNS = 256
+"""The most columns of V in one launch: the registers of a warpgroup hold no wider accumulator."""
 TILE_ROWS = 128
 """Rows of a tile of two consumers."""
 FEW_KEYS = 1024

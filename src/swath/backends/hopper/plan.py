@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swath.backends.gluon.pipeline import BOX_BYTES, CONSUMER_ROWS
-from swath.backends.hopper.heuristics import HopperHeuristics, draws_tiles, in_boxes
+from swath.backends.hopper.heuristics import MOST_V_COLUMNS, HopperHeuristics, draws_tiles, in_boxes
 from swath.backends.hopper.kernel import hopper_tile_kernel
 from swath.backends.triton.arguments import Operands, shared_args
 from swath.backends.triton.features import Features
@@ -21,8 +21,6 @@ from swath.backends.triton.runtime import KernelCall, Scratch
 from swath.backends.triton.work import Work
 from swath.cache import PagedKeys
 
-MOST_V_COLUMNS = 256
-"""The most columns of V in one launch: the registers of a warpgroup hold no wider accumulator."""
 GLUON_DTYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
