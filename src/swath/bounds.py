@@ -45,14 +45,15 @@ def positions_of(
     if cu_seqlens_q is None:
         steps = 1 if num_tokens is None else check_count("num_tokens", num_tokens, "an int >= 0 or None")
         first = seq_lens - steps if q_start is None else q_start
-        rows = first[:, None] + torch.arange(steps, dtype=first.dtype, device=first.device)
+        rows = _moved(first[:, None], torch.arange(steps, dtype=first.dtype, device=first.device))
         return rows[:, 0] if num_tokens is None else rows
     count = check_count("num_tokens", num_tokens, "T, the rows of q, where there is a cu_seqlens_q")
     _check_owners(cu_seqlens_q, seq_lens.shape[0], count, seq_lens.device)
     rows = torch.arange(count, dtype=seq_lens.dtype, device=seq_lens.device)
-    cu = cu_seqlens_q.to(seq_lens.dtype)
+    cu = cu_seqlens_q.clamp(0, count).to(seq_lens.dtype)
     first = seq_lens - cu.diff() if q_start is None else q_start
-    return rows + (first - cu[:-1])[sequence_of(rows, cu)]
+    owner = sequence_of(rows, cu)
+    return _moved(first[owner], (rows - cu[:-1][owner]).to(first.dtype))
 
 
 def sequence_of(rows: Tensor, cu_seqlens_q: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def window(positions: Tensor, size: int) -> Tensor:
     ``positions``.
     """
     p = _positions(positions)
-    return _ranges((p - (_size(size) - 1)).clamp(min=0), p + 1)
+    return _ranges((p - (_size(size) - 1)).clamp(min=0), _next(p))
 
 
 def chunked(positions: Tensor, size: int) -> Tensor:
@@ -81,7 +82,7 @@ def chunked(positions: Tensor, size: int) -> Tensor:
     dtype of ``positions``.
     """
     p, size = _positions(positions), _size(size)
-    return _ranges(p.div(size, rounding_mode="floor") * size, p + 1)
+    return _ranges(p.div(size, rounding_mode="floor") * size, _next(p))
 
 
 def prefix(positions: Tensor, prefix_lens: Tensor, *, cu_seqlens_q: Tensor | None = None) -> Tensor:
@@ -104,7 +105,7 @@ def prefix(positions: Tensor, prefix_lens: Tensor, *, cu_seqlens_q: Tensor | Non
     p = _positions(positions)
     check_ints("prefix_lens", prefix_lens, None, p.device)
     end = _by_row("prefix_lens", prefix_lens.to(p.dtype), p, cu_seqlens_q)
-    return _ranges(torch.zeros_like(p), torch.maximum(p + 1, end))
+    return _ranges(torch.zeros_like(p), torch.maximum(_next(p), end))
 
 
 def blocks(
@@ -142,7 +143,7 @@ def blocks(
         raise bad_value("spans", "shape [B, R, 2]", tuple(spans.shape))
     begin, end = _by_row("spans", spans.to(p.dtype), p, cu_seqlens_q).unbind(-1)  # [..., R]
     inside = (begin <= p[..., None]) & (p[..., None] < end)
-    low, high = window(p, size).unbind(-1) if size is not None else (torch.zeros_like(p), p + 1)
+    low, high = window(p, size).unbind(-1) if size is not None else (torch.zeros_like(p), _next(p))
     if spans.shape[1]:
         high = torch.maximum(high, end.where(inside, 0).amax(-1))
         if whole:
@@ -185,6 +186,16 @@ def _positions(positions: Tensor) -> Tensor:
     if positions.dim() not in (1, 2):
         raise bad_value("positions", "shape [B], [B, S] or [T]", tuple(positions.shape))
     return positions
+
+
+def _next(p: Tensor) -> Tensor:
+    """p + 1; the largest of its type stays, for no key stands there."""
+    return _moved(p, torch.ones_like(p))
+
+
+def _moved(p: Tensor, by: Tensor) -> Tensor:
+    """p + by, at most the largest of their type: rows may stand past it."""
+    return torch.minimum(p, torch.iinfo(p.dtype).max - by.clamp(min=0)) + by
 
 
 def _size(size: int) -> int:

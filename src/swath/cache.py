@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -178,6 +178,10 @@ class PagedKV:
     def quant(self) -> KVQuant:
         """The storage in words: dtype and granularities."""
         return KVQuant(self.k.dtype, granularity_of(self.k_scale), granularity_of(self.v_scale))
+
+    def __getstate__(self) -> dict[str, object]:
+        """The fields alone: what else is remembered of them holds addresses, which a copy does not share."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -90,6 +90,10 @@ class Window:
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+    def __getstate__(self) -> dict[str, object]:
+        """The fields alone: ``key`` names tensors that a copy does not have."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @cached_property
     def key(self) -> tuple[object, ...]:

@@ -163,6 +163,10 @@ def test_ranks_that_share_a_context_have_steps_over_their_own_keys(vllm: SimpleN
     with pytest.raises(ValueError, match="a divisor of 3"):
         builder.shard_here()
     config.parallel_config.tensor_parallel_size = 4
+    config.model_config.get_total_num_kv_heads = lambda: 8  # two for each rank
+    with pytest.raises(ValueError, match="a divisor of 1"):
+        builder.shard_here()
+    config.model_config.get_total_num_kv_heads = lambda: 2
     builder.layers[0].attention_chunk_size = 64
     with pytest.raises(ValueError, match="chunks"):
         builder.shard_here()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swath import Window, bounds
+from swath import Window, bounds, slots
 
 LENS, CU = (9, 4, 12), (0, 5, 5, 12)
 SPANS = torch.tensor([[[2, 5], [6, 8]], [[0, 0], [1, 3]], [[4, 9], [0, 0]]])
@@ -82,6 +82,22 @@ def test_shards_hold_every_key_once(world_size: int, interleave: int) -> None:
             assert held[first:last] == [k for k in held if lo <= k < hi]
         counts = bounds.own_tokens(torch.arange(20), rank, world_size, interleave=interleave)
         assert counts.tolist() == [sum(k < n for k in held) for n in range(20)]
+
+
+def test_rows_at_the_end_of_int32() -> None:
+    last = 2**31 - 1
+    lens, start = torch.tensor([20], dtype=torch.int32), torch.tensor([last - 1], dtype=torch.int32)
+    p = bounds.positions_of(lens, 3, q_start=start)
+    assert p.tolist() == [[last - 1, last, last]]
+    assert bounds.prefix(p, torch.zeros_like(lens)).tolist() == [[[0, last]] * 3]
+    assert bounds.window(p, 4).tolist() == [[[last - 4, last], [last - 3, last], [last - 3, last]]]
+
+
+def test_rows_that_do_not_exist_count_nowhere() -> None:
+    """cu_seqlens_q names five rows of which there are three: as ``paged_attention`` and ``slots`` have it."""
+    lens, cu = torch.tensor([20]), torch.tensor([0, 5])
+    assert bounds.positions_of(lens, 3, cu_seqlens_q=cu).tolist() == [17, 18, 19]
+    assert slots(torch.tensor([[0, 1]]), lens, 16, num_tokens=3, cu_seqlens_q=cu).tolist() == [17, 18, 19]
 
 
 def test_the_worked_examples() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -34,6 +36,15 @@ def test_which_pages_hold_which_keys(size: int) -> None:
             within = [i for i, page in enumerate(pages) if all(start <= key < stop for key in page)]
             assert list(range(4))[pages_holding(start, stop, size)] == holding
             assert list(range(4))[pages_within(start, stop, size)] == within
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_has_memory_of_its_own(copied: Callable[[PagedKV], PagedKV]) -> None:
+    cache = PagedKV.empty(KVQuant(torch.int8, "token"), PAGES, HEADS, SIZE, DIM)
+    assert cache.holds(cache.k)
+    other = copied(cache)
+    assert other.quant == cache.quant
+    assert [other.holds(x) for x in (cache.k, cache.v, other.k, other.v)] == [False, False, True, True]
 
 
 def test_from_nhd_is_a_view() -> None:
@@ -229,6 +240,18 @@ def test_check_names_a_visible_entry_outside_the_pool() -> None:
     with pytest.raises(ValueError, match=r"^block_table: .* 999 at sequence 1, entry 6"):
         check(inputs.cache, inputs.block_table, inputs.seq_lens, window=Window(40))
     check(inputs.cache, inputs.block_table, inputs.seq_lens, window=Window(16))
+
+
+def test_check_names_bounds_of_fewer_rows() -> None:
+    cache = PagedKV.empty(torch.float32, PAGES, HEADS, SIZE, DIM)
+    table, lens, cu = int32([0, 1], [2, -1]), int32(20, 5), int32(0, 3, 5)
+    ranges = torch.zeros(5, 2, dtype=torch.int32)
+    check(cache, table, lens, cu_seqlens_q=cu, window=Window(bounds=ranges))
+    check(cache, table, lens, num_steps=2, window=Window(bounds=ranges[:4].view(2, 2, 2)))
+    check(cache, table, lens, window=Window(bounds=ranges[:2]))
+    for rows, steps, owners in ((ranges[:4], 1, cu), (ranges[:1], 1, None), (ranges[:2], 2, None)):
+        with pytest.raises(ValueError, match=r"^window.bounds: wanted shape"):
+            check(cache, table, lens, num_steps=steps, cu_seqlens_q=owners, window=Window(bounds=rows))
 
 
 def test_check_names_lengths_that_cannot_be() -> None:

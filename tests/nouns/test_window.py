@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -138,6 +140,14 @@ def test_a_size_beyond_any_position_is_refused() -> None:
 )
 def test_from_mojo(local: int | None, global_: int | None, wanted: Window) -> None:
     assert Window.from_mojo(local, global_) == wanted
+
+
+def test_a_copy_with_tensors_of_its_own_is_another_window() -> None:
+    window = Window(4, torch.tensor([3]))
+    assert hash(window) == hash(window.key)
+    assert copy.deepcopy(window) != window
+    assert pickle.loads(pickle.dumps(window)) != window
+    assert copy.deepcopy(Window(4)) == Window(4)
 
 
 def test_leading_tokens_of_each_sequence() -> None:

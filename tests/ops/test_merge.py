@@ -126,3 +126,5 @@ def test_states_of_infinite_lse_count_alone(lse_base: str, impl: str, device: st
     out, lse = merge_states(outs, lses, lse_base=lse_base, impl=impl)
     torch.testing.assert_close(out, (outs[1] + outs[3]) / 2)
     assert (lse == torch.inf).all()
+    outs[0], outs[2] = torch.nan, torch.inf
+    assert torch.equal(merge_states(outs, lses, lse_base=lse_base, impl=impl)[0], out)

@@ -37,8 +37,8 @@ def check(
         TypeError, ValueError: naming the argument, and what is wrong in it: the sequence, the entry.
     """
     window = Window.of(window)
-    keys = _checked(cache, block_table, seq_lens, cu_seqlens_q, q_start, window)
     checks.check_count("num_steps", num_steps, "an int >= 0")
+    keys = _checked(cache, block_table, seq_lens, cu_seqlens_q, num_steps, q_start, window)
     lengths = seq_lens.tolist()
     q_lens = [num_steps] * len(lengths) if cu_seqlens_q is None else cu_seqlens_q.diff().tolist()
     starts = None if q_start is None else q_start.tolist()
@@ -63,6 +63,7 @@ def _checked(
     block_table: BlockTable,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor | None,
+    num_steps: int,
     q_start: Tensor | None,
     window: Window,
 ) -> PagedKeys:
@@ -77,9 +78,23 @@ def _checked(
         checks.check_ints("q_start", q_start, num_seqs, device)
     if isinstance(window.global_tokens, Tensor):
         checks.check_ints("window.global_tokens", window.global_tokens, num_seqs, device)
-    if window.bounds is not None and window.bounds.device != device:
-        raise bad_value("window.bounds", f"a tensor on {device}, as the others", window.bounds.device)
+    if window.bounds is not None:
+        _check_bounds(window.bounds, seq_lens, num_steps, cu_seqlens_q)
     return PagedKeys(cache, PageTable.checked(block_table, num_seqs, device), seq_lens)
+
+
+def _check_bounds(bounds: Tensor, seq_lens: Tensor, num_steps: int, cu_seqlens_q: Tensor | None) -> None:
+    """Check that every query row has a range: of rows that no sequence has, nothing is known here."""
+    if cu_seqlens_q is not None:
+        checks.check_tensor("window.bounds", bounds, 2, seq_lens.device)
+        most = max(cu_seqlens_q.tolist())
+        if bounds.shape[0] < most:
+            raise bad_value("window.bounds", f"shape [{most} or more, 2], a range for each row", tuple(bounds.shape))
+        return
+    checks.check_tensor("window.bounds", bounds, bounds.dim(), seq_lens.device)
+    rows = (seq_lens.shape[0], num_steps, 2)
+    if bounds.shape != rows and (num_steps != 1 or bounds.shape != (rows[0], 2)):
+        raise bad_value("window.bounds", f"shape {rows}, a range [lo, hi) for each query row", tuple(bounds.shape))
 
 
 def _check_visible(keys: PagedKeys, window: Window, b: int, first: int, last: int) -> None:

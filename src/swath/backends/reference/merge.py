@@ -26,7 +26,8 @@ def warm(case: MergeCase) -> None:
 def run(case: MergeCase) -> None:
     """Weigh each out by its share of the common denominator.
 
-    A part with LSE -inf takes nothing, not even a NaN; of those with +inf each takes as much, and the others nothing.
+    A part with LSE -inf takes nothing, not even a NaN; of those with +inf each takes as much, and the others nothing,
+    not even a NaN.
     """
     unit = math.log(2.0) if case.base2 else 1.0
     out_a, lse_a, outs, lses = case.states
@@ -38,6 +39,7 @@ def run(case: MergeCase) -> None:
     for out, part in parts:
         share = torch.exp((part - top) * unit).where(part != top, 1.0).where(part != -torch.inf, 0.0)
         total += share
-        merged += torch.where(part[..., None] != -torch.inf, share[..., None].float() * out.float(), 0.0)
+        counts = (part != -torch.inf) & ((part == top) | (top != torch.inf))
+        merged += torch.where(counts[..., None], share[..., None].float() * out.float(), 0.0)
     case.out.copy_(merged / total.where(total != 0, 1.0)[..., None].float())
     case.lse.copy_(top + total.log() / unit)

@@ -68,7 +68,7 @@ class SwathBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         if impl is None or impl.dcp_world_size == 1:
             return None
         ranks, parallel = impl.dcp_world_size, self.vllm_config.parallel_config
-        copies = parallel.tensor_parallel_size // self.vllm_config.model_config.get_total_num_kv_heads()
+        copies = max(parallel.tensor_parallel_size // self.vllm_config.model_config.get_total_num_kv_heads(), 1)
         if copies % ranks:
             wanted = f"a divisor of {copies}, the ranks that have the same kv head"
             raise bad_value("decode_context_parallel_size", wanted, ranks)

@@ -14,7 +14,7 @@ def merge_kernel(
 ):  # fmt: skip
     """Merge rows of D elements: the first state, and ``num_others`` that lie one after the other in ``outs``.
 
-    A state whose LSE is -inf counts nothing, whatever its ``out`` holds.
+    A state whose LSE is -inf counts nothing, and beside one of +inf no other does, whatever their ``out`` holds.
     """
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
@@ -25,13 +25,19 @@ def merge_kernel(
         top = tl.maximum(top, tl.load(lses + n * rows + row))
     total = share(log_a, top, BASE2)
     a = tl.load(out_a + row * D + column, mask=live, other=0.0).to(tl.float32)
-    merged = tl.where(log_a != float("-inf"), a, 0.0) * total
+    merged = tl.where(counts(log_a, top), a, 0.0) * total
     for n in range(num_others):
         log = tl.load(lses + n * rows + row)
         weight = share(log, top, BASE2)
         x = tl.load(outs + (n * rows + row) * D + column, mask=live, other=0.0).to(tl.float32)
-        merged += tl.where(log != float("-inf"), x, 0.0) * weight
+        merged += tl.where(counts(log, top), x, 0.0) * weight
         total += weight
     joined = merged / tl.where(total != 0, total, 1.0)
     tl.store(out + row * D + column, joined.to(out.dtype.element_ty), mask=live)
     tl.store(lse + row, log_of_shares(top, total, BASE2))
+
+
+@triton.jit
+def counts(log, top):
+    """Whether a state takes part whose LSE is ``log``, where ``top`` is the largest."""
+    return (log != float("-inf")) & ((log == top) | (top != float("inf")))
