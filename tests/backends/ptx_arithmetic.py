@@ -24,15 +24,22 @@ def bits_of(kind: str) -> int:
     return int(re.findall(r"\d+", kind)[0])
 
 
-def as_type(x: np.ndarray, kind: str) -> np.ndarray:
-    """The bits of registers as numbers of a type."""
-    if x.dtype == bool:
-        return x
+@cache
+def dtypes_of(kind: str) -> tuple[np.dtype[Any], np.dtype[Any]]:
+    """Of its bits in a register, and of its numbers."""
     bits = bits_of(kind)
-    x = x.astype(UNSIGNED[bits])
-    if kind[0] == "f":
-        return x.view({16: np.float16, 32: np.float32}[bits])
-    return x.view(SIGNED[bits]) if kind[0] == "s" else x
+    numbers = {"f": {16: np.float16, 32: np.float32}, "s": SIGNED}.get(kind[0], UNSIGNED)
+    return np.dtype(UNSIGNED[bits]), np.dtype(numbers[bits])
+
+
+def as_type(x: np.ndarray, kind: str) -> np.ndarray:
+    """The bits of registers as numbers of a type; not to be changed, because they may be the registers' own."""
+    if x.dtype.kind == "b":
+        return x
+    unsigned, numbers = dtypes_of(kind)
+    if x.dtype != unsigned:
+        x = x.astype(unsigned)
+    return x if numbers == unsigned else x.view(numbers)
 
 
 E4M3 = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).double().numpy()
@@ -50,35 +57,28 @@ def as_floats(raw: np.ndarray, dtype: str) -> np.ndarray:
     return raw.view(np.float16).astype(np.float64)
 
 
-def fragment_rows(i: int) -> np.ndarray:
-    """The row, of a warp's 16, that each lane has in its ``i``-th register of an accumulator."""
-    return np.arange(32) // 4 + i // 2 % 2 * 8
+def fragments(product: np.ndarray) -> np.ndarray:
+    """Rows [16, N] of an accumulator as its registers [N / 2, 32].
 
-
-def fragment_columns(i: int) -> np.ndarray:
-    """The column of it."""
-    return i // 4 * 8 + np.arange(32) % 4 * 2 + i % 2
+    Lane ``l`` has in register ``i`` row ``l // 4 + i // 2 % 2 * 8`` and column ``i // 4 * 8 + l % 4 * 2 + i % 2``.
+    """
+    halves = product.reshape(2, 8, -1, 4, 2)  # i // 2 % 2, l // 4, i // 4, l % 4, i % 2
+    return halves.transpose(2, 0, 4, 1, 3).reshape(-1, 32)
 
 
 def left_fragment(registers: Sequence[np.ndarray], dtype: str) -> np.ndarray:
-    """The left operand [16, 16] of a product from four registers, which have two columns each; of 8 bits [16, 32]."""
-    left = np.zeros((16, 32 if dtype == "e4m3" else 16))
-    if dtype == "e4m3":
-        for i, register in enumerate(registers):
-            four = as_floats(np.ascontiguousarray(register).view(np.uint8).reshape(32, 4), dtype)
-            for column in range(4):
-                left[fragment_rows(2 * i), i // 2 * 16 + np.arange(32) % 4 * 4 + column] = four[:, column]
-        return left
-    for i, register in enumerate(registers):
-        pair = as_floats(np.ascontiguousarray(register).view(np.uint16).reshape(32, 2), dtype)
-        for side in (0, 1):
-            left[fragment_rows(2 * i), i // 2 * 8 + np.arange(32) % 4 * 2 + side] = pair[:, side]
-    return left
+    """The left operand [16, 16] of a product from four registers, which have two columns each; of 8 bits [16, 32].
+
+    Register ``i`` has rows ``l // 4 + i % 2 * 8``, and from column ``i // 2 * 8 + l % 4 * 2`` on; of 8 bits twice that.
+    """
+    bits = UNSIGNED[8 if dtype == "e4m3" else 16]
+    parts = as_floats(np.stack(registers).view(bits), dtype).reshape(2, 2, 8, 4, -1)  # i // 2, i % 2, l // 4, l % 4
+    return parts.transpose(1, 2, 0, 3, 4).reshape(16, -1)
 
 
 def do(warp: Warp, step: Instruction, lanes: np.ndarray) -> None:
     """An instruction whose result goes to its first operand."""
-    kind = step.parts[0]
+    kind = step.kind
     if kind in ("mov", "cvta"):
         _move(warp, step, lanes)
         return
@@ -90,8 +90,10 @@ def do(warp: Warp, step: Instruction, lanes: np.ndarray) -> None:
         yes, no = (warp.read(x, step.parts[-1]) for x in step.operands[1:3])
         result = np.where(warp.registers[step.operands[3]], yes, no)
     elif step.parts[-1] == "f32":
-        inputs = [warp.read(x, "f32").astype(np.float64) for x in step.operands[1:]]
-        result = FLOATS[kind](*inputs).astype(np.float32)
+        inputs = [warp.read(x, "f32") for x in step.operands[1:]]
+        if kind not in ROUNDED_ONCE:
+            inputs = [x.astype(np.float64) for x in inputs]
+        result = FLOATS[kind](*inputs).astype(np.float32, copy=False)
     else:
         result = _integer(warp, step)
     warp.write(step.operands[0], result, lanes)
@@ -103,6 +105,8 @@ FLOATS: dict[str, Callable[..., np.ndarray]] = {
     "max": lambda *x: np.fmax.reduce(x), "min": lambda *x: np.fmin.reduce(x),
 }  # fmt: skip
 """In float64, then rounded once. The maximum of a number and NaN is the number."""
+ROUNDED_ONCE = ("add", "sub", "mul", "div", "neg", "abs", "max", "min")
+"""Those of which numpy gives the same in float32."""
 
 INTEGERS: dict[str, Callable[..., np.ndarray]] = {
     "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
@@ -223,4 +227,4 @@ def _move(warp: Warp, step: Instruction, lanes: np.ndarray) -> None:
         wide = UNSIGNED[bits_of(type_)]
         warp.write(to, low.astype(wide) | high.astype(wide) << wide(bits_of(type_) // 2), lanes)
     else:
-        warp.write(to, warp.read(source, type_).copy(), lanes)
+        warp.write(to, warp.read(source, type_), lanes)

@@ -63,7 +63,8 @@ class Machine:
             self.shared = np.full(SHARED_BASE + SHARED_BYTES, 0xA5, np.uint8)
             self.mbarriers, self.named = {}, {}
             warps = [Warp(self, number, index, grid) for number in range(self.program.threads // 32)]
-            self._until_all_end({warp: warp.run() for warp in warps})
+            with np.errstate(all="ignore"):
+                self._until_all_end({warp: warp.run() for warp in warps})
 
     def _until_all_end(self, turns: dict[Warp, Any]) -> None:
         still = 0

@@ -4,21 +4,48 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
+
+NOTHING = (
+    "setmaxnreg", "fence", "bar.warp", "wgmma.fence", "wgmma.commit", "wgmma.wait", "cp.async.bulk.commit",
+    "cp.async.bulk.wait",
+)  # fmt: skip
+"""Starts of names without effect where everything is done at once."""
+WAITING = ("bar.", "barrier.", "mbarrier.try_wait")
+"""Those of what a warp may wait at for others."""
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """``@!guard name.of.parts operands``; an operand is a register, a number, ``{a, b}`` or ``[address]``."""
+    """``@!guard name.of.parts operands``; an operand is a register, a number, ``{a, b}`` or ``[address]``.
+
+    One runs thousands of times, so what its name says is worked out once.
+    """
 
     guard: str | None
     negated: bool
     parts: tuple[str, ...]
     operands: tuple[str, ...]
 
-    @property
+    @cached_property
     def name(self) -> str:
         """As it is written."""
         return ".".join(self.parts)
+
+    @cached_property
+    def kind(self) -> str:
+        """The first part of it."""
+        return self.parts[0]
+
+    @cached_property
+    def does_nothing(self) -> bool:
+        """Whether it is left out here."""
+        return self.name.startswith(NOTHING)
+
+    @cached_property
+    def waits(self) -> bool:
+        """Whether other warps may have to go on first."""
+        return not self.does_nothing and self.name.startswith(WAITING)
 
 
 @dataclass(frozen=True)
@@ -55,10 +82,12 @@ def parse(ptx: str) -> Program:
 
 def _without_blocks(body: str) -> str:
     """Blocks ``{ ... }`` of inline PTX laid open, their own registers and labels with the number of the block."""
+    block, start = re.compile(r"(?<=[\s;])\{(\s[^{}]*(?:\{[^{}]*\}[^{}]*)*)\}(?=\s)"), 0
     for number in range(len(body)):
-        found = re.search(r"(?<=[\s;])\{(\s[^{}]*(?:\{[^{}]*\}[^{}]*)*)\}(?=\s)", body)
+        found = block.search(body, start)
         if found is None:
             return body
+        start = found.start()
         inner = found[1]
         declared = re.findall(r"\.reg\s+\.\w+\s+([^;]*);", inner)
         registers = [name.strip() for names in declared for name in names.split(",")]

@@ -22,9 +22,9 @@ SHARED = {"shared", "shared::cta"}
 """The memory of a thread block, as Triton 3.6 and 3.8 write it."""
 TOGETHER = ("bar", "barrier", "redux", "vote", "shfl", "stmatrix", "ldmatrix", "elect", "wgmma", "mbarrier", "brx")
 """What all lanes of a warp must reach."""
-NOTHING = ("setmaxnreg", "fence")
-"""Without effect where everything is done at once; so are the starts of these names."""
-NOTHING_NAMES = ("bar.warp", "wgmma.fence", "wgmma.commit", "wgmma.wait", "cp.async.bulk.commit", "cp.async.bulk.wait")
+ALL = np.ones(LANES, bool)
+"""Most instructions are run by all lanes, which this very array says: known at a glance."""
+ALL.flags.writeable = False
 
 
 @cache
@@ -60,8 +60,32 @@ def address_of(operand: str) -> tuple[str, int]:
     return found[1], int(found[2] or 0)
 
 
+@cache
+def bytes_of(rows: range, stride: int, width: int) -> np.ndarray:
+    """Where rows [n, 32] of a matrix of 8 bits lie, from its start on and before the swizzle; eight are a block."""
+    row, k = np.array(rows)[:, None], np.arange(32)
+    return row // 8 * stride + row % 8 * width + k
+
+
+@cache
+def pairs_of(rows: range, stride: int) -> np.ndarray:
+    """The same of rows [n, 16] of 16 bits."""
+    row, k = np.array(rows)[:, None], np.arange(16)
+    return row // 8 * stride + row % 8 * 128 + 2 * k
+
+
+@cache
+def pairs_by_column(rows: range, stride: int, leading: int) -> np.ndarray:
+    """And where columns of them lie side by side, 64 a block."""
+    row, k = np.array(rows)[:, None], np.arange(16)
+    return row // 64 * leading + row % 64 * 2 + k // 8 * stride + k % 8 * 128
+
+
 class Warp:
-    """Its registers hold unsigned integers [32], or booleans; an instruction's type says how they are read."""
+    """Its registers hold unsigned integers [32], or booleans; an instruction's type says how they are read.
+
+    An array in a register is never changed, but replaced: registers and what was read of them may share it.
+    """
 
     def __init__(self, machine: Machine, number: int, program: int, programs: int) -> None:
         self.machine, self.number = machine, number
@@ -70,49 +94,55 @@ class Warp:
             "%tid.x": lane + np.uint32(LANES * number), "%laneid": lane, "%ctaid.x": lane * 0 + np.uint32(program),
             "%nctaid.x": lane * 0 + np.uint32(programs), "global_smem": lane * 0 + np.uint32(1024),
         }  # fmt: skip
-        self.active = np.ones(LANES, bool)
+        self.active = ALL
         self.at: np.ndarray | None = None  # where each lane is, while they are not together
         self.held = np.zeros(LANES, bool)  # lanes that wait for the others of the warp
         self.count, self.waits_for = 0, ""
+        self.special: dict[str, Callable[[Instruction, np.ndarray], None]] = {
+            "ld": self._load, "st": self._store, "atom": self._atom, "elect": self._elect, "shfl": self._shuffle,
+            "redux": self._reduce, "vote": self._vote, "stmatrix": self._stmatrix, "ldmatrix": self._ldmatrix,
+            "wgmma": self._wgmma,
+        }  # fmt: skip
 
     def run(self) -> Iterator[None]:
         """Until the kernel returns; yields where other warps must go on."""
         pc, program = 0, self.machine.program
         while True:
-            pc = self._next(pc)
+            if self.at is not None:
+                pc = self._next(self.at)
             step = program.instructions[pc]
-            if self.at is not None and step.parts[0] in TOGETHER:
+            if self.at is not None and step.kind in TOGETHER:
                 self.held |= self.active
                 continue
             self.count += 1
-            if step.parts[0] == "ret":
+            if step.kind == "ret":
                 return
-            if step.parts[0] == "bra":
+            if step.kind == "bra":
                 pc = self._branch(pc, self._taken(step), program.labels[step.operands[0]])
                 continue
-            if step.parts[0] == "brx":
+            if step.kind == "brx":
                 target = program.tables[step.operands[1]][int(self.read(step.operands[0], "u32")[0])]
                 pc = program.labels[target]
                 continue
-            with np.errstate(all="ignore"):
-                yield from self._do(step)
+            if step.waits:
+                yield from self._wait(step)
+            elif not step.does_nothing:
+                self._do(step)
             pc += 1
             if self.at is not None:
                 self.at = np.where(self.active, pc, self.at)
             if self.count % TURN == 0:
                 yield
 
-    def _next(self, pc: int) -> int:
+    def _next(self, at: np.ndarray) -> int:
         """Of lanes that are apart, those that are furthest behind go on, but not those that wait for the others."""
-        if self.at is None:
-            return pc
         free = ~self.held
-        if not free.any() and (self.at != self.at[0]).any():
+        if not free.any() and (at != at[0]).any():
             raise RuntimeError("lanes of a warp wait for one another")
-        pc = int((self.at[free] if free.any() else self.at).min())
-        self.active = self.at == pc
+        pc = int((at[free] if free.any() else at).min())
+        self.active = at == pc
         if self.active.all():
-            self.at, self.held = None, np.zeros(LANES, bool)
+            self.active, self.at, self.held = ALL, None, np.zeros(LANES, bool)
         return pc
 
     def _branch(self, pc: int, taken: np.ndarray, target: int) -> int:
@@ -137,10 +167,9 @@ class Warp:
         """Numbers [32] into those lanes."""
         if register == "_":
             return
-        if value.dtype != bool:
-            value = np.ascontiguousarray(value).view(UNSIGNED[8 * value.dtype.itemsize])
-        old = self.registers.get(register)
-        if old is not None and not lanes.all():
+        if value.dtype.kind not in "bu":
+            value = value.view(UNSIGNED[8 * value.dtype.itemsize])
+        if lanes is not ALL and (old := self.registers.get(register)) is not None:
             value = np.where(lanes, value, old.astype(value.dtype))
         self.registers[register] = value
 
@@ -149,32 +178,26 @@ class Warp:
         register, offset = address_of(operand)
         return self.read(register, kind).astype(np.int64) + offset
 
-    def _do(self, step: Instruction) -> Iterator[None]:
-        kind, name, operands, lanes = step.parts[0], step.name, step.operands, self._taken(step)
-        if kind in NOTHING or name.startswith(NOTHING_NAMES):
-            return
-        if kind in ("bar", "barrier"):
+    def _wait(self, step: Instruction) -> Iterator[None]:
+        if step.kind != "mbarrier":
             yield from self._named_barrier(step)
-        elif name.startswith("mbarrier.try_wait"):
-            found, parity = self._mbarrier(operands[1]), int(self.read(operands[2], "u32")[0])
-            self.waits_for = f"mbarrier {operands[1]} {found}, parity {parity}"
-            if found.phase & 1 == parity:
-                yield
-            self.write(operands[0], np.full(LANES, found.phase & 1 != parity), lanes)
-        elif kind == "mbarrier" or name.startswith("cp.async.bulk.tensor"):
+            return
+        operands, lanes = step.operands, self._taken(step)
+        found, parity = self._mbarrier(operands[1]), int(self.read(operands[2], "u32")[0])
+        self.waits_for = f"mbarrier {operands[1]} {found}, parity {parity}"
+        if found.phase & 1 == parity:
+            yield
+        self.write(operands[0], np.full(LANES, found.phase & 1 != parity), lanes)
+
+    def _do(self, step: Instruction) -> None:
+        lanes = self._taken(step)
+        if done := self.special.get(step.kind):
+            done(step, lanes)
+        elif step.kind == "mbarrier" or step.name.startswith("cp.async.bulk.tensor"):
             for lane in np.nonzero(lanes)[0]:
                 self._asynchronously(step, int(lane))
-        elif done := self._special().get(kind):
-            done(step, lanes)
         else:
             arithmetic.do(self, step, lanes)
-
-    def _special(self) -> dict[str, Callable[[Instruction, np.ndarray], None]]:
-        return {
-            "ld": self._load, "st": self._store, "atom": self._atom, "elect": self._elect, "shfl": self._shuffle,
-            "redux": self._reduce, "vote": self._vote, "stmatrix": self._stmatrix, "ldmatrix": self._ldmatrix,
-            "wgmma": self._wgmma,
-        }  # fmt: skip
 
     def _named_barrier(self, step: Instruction) -> Iterator[None]:
         barrier = int(self.read(step.operands[0], "u32")[0])
@@ -297,18 +320,17 @@ class Warp:
         if a.startswith("{"):
             left = arithmetic.left_fragment([self.read(x, "u32") for x in names_in(a)], dtype)
         else:
-            rows = np.arange(16) + self.number % 4 * 16
+            rows = range(self.number % 4 * 16, self.number % 4 * 16 + 16)
             left = self._matrix(int(self.read(a, "u64")[0]), rows, dtype, by_column=False)
-        right = self._matrix(int(self.read(b, "u64")[0]), np.arange(int(shape[1])), dtype, by_column)
-        product = left @ right.T  # [16, N]
-        before = bool(self.read(adds, "pred")[0])
-        for i, register in enumerate(names_in(d)):
-            value = product[arithmetic.fragment_rows(i), arithmetic.fragment_columns(i)]
-            if before:
-                value = value + self.read(register, sums).astype(np.float64)
-            self.write(register, value.astype(np.int32 if sums == "s32" else np.float32), lanes)
+        right = self._matrix(int(self.read(b, "u64")[0]), range(int(shape[1])), dtype, by_column)
+        values, registers = arithmetic.fragments(left @ right.T), names_in(d)
+        if self.read(adds, "pred")[0]:
+            values = values + np.stack([self.read(register, sums) for register in registers])
+        values = values.astype(np.int32 if sums == "s32" else np.float32).view(np.uint32)
+        for register, value in zip(registers, values, strict=True):
+            self.write(register, value, lanes)
 
-    def _matrix(self, descriptor: int, rows: np.ndarray, dtype: str, by_column: bool) -> np.ndarray:
+    def _matrix(self, descriptor: int, rows: range, dtype: str, by_column: bool) -> np.ndarray:
         """Rows [n, 32 bytes] of a matrix in shared memory whose rows, or ``by_column`` columns, are swizzled in 128
         bytes, or rows of 8 bits in 64."""
         from ptx_machine import swizzle
@@ -318,14 +340,7 @@ class Warp:
         if width is None or (width == 64 and dtype not in ("s8", "e4m3")):
             raise NotImplementedError("another swizzle than that of 128 bytes, or of 64 for 8 bits")
         if dtype in ("s8", "e4m3"):
-            row, k = np.meshgrid(rows, np.arange(32), indexing="ij")
-            at = swizzle(start + row // 8 * stride + row % 8 * width + k, width)
+            at = swizzle(start + bytes_of(rows, stride, width), width)
             return arithmetic.as_floats(self.machine.shared[at], dtype)
-        row, k = np.meshgrid(rows, np.arange(16), indexing="ij")
-        if by_column:
-            at = start + row // 64 * leading + row % 64 * 2 + k // 8 * stride + k % 8 * 128
-        else:
-            at = start + row // 8 * stride + row % 8 * 128 + 2 * k
-        at = swizzle(at)
-        raw = self.machine.shared[at].astype(np.uint16) | self.machine.shared[at + 1].astype(np.uint16) << np.uint16(8)
-        return arithmetic.as_floats(raw, dtype)
+        at = swizzle(start + (pairs_by_column(rows, stride, leading) if by_column else pairs_of(rows, stride)))
+        return arithmetic.as_floats(self.machine.shared.view(np.uint16)[at >> 1], dtype)
