@@ -72,8 +72,16 @@ def which_variants(request: pytest.FixtureRequest) -> str:
     return str(request.config.getoption("--variants"))
 
 
+LONGEST = (
+    "test_kernels_compile", "test_every_pair_of_values_is_read_by_triton", "test_every_case_is_right",
+    "test_on_the_real_model", "test_the_pages_pass_strict", "test_calls_that_were_wrong_on_an_h200",
+)  # fmt: skip
+"""How the names of tests begin that take a core ten seconds to a minute each: begun last, one of them would keep a
+process busy while the others have nothing left."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "test_kernels_compile" not in item.name)  # minutes each: begun last they would end last
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a GPU; torch.cuda.is_available() is False")
         for item in items:
