@@ -55,7 +55,7 @@ TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_6
 # One environment, one installer at a time, also under `make -j test demo`.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-triton test-newest test-hf-newest test-vllm test-sglang hf-sweep hub-kernel \
+.PHONY: help demo test installed suite interpreted test-hub newest-hf test-gpu test-triton test-newest test-hf-newest test-vllm test-sglang hf-sweep hub-kernel \
 	memcheck fuzz compile-pairs compile-all lint bench docs dist try-dist clean
 
 help: ## show this list
@@ -64,10 +64,19 @@ help: ## show this list
 demo: $(DEMO_STAMP) ## run the demo: a small language model served through swath (ARGS="--quick")
 	$(CALM) $(BIN)/swath demo $(ARGS)
 
+test: lint suite interpreted test-hub ## lint, type check and run the test suite
+
+# .ci/run asks for the parts of `make test` one by one.
+installed: $(DEV_STAMP) $(VENV)/kernels
+
 # Each pytest process computes on one thread: together they fill the cores, and results do not depend on how many.
-test: lint $(VENV)/kernels ## lint, type check and run the test suite
+suite: $(DEV_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+interpreted: $(DEV_STAMP)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -k triton $(INTERPRETED)
+
+test-hub: $(DEV_STAMP) $(VENV)/kernels
 	PYTHONPATH=$(CURDIR)/$(VENV)/kernels OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/compat/test_hub.py
 
 # A GPU machine comes with a torch and triton made for it: use the Python that is there and install nothing.
@@ -90,11 +99,13 @@ test-newest: $(NEWEST)/bin/pip ## run the suite with the newest release of every
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -k triton $(INTERPRETED)
 
 # The newest Transformers lies beside the environment's and comes before it on the path: torch is not installed anew.
-test-hf-newest: $(DEV_STAMP) ## run the tests of the Transformers integration with its newest release (short)
-	@echo "installing the newest transformers into $(NEWEST_HF)"
-	@$(PIP) install --upgrade --target $(NEWEST_HF) transformers
+test-hf-newest: newest-hf ## run the tests of the Transformers integration with its newest release (short)
 	PYTHONPATH=$(CURDIR)/$(NEWEST_HF) $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
 	PYTHONPATH=$(CURDIR)/$(NEWEST_HF) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/hf $(ARGS)
+
+newest-hf: $(DEV_STAMP)
+	@echo "installing the newest transformers into $(NEWEST_HF)"
+	@$(PIP) install --upgrade --target $(NEWEST_HF) transformers
 
 # The served model comes first: once a test has drafts, numba is imported, and vLLM 0.32 starts no further engine in that
 # process (it looks into every module, and llvmlite's answers with what it does not expect).
