@@ -9,16 +9,13 @@ keeps one active driver.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from compile_rows import HEADS, OPTIONS, named
 from compile_variants import PAIRED_TARGET, TARGETS, suite_variants
+from own_process import printed
 
-from conftest import python_environment
 from swath.backends.hopper import attention as hopper
 from swath.target import SHARED_BYTES
 
@@ -96,12 +93,5 @@ def most_spilled(result: dict[str, Any], most: dict[str, int]) -> int:
 
 def compiled(arch: str, which: str, part: int, parts: int) -> list[dict[str, Any]]:
     """What ``compile_variants`` says of each kernel."""
-    command = [sys.executable, "-c", "import compile_variants; compile_variants.main()"]
-    environment = python_environment()
-    environment["PYTHONPATH"] += f":{Path(__file__).parent}:{Path(__file__).parents[1]}"
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [*command, arch, which, str(part), str(parts)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    said = printed("compile_variants", "main", arch, which, str(part), str(parts))
+    return [json.loads(line) for line in said.splitlines()]

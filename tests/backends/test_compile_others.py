@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from compile_variants import TARGETS, StandIn
+from own_process import printed
 
-from conftest import python_environment
 from swath import KVQuant, PagedKV
 from swath.backends.triton import append, merge, quantise
 from swath.backends.triton.kernels.append import append_kernel
@@ -103,20 +101,10 @@ def at_once() -> None:
     assert _async_compile.active_mode.get() is None
 
 
-def run(call: str, *args: str) -> None:
-    """A function of this module in a process of its own, whose Triton stands on another target."""
-    command = [sys.executable, "-c", f"import test_compile_others; test_compile_others.{call}()", *args]
-    environment = python_environment()
-    environment["PYTHONPATH"] += f":{Path(__file__).parent}:{Path(__file__).parents[1]}"
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 @pytest.mark.parametrize("arch", TARGETS)
 def test_kernels_compile(arch: str) -> None:
-    run("main", arch)
+    printed("test_compile_others", "main", arch)
 
 
 def test_kernels_compile_in_threads() -> None:
-    run("at_once")
+    printed("test_compile_others", "at_once")

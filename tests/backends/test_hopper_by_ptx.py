@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from own_process import printed
 from ptx_launch import CASES
 from ptx_machine import Machine
 from ptx_program import parse
-
-from conftest import python_environment
 
 PARTS = 4
 """Of the cases, so that test processes end together."""
@@ -26,13 +22,8 @@ PARTS = 4
 def test_every_case_is_right(part: int) -> None:
     """In a process of its own kind, because Triton keeps one active driver."""
     names = [*CASES][part::PARTS]
-    environment = python_environment()
-    environment["PYTHONPATH"] += f":{Path(__file__).parent}:{Path(__file__).parents[1]}"
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", "import ptx_launch; ptx_launch.main()", *names]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    said = {name: share for line in done.stdout.splitlines() for name, share in json.loads(line).items()}
+    out = printed("ptx_launch", "main", *names)
+    said = {name: share for line in out.splitlines() for name, share in json.loads(line).items()}
     assert list(said) == names
     assert all(isinstance(share, float) and share <= 1 for share in said.values()), said
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from machine_code import lost_lanes, stray_descriptors
-
-from conftest import python_environment
+from own_process import printed
 
 PACKED = """
 	mul.wide.u32 	%rd63, %r3, 2147483648;
@@ -45,13 +41,6 @@ def test_a_product_at_an_address_of_chance_is_found() -> None:
 
 def test_calls_that_were_wrong_on_an_h200_compile_without_flaws() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    environment = python_environment()
-    here = Path(__file__).parent
-    environment["PYTHONPATH"] += f":{here}:{here.parent}:{here.parent / 'ops'}"
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", "import machine_code; machine_code.main()"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(printed("machine_code", "main").splitlines()[-1])
     assert len(found) >= 6
     assert not any(found), found
