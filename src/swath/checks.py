@@ -27,9 +27,11 @@ def check_is_tensor(name: str, x: object) -> Tensor:
     if x.layout is not torch.strided or x.is_nested or x.is_quantized:
         kind = "nested" if x.is_nested else "quantised" if x.is_quantized else str(x.layout).removeprefix("torch.")
         raise bad_type(name, "a strided tensor", f"a {kind} one")
+    if torch.compiler.is_compiling():  # of the compiled call's tensors the rest is asked when it runs
+        return x
     if x.is_neg():
         raise bad_type(name, "a tensor that memory holds as it is (resolve_neg() makes one)", "a negated view")
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise bad_type(name, "a tensor outside torch.func: swath has no rule for vmap or grad", "one inside")
     return x
 
