@@ -90,12 +90,14 @@ class Explanation:
     """What a call would do: the backend chosen, its launch in words, and why not the others."""
 
     op: str
+    impl: str
     backend: str | None
     launch: str
     reasons: dict[str, str | None]
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.backend or 'no backend can run this call'}"]
+        none = "no backend can run this call" if self.impl == "auto" else f"{self.impl} cannot run this call"
+        lines = [f"{self.op}: {self.backend or none}"]
         if self.launch:
             lines.append(f"  launch     {self.launch}")
         for name, reason in self.reasons.items():
@@ -104,8 +106,13 @@ class Explanation:
 
 
 def explain_case(name: str, op: str, case: Any, impl: str) -> Explanation:
-    """Explain a call of the public function ``name`` without raising for a backend that cannot run the case."""
+    """Explain a call of the public function ``name`` without raising for a backend that cannot run the case.
+
+    Raises:
+        ValueError: ``impl`` is no backend of this op.
+    """
+    check_impl(op, impl)
     why = reasons(op, case)
     able = [backend for backend, reason in why.items() if reason is None and impl in ("auto", backend)]
     launch = backends(op)[able[0]].plan(case) if able else ""
-    return Explanation(name, able[0] if able else None, launch, why)
+    return Explanation(name, impl, able[0] if able else None, launch, why)

@@ -62,7 +62,11 @@ def test_explain_runs_nothing(log: list[str]) -> None:
     assert explained.reasons == {"fast": "no such hardware", "middle": None, "slow": None}
     assert "fast       no such hardware" in str(explained)
     assert explain("paged_attention", *make(Case()).args, impl="slow").backend == "slow"
-    assert explain("paged_attention", *make(Case()).args, impl="fast").backend is None
+    cannot = explain("paged_attention", *make(Case()).args, impl="fast")
+    assert cannot.backend is None
+    assert str(cannot).startswith("paged_attention: fast cannot run this call\n")
+    with pytest.raises(ValueError, match=r"^impl: wanted 'auto' or one of 'fast', 'middle', 'slow', got 'other'"):
+        explain("paged_attention", *make(Case()).args, impl="other")
     assert log == []
 
 
