@@ -16,6 +16,7 @@ from swath.compat.words import in_flash_words
 from swath.errors import bad_value
 from swath.ops.attention import attention
 from swath.ops.paged import LARGEST_SPLIT, paged_attention
+from swath.pages import BlockTable
 
 FEW_QUERIES = 16
 """Query tokens of a sequence up to which dense keys are given as pages, which kernels cut into slices (decode)."""
@@ -134,20 +135,17 @@ def flash_attn_varlen_func(
     q_bound, kv_bound = _bound("max_seqlen_q", max_seqlen_q), _bound("max_seqlen_k", max_seqlen_k)
     capacity = k.shape[0] if block_table is None else check_tensor("block_table", block_table, 2).shape[1] * k.shape[1]
     window, shift = window_of(window_size, causal, capacity + q.shape[0])
-    seq_lens = cu_seqlens_k.diff()
     options: dict[str, Any] = dict(
         window=window, scale=softmax_scale, softcap=softcap, sink=s_aux, return_lse=return_attn_probs,
         max_q_len=q_bound, max_kv_len=kv_bound,
-        q_start=None if shift is None else seq_lens.long().clamp(min=0) - cu_seqlens_q.diff() + shift,
+        q_start=None if shift is None else cu_seqlens_k.diff().long().clamp(min=0) - cu_seqlens_q.diff() + shift,
     )  # fmt: skip
     decodes = q_bound is not None and q_bound <= FEW_QUERIES
     if block_table is None and not decodes:
         made = attention(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
     else:
-        cache = PagedKV.from_nhd(k, v) if block_table is not None else PagedKV(k.unsqueeze(2), v.unsqueeze(2))
-        every_key = torch.arange(k.shape[0], dtype=torch.int32, device=k.device)
-        table = (every_key, cu_seqlens_k) if block_table is None else block_table
-        made = paged_attention(q, cache, table, seq_lens, cu_seqlens_q=cu_seqlens_q, **options)
+        cache, table = _paged(k, v, cu_seqlens_k, block_table)
+        made = paged_attention(q, cache, table, cu_seqlens_k.diff(), cu_seqlens_q=cu_seqlens_q, **options)
     if not return_attn_probs:
         return made
     out, lse = made
@@ -229,6 +227,14 @@ def flash_attn_with_kvcache(
         split_size=LARGEST_SPLIT if num_splits else None, return_lse=return_softmax_lse,
     )  # fmt: skip
     return (made[0], made[1].transpose(1, 2)) if isinstance(made, tuple) else made
+
+
+def _paged(k: Tensor, v: Tensor, cu_seqlens_k: Tensor, block_table: Tensor | None) -> tuple[PagedKV, BlockTable]:
+    """Pages and their table; dense keys are pages of one key each."""
+    if block_table is not None:
+        return PagedKV.from_nhd(k, v), block_table
+    every_key = torch.arange(k.shape[0], dtype=torch.int32, device=k.device)
+    return PagedKV(k.unsqueeze(2), v.unsqueeze(2)), (every_key, cu_seqlens_k)
 
 
 def _refuse(dropout_p: float, alibi_slopes: Tensor | None) -> None:
