@@ -1,4 +1,4 @@
-"""Which page holds which key: page tables and slots. The only host code with page arithmetic."""
+"""Which page holds which key: page tables and slots, the home of page arithmetic on the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which keys a query sees: the only host code that knows the window rule (its device twin is device/window.py)."""
+"""Which keys a query sees: the window rule on the host (its device twin is backends/device/window.py)."""
 
 from __future__ import annotations
 

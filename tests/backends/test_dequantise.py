@@ -18,7 +18,6 @@ from swath.backends.triton.heuristics.splits import MAX_STEPS
 from swath.cache import PagedKeys
 from swath.ops import explain as tooling
 from swath.ops import paged as paged_call
-from swath.ops.signature import Memory
 from swath.problem import Problem
 from swath.testing import Case, Inputs
 
@@ -69,7 +68,7 @@ def leave_room(inputs: Inputs, rows: int, monkeypatch: pytest.MonkeyPatch) -> Pr
     row = launch.row_bytes(problem, keys, hopper.copies(problem) or CopyTypes())
     table = 4 * problem.num_seqs * launch.table_pages(problem, keys)
     monkeypatch.setattr(launch, "SCRATCH_BYTES", rows * row + table)
-    monkeypatch.setattr(paged_call, "_memory", Memory())
+    monkeypatch.setattr(paged_call.STAGES.memory, "_known", {})
     return tooling.prepare(inputs.op, *inputs.args, **inputs.options)
 
 

@@ -62,8 +62,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: gpu.current)
     for module in (append_call, attention_call, paged_call, quantise_call):
         (operator,) = (x for x in vars(module).values() if isinstance(x, Operator))
-        stages = replace(operator.stages, case=kept(operator.stages.case, gpu.cases))
-        monkeypatch.setattr(module, "_memory", Memory())
+        stages = replace(operator.stages, case=kept(operator.stages.case, gpu.cases), memory=Memory())
         monkeypatch.setattr(module, "STAGES", stages)
         monkeypatch.setattr(operator, "stages", stages)
     return gpu

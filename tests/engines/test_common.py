@@ -12,7 +12,7 @@ from torch import Tensor
 from swath import KVQuant, PagedKV, append_kv
 from swath.engines import common
 from swath.engines.common import Layer, Step
-from swath.ops import paged
+from swath.ops.operator import Stages
 from swath.testing import Case, Inputs, make
 
 PAGES, HEADS, SIZE, DIM = 5, 2, 16, 24
@@ -170,7 +170,7 @@ def test_spans_of_a_step() -> None:
         step_with_span(causal=False).window(3)
 
 
-def test_a_step_appends_as_far_as_slots_go() -> None:
+def test_a_layer_appends_as_far_as_slots_go() -> None:
     """Rows past the slots are padding of a captured graph; a slot of -1 is one too."""
     k, v = tokens(6)
     k[3:] = v[3:] = torch.nan
@@ -178,8 +178,7 @@ def test_a_step_appends_as_far_as_slots_go() -> None:
     for one in (own, cache):
         one.k.fill_(5.0), one.v.fill_(5.0)
     slots = torch.tensor([17, 18, 3, -1])
-    step = Step(torch.zeros(1, 1).int(), torch.ones(1).int(), slots, 3, 3, SIZE)
-    step.append(Layer(), cache, k, v)
+    Layer().append(cache, k, v, slots)
     append_kv(own, k[:3], v[:3], slots[:3])
     assert torch.equal(cache.k, own.k)
     assert torch.equal(cache.v, own.v)
@@ -193,8 +192,8 @@ def test_layers_that_are_alike_are_checked_once_a_step(monkeypatch: pytest.Monke
     """And a layer of another kind, or with tensors that look otherwise, on its own."""
     inputs = make(CASES["mixed"])
     checked: list[object] = []
-    accept = paged.accept
-    monkeypatch.setattr(paged, "accept", lambda *args, **kwargs: checked.append(args) or accept(*args, **kwargs))
+    accept = Stages.accept
+    monkeypatch.setattr(Stages, "accept", lambda *args: checked.append(args) or accept(*args))
     step, q, k, v = step_of(inputs), inputs.q, inputs.cache.k, inputs.cache.v
     assert inputs.sink is not None
     caches = [inputs.cache, PagedKV(k.clone(), v.clone())]

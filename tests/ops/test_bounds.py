@@ -13,7 +13,6 @@ from torch import Tensor
 from conftest import PORTABLE, Capture, Prepare, check, each_backend
 from swath import KVQuant, Window, attention, paged_attention
 from swath.ops import paged
-from swath.ops.signature import Memory
 from swath.testing import Case, make
 from swath.testing.ranges import RULES
 
@@ -122,13 +121,13 @@ def test_other_bounds_are_a_call_of_the_same_signature(
     """Nothing of what is remembered has the numbers or the address of the first ones in it."""
     case = Case(q_lens=3, ranges="all")
     inputs = prepare(case)
-    memory: Memory[Any] = Memory()
-    monkeypatch.setattr(paged, "_memory", memory)
+    known: dict[Any, Any] = {}
+    monkeypatch.setattr(paged.STAGES.memory, "_known", known)
     for name in RULES:
         other = replace(case, ranges=name)
         call = replace(inputs, case=other, ranges=make(other, inputs.q.device).ranges)
         call.check(*call.run(impl))
-    assert len(memory._known) == 1
+    assert len(known) == 1
 
 
 @pytest.mark.gpu

@@ -36,8 +36,8 @@ class Stranger:
 @pytest.mark.parametrize("own", [False, True], ids=["known", "of the user"])
 def test_nothing_of_a_call_stays_alive(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor what a user made of a noun, which is not known again: what it adds might decide about the call."""
-    memory: Memory[Any] = Memory()
-    monkeypatch.setattr(paged, "_memory", memory)
+    known: dict[Any, Any] = {}
+    monkeypatch.setattr(paged.STAGES.memory, "_known", known)
     inputs = make(Case(size=20, global_tokens=(1, 2, 3), table="rows", sink="fp32", q_start=(30, 20, 60)))
     q, cache, table, seq_lens = inputs.args
     options = inputs.options
@@ -50,7 +50,7 @@ def test_nothing_of_a_call_stays_alive(own: bool, monkeypatch: pytest.MonkeyPatc
     assert len(watched) == 9 + 3
     for _ in range(2):
         paged_attention(q, cache, table, seq_lens, **options)
-    assert len(memory._known) == (not own)
+    assert len(known) == (not own)
     del q, cache, table, seq_lens, options, nouns, parts, inputs
     gc.collect()
     assert [w() for w in watched if w() is not None] == []

@@ -54,7 +54,7 @@ class Layer:
 
     @cached_property
     def numbers(self) -> tuple[object, ...]:
-        """All of it but the sink."""
+        """All of it but the sink and the backend."""
         return self.size, self.scale, self.softcap, self.split_size
 
     @cached_property
@@ -116,7 +116,7 @@ class Step:
 
     def over(self, block_table: BlockTable, slots: Tensor) -> Step:
         """The same step over the pages of another pool."""
-        other = copy(self)
+        other = copy(self)  # and not ``replace``: vLLM's own subclasses have other constructors
         other.block_table, other.slots, other._windows, other._accepted = block_table, slots, {}, {}
         return other
 
@@ -151,10 +151,6 @@ class Step:
         """Keys of each sequence that are here, [B]."""
         return self.seq_lens if self.shard is None else self.shard.held(self.seq_lens)
 
-    def append(self, layer: Layer, cache: PagedKV, k: Tensor, v: Tensor) -> None:
-        """Write the new tokens' k, v [T or more, Hkv, D] into their slots."""
-        layer.append(cache, k, v, self.slots)
-
     def attend(
         self, layer: Layer, q: Tensor, cache: PagedKV, out: Tensor | None = None, return_lse: bool = False
     ) -> Any:
@@ -177,7 +173,7 @@ class Step:
         key = layer.numbers, options["return_lse"], looks, in_place(q, out)
         accepted = self._accepted.get(key)
         if accepted is None:
-            accepted = self._accepted[key] = paged.accept(arguments, options)
+            accepted = self._accepted[key] = paged.STAGES.accept(arguments, options)
         return accepted
 
     def call(self, layer: Layer, q: Tensor, cache: PagedKV, out: Tensor | None) -> tuple[Operands, dict[str, Any]]:

@@ -89,7 +89,7 @@ def warm(
         with torch.no_grad():
             few = steps_of(1, 2, 2, 2)
             spanned, shard = any(step.spans is not None for step in few), few[0].shard
-            kind = (layer.numbers, sink, cache_look(cache), num_q_heads, dtype, traffic, spanned, shard)
+            kind = (layer.numbers, layer.impl, sink, cache_look(cache), num_q_heads, dtype, traffic, spanned, shard)
         if kind in _warmed:
             continue
         _warmed.add(kind)

@@ -9,7 +9,6 @@ from swath.cache import PagedKV
 from swath.errors import bad_type, bad_value
 from swath.ops import arguments
 from swath.ops.operator import Operands, Operator, Options, Stages
-from swath.ops.signature import Memory
 from swath.problem import Accepted, AppendCase, Outputs
 
 
@@ -32,13 +31,6 @@ def append_kv(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor, *, imp
     APPEND_KV((cache, k, v, slot_mapping), {}, impl)
 
 
-_memory: Memory[Accepted] = Memory()
-
-
-def _recall(operands: Operands, options: Options) -> Accepted:
-    return _memory.recall(_accept, operands, options)
-
-
 def _outputs(_accepted: Accepted, _operands: Operands, _options: Options) -> Outputs:
     return None, None
 
@@ -48,15 +40,12 @@ def _case(accepted: Accepted, operands: Operands, _options: Options, _outputs: O
     return AppendCase(cache, k, v, slot_mapping, accepted.memo)
 
 
-STAGES = Stages(_recall, _outputs, _case)
-
-
 def prepare(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> AppendCase:
     """Check the arguments of ``append_kv`` (see there)."""
     return STAGES.prepare((cache, k, v, slot_mapping), {})
 
 
-def _accept(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> Accepted:
+def _check(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> Accepted:
     """Every check of a call whose signature was not met before."""
     if not isinstance(cache, PagedKV):
         raise bad_type("cache", "a PagedKV", type(cache).__name__)
@@ -75,5 +64,6 @@ def _accept(cache: PagedKV, k: Tensor, v: Tensor, slot_mapping: Tensor) -> Accep
     return Accepted({}, cache.v_head_dim)
 
 
+STAGES = Stages(_check, _outputs, _case)
 ARGUMENTS = {"cache": PagedKV, "k": Tensor, "v": Tensor, "slot_mapping": Tensor}
 APPEND_KV = Operator("append_kv", "append", prepare, lambda case: case.result, ARGUMENTS, {}, "()", ("cache",), STAGES)

@@ -13,7 +13,7 @@ from swath.cache import DenseKeys
 from swath.errors import bad_type, bad_value
 from swath.ops import arguments
 from swath.ops.operator import Operands, Operator, Options, Stages, spelled_out
-from swath.ops.signature import Memory, coarse
+from swath.ops.signature import coarse
 from swath.ops.torch_ops import TorchOp
 from swath.problem import Accepted, Outputs, Problem, make_outputs
 from swath.window import Window
@@ -102,13 +102,6 @@ def attention(
     return made
 
 
-_memory: Memory[Accepted] = Memory()
-
-
-def _recall(operands: Operands, options: Options) -> Accepted:
-    return _memory.recall(_accept, operands, options)
-
-
 def _outputs(accepted: Accepted, operands: Operands, options: Options) -> Outputs:
     return make_outputs(operands[0], accepted.v_head_dim, options)
 
@@ -118,9 +111,6 @@ def _case(accepted: Accepted, operands: Operands, options: Options, outputs: Out
     return accepted.problem(q, DenseKeys(k, v, cu_seqlens_k), {**options, "cu_seqlens_q": cu_seqlens_q}, outputs)
 
 
-STAGES = Stages(_recall, _outputs, _case)
-
-
 def prepare(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
 ) -> Problem:  # fmt: skip
@@ -128,7 +118,7 @@ def prepare(
     return STAGES.prepare((q, k, v, cu_seqlens_q, cu_seqlens_k), options)
 
 
-def _accept(
+def _check(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
 ) -> Accepted:  # fmt: skip
     """Every check of a call whose signature was not met before."""
@@ -195,4 +185,5 @@ def _out_and_lse(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 OPERANDS = {"q": Tensor, "k": Tensor, "v": Tensor, "cu_seqlens_q": Tensor, "cu_seqlens_k": Tensor}
+STAGES = Stages(_check, _outputs, _case)
 ATTENTION = AttentionOperator("attention", prepare, STAGES, OPERANDS, AttentionOptions)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from swath import dispatch
 from swath.ops.arguments import check_names
+from swath.ops.signature import Memory
 from swath.ops.torch_ops import TorchOp, are_special, is_traced
 from swath.problem import Accepted, Outputs, result_of
 
@@ -33,14 +34,19 @@ Options = dict[str, Any]
 class Stages(Generic[C]):
     """From the arguments of a public function to a case, in the steps that a call like an earlier one takes or not.
 
-    accept: what the checks find about a call, or found about one that looked the same.
+    check: every check, of a call whose signature was not met before.
     outputs: where its results go, made or given.
     case: the checked call.
     """
 
-    accept: Callable[[Operands, Options], Accepted]
+    check: Callable[..., Accepted]
     outputs: Callable[[Accepted, Operands, Options], Outputs]
     case: Callable[[Accepted, Operands, Options, Outputs], C]
+    memory: Memory[Accepted] = field(default_factory=Memory)
+
+    def accept(self, operands: Operands, options: Options) -> Accepted:
+        """What the checks find about a call, or found about one that looked the same."""
+        return self.memory.recall(self.check, operands, options)
 
     def prepare(self, operands: Operands, options: Options) -> C:
         """All of them."""

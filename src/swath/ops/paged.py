@@ -13,7 +13,7 @@ from swath.errors import bad_type, bad_value
 from swath.ops import arguments
 from swath.ops.attention import AttentionOperator, AttentionOptions, defaults_of
 from swath.ops.operator import Operands, Options, Stages, spelled_out
-from swath.ops.signature import Memory, coarse
+from swath.ops.signature import coarse
 from swath.pages import BlockTable, PageTable
 from swath.problem import Accepted, Outputs, Problem, make_outputs
 from swath.quant import LARGEST
@@ -104,15 +104,7 @@ def paged_attention(
     return made
 
 
-_memory: Memory[Accepted] = Memory()
-
-
-def accept(operands: Operands, options: Options) -> Accepted:
-    """What the checks find about a call, or found about one with this signature."""
-    return _memory.recall(_accept, operands, options)
-
-
-def outputs(accepted: Accepted, operands: Operands, options: Options) -> Outputs:
+def _outputs(accepted: Accepted, operands: Operands, options: Options) -> Outputs:
     """Where the results of a call go that looks like an accepted one."""
     q, cache, _, _ = operands
     out = options.get("out")
@@ -126,15 +118,12 @@ def _case(accepted: Accepted, operands: Operands, options: Options, outputs: Out
     return accepted.problem(q, PagedKeys(cache, PageTable.of(block_table), seq_lens), options, outputs)
 
 
-STAGES = Stages(accept, outputs, _case)
-
-
 def prepare(q: Tensor, cache: PagedKV, block_table: BlockTable, seq_lens: Tensor, **options: Any) -> Problem:
     """Check the arguments of ``paged_attention`` (see there) and make its outputs."""
     return STAGES.prepare((q, cache, block_table, seq_lens), options)
 
 
-def _accept(q: Tensor, cache: PagedKV, block_table: Any, seq_lens: Tensor, **options: Any) -> Accepted:
+def _check(q: Tensor, cache: PagedKV, block_table: Any, seq_lens: Tensor, **options: Any) -> Accepted:
     """Every check of a call whose signature was not met before."""
     arguments.check_names(options, DEFAULTS, "paged_attention")
     options = DEFAULTS | options
@@ -210,4 +199,5 @@ def _check_split_size(split_size: int | None) -> None:
 
 
 OPERANDS = {"q": Tensor, "cache": PagedKV, "block_table": BlockTable, "seq_lens": Tensor}
+STAGES = Stages(_check, _outputs, _case)
 PAGED_ATTENTION = AttentionOperator("paged_attention", prepare, STAGES, OPERANDS, PagedOptions)

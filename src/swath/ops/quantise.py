@@ -9,7 +9,6 @@ from swath import checks
 from swath.errors import bad_type, bad_value
 from swath.ops import arguments
 from swath.ops.operator import Operands, Operator, Options, Stages
-from swath.ops.signature import Memory
 from swath.problem import Accepted, Outputs, QuantiseCase
 
 QUERY_FP8 = torch.float8_e4m3fn
@@ -36,13 +35,6 @@ def quantise_q(q: Tensor, scale: Tensor | None = None, *, impl: str = "auto") ->
     return quantised
 
 
-_memory: Memory[Accepted] = Memory()
-
-
-def _recall(operands: Operands, options: Options) -> Accepted:
-    return _memory.recall(_accept, operands, options)
-
-
 def _outputs(_accepted: Accepted, operands: Operands, _options: Options) -> Outputs:
     q, scale = operands
     out = torch.empty_like(q, dtype=QUERY_FP8, memory_format=torch.contiguous_format)
@@ -54,15 +46,12 @@ def _case(accepted: Accepted, operands: Operands, _options: Options, outputs: Ou
     return QuantiseCase(*fields)
 
 
-STAGES = Stages(_recall, _outputs, _case)
-
-
 def prepare(q: Tensor, scale: Tensor | None = None) -> QuantiseCase:
     """Check the arguments of ``quantise_q`` (see there) and make its outputs."""
     return STAGES.prepare((q, scale), {})
 
 
-def _accept(q: Tensor, scale: Tensor | None) -> Accepted:
+def _check(q: Tensor, scale: Tensor | None) -> Accepted:
     """Every check of a call whose signature was not met before."""
     if checks.check_is_tensor("q", q).dim() not in (3, 4):
         raise bad_value("q", "shape [T, Hq, D] or [B, S, Hq, D]", tuple(q.shape))
@@ -77,6 +66,7 @@ def _accept(q: Tensor, scale: Tensor | None) -> Accepted:
     return Accepted({}, q.shape[-1])
 
 
+STAGES = Stages(_check, _outputs, _case)
 ARGUMENTS, DEFAULTS = {"q": Tensor, "scale": Tensor | None}, {"scale": None}
 QUANTISE_Q = Operator(
     "quantise_q", "quantise", prepare, lambda case: case.result, ARGUMENTS, DEFAULTS, "(Tensor, Tensor)", stages=STAGES

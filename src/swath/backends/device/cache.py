@@ -17,8 +17,7 @@ class Keys(NamedTuple):
     num_pages: tl.tensor  # in the pool; an entry outside is dead
     k_page: tl.tensor  # strides in elements
     k_token: tl.tensor
-    v_page: tl.tensor
-    v_token: tl.tensor
+    v_token: tl.tensor  # read where keys are dense
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from swath.backends.hopper.heuristics import (
-    BOX_BYTES,
+    BOX_ALIGNMENT,
     HOPPER,
     MOST_TOKENS,
     MOST_V_COLUMNS,
@@ -80,7 +80,7 @@ def why_not_tiles(problem: Problem, num_sms: int) -> str | None:
     elif types is None:
         return "8-bit keys that are decoded in the tiles, not copied first"
     if not all(map(in_boxes, fetched)):
-        return f"q, k or v is empty, or has a stride or an address that is no multiple of {BOX_BYTES} bytes"
+        return f"q, k or v is empty, or has a stride or an address that is no multiple of {BOX_ALIGNMENT} bytes"
     return None
 
 

@@ -335,11 +335,11 @@ def box_rows(F: Features, launch: HopperLaunch) -> int:
     return min(launch.narrow_n or launch.block_n, BOX_ROWS, F.page_size & -F.page_size)
 
 
-BOX_BYTES = 16
+BOX_ALIGNMENT = 16
 """What addresses and strides of a tensor must be multiples of for the tensor memory accelerator."""
 
 
 def in_boxes(x: Tensor) -> bool:
     """Whether the tensor memory accelerator can fetch or write boxes of ``x``."""
-    strides = all(s > 0 and s * x.element_size() % BOX_BYTES == 0 for s in x.stride()[:-1])
-    return strides and x.data_ptr() % BOX_BYTES == 0 and x.numel() > 0
+    strides = all(s > 0 and s * x.element_size() % BOX_ALIGNMENT == 0 for s in x.stride()[:-1])
+    return strides and x.data_ptr() % BOX_ALIGNMENT == 0 and x.numel() > 0

@@ -177,7 +177,7 @@ def initial_state(i, head, sink, C: gl.constexpr):
 def all_pages_live(key_tiles, batch, C: gl.constexpr):
     """Whether every table entry of the keys in sight names a page of the pool."""
     if C.F.page_size == 0:
-        return key_tiles.work.head == key_tiles.work.head
+        return key_tiles.work.head == key_tiles.work.head  # true, and a tensor as below
     else:
         lane = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
         entries, _ = table_row(

@@ -118,7 +118,7 @@ def _dense_args(keys: DenseKeys) -> dict[str, Any]:
 
 def _kv_strides(k: tuple[int, ...], v: tuple[int, ...]) -> dict[str, int]:
     """K's and V's strides for the kernels that take both, and the one set that those over pages have."""
-    both = _strides("k_page k_head k_token", k) | _strides("v_page v_head v_token", v)
+    both = _strides("k_page k_head k_token", k) | _strides("v_head v_token", v[1:])
     return both | _strides("kv_page kv_head_stride kv_token", k)
 
 

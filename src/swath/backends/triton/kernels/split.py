@@ -140,7 +140,7 @@ def split_kernel(
             return
     base = kv_head.to(tl.int64) * kv_head_stride
     v_base = v_offset(base, 0, kv_head.to(tl.int64), 0, F)
-    keys = Keys(k + base, v + v_base, entries, num_pages, kv_page, kv_token, kv_page, kv_token)
+    keys = Keys(k + base, v + v_base, entries, num_pages, kv_page, kv_token, kv_token)
     unmasked, unmasked_end = key_slice.first, key_slice.end
     if UNMASKED_FIRST:
         unmasked, unmasked_end = unmasked_tiles(

@@ -85,7 +85,7 @@ RUN_TIME = ("lead", "window", "steps", "claimed", "num_seqs", "table_width", "nu
 def tile_kernel(
     q, k, v, out, lse, sink, q_scale, k_scale, v_scale, table, table_index, lens, cu_q, q_start, lead,
     scale_log2, cap_log2, window, steps, claimed, num_seqs, table_width, num_pages,
-    q_seq, q_token, q_head, out_seq, out_token, out_head, k_page, k_head, k_token, v_page, v_head, v_token,
+    q_seq, q_token, q_head, out_seq, out_token, out_head, k_page, k_head, k_token, v_head, v_token,
     table_stride, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token,
     F: tl.constexpr, BLOCK_M: tl.constexpr, PACK: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +132,7 @@ def tile_kernel(
     kv_row = seq.kv_row.to(tl.int64)
     k += kv_head.to(tl.int64) * k_head + kv_row * k_token
     v += kv_head.to(tl.int64) * v_head + kv_row * v_token
-    keys = Keys(k, v, entries, num_pages, k_page, k_token, v_page, v_token)
+    keys = Keys(k, v, entries, num_pages, k_page, k_token, v_token)
     scales = token_scales(k_scale, v_scale, kv_head, ks_page, ks_head, ks_token, vs_page, vs_head, vs_token, F)
     unmasked, unmasked_end = unmasked_tiles(keys, band, walk, rows, 0, walk.total, F, BLOCK_N)
     page = tile_pages(keys, band, walk, unmasked, F, BLOCK_N)
