@@ -19,7 +19,6 @@ from swath.backends.triton.heuristics import TRITON, amd, nvidia
 from swath.backends.triton.heuristics.dequantise import (
     SCRATCH_BYTES,
     CopyTypes,
-    dequantises,
     most_unclaimed,
     scratch_pages,
     scratch_rows,
@@ -211,7 +210,7 @@ def test_heads_are_packed_for_short_windows(group: int, short: bool, packed: int
     ],
 )
 def test_long_prefills_over_8_bit_caches_dequantise_once(row: dict[str, str], expected: bool) -> None:
-    assert dequantises(problem(**row)) is expected
+    assert (TRITON.copies(problem(**row)) is not None) is expected
 
 
 @pytest.mark.parametrize(
@@ -269,13 +268,13 @@ def test_scratch_has_rows_for_who_may_need_one_as_far_as_they_fit(
     call = long_batch(seqs, tokens, pages)
     assert isinstance(call.keys, PagedKeys)
     assert scratch_rows(call, call.keys) == rows
-    assert dequantises(call) == (rows > 0)
+    assert (TRITON.copies(call) is not None) == (rows > 0)
 
 
 def test_max_kv_len_bounds_the_scratch() -> None:
     call = long_batch(64, 4096, MOST_PAGES)
-    assert not dequantises(call)
-    assert dequantises(replace(call, max_kv_len=1024))
+    assert TRITON.copies(call) is None
+    assert TRITON.copies(replace(call, max_kv_len=1024)) is not None
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -44,15 +44,10 @@ class CopyTypes:
         return 1 if self.v_e4m3 else 2
 
 
-def dequantises(problem: Problem) -> bool:
-    """Whether a prefill over an 8-bit cache copies visible pages into 16-bit scratch first."""
-    wide = problem.q.dtype in (torch.bfloat16, torch.float16)
-    return wide and problem.compute != "int8" and copy_pays(problem)
-
-
 def copies(problem: Problem) -> CopyTypes | None:
-    """What pages are copied as for Triton's tiles: 16 bits, or nothing."""
-    return CopyTypes() if dequantises(problem) else None
+    """What the visible pages of an 8-bit cache are copied as for Triton's tiles: 16 bits, or nothing."""
+    wide = problem.q.dtype in (torch.bfloat16, torch.float16)
+    return CopyTypes() if wide and problem.compute != "int8" and copy_pays(problem) else None
 
 
 def copy_pays(problem: Problem, types: CopyTypes = CopyTypes()) -> bool:
