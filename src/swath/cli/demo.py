@@ -44,9 +44,7 @@ def demo(
     device: Annotated[
         str | None, typer.Option(metavar="NAME", show_default="cuda, else cpu", help="Where to run.")
     ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer tokens and rows: within a minute on two cores.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer tokens and rows: about a minute on two cores.")] = False,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where files go.")] = Path("swath-demo"),
 ) -> None:
     """Run a language model on swath: generate text, then compare windows and caches in quality, memory and speed.
