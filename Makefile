@@ -55,8 +55,8 @@ TRITON := triton==3.6.0; sys_platform == "linux" and (platform_machine == "x86_6
 # One environment, one installer at a time, also under `make -j test demo`.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test installed suite interpreted test-hub newest-hf test-gpu test-triton test-newest test-hf-newest test-vllm test-sglang hf-sweep hub-kernel \
-	memcheck fuzz compile-pairs compile-all lint bench docs dist try-dist clean
+.PHONY: help demo test installed suite interpreted test-hub newest-hf test-gpu test-triton test-newest test-hf-newest \
+	test-vllm test-sglang hf-sweep hub-kernel memcheck fuzz compile-pairs compile-all lint bench docs dist try-dist clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
