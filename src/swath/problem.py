@@ -79,7 +79,7 @@ class Problem:
     @property
     def in_place(self) -> bool:
         """Whether the output is written where the queries are."""
-        return self.out.data_ptr() == self.q.data_ptr() != 0
+        return is_in_place(self.q, self.out)
 
     @property
     def interleaved(self) -> bool:
@@ -261,6 +261,11 @@ class Accepted:
         problem = Problem(q, keys, **fields)
         problem.memo = self.memo
         return problem
+
+
+def is_in_place(q: object, out: object) -> bool:
+    """Whether results go where the queries are; arguments of any type, not checked yet."""
+    return isinstance(q, Tensor) and isinstance(out, Tensor) and out.data_ptr() == q.data_ptr() != 0
 
 
 def output_dtype(q: Tensor) -> torch.dtype:

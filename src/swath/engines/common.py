@@ -18,10 +18,10 @@ from swath.errors import bad_value
 from swath.ops import paged
 from swath.ops.append import append_kv
 from swath.ops.paged import PAGED_ATTENTION, paged_attention
-from swath.ops.signature import cache_look, in_place, tensor_look
+from swath.ops.signature import cache_look, tensor_look
 from swath.ops.torch_ops import must_dispatch
 from swath.pages import BlockTable
-from swath.problem import Accepted
+from swath.problem import Accepted, is_in_place
 from swath.vendors import vllm_pages
 from swath.window import Window
 
@@ -170,7 +170,7 @@ class Step:
         """What the checks find: once a step for layers that are alike, since what all layers share has one look."""
         q, cache, out, sink = arguments[0], arguments[1], options["out"], layer.sink
         looks = (tensor_look(q), cache_look(cache), out is None or tensor_look(out), sink is None or tensor_look(sink))
-        key = layer.numbers, options["return_lse"], looks, in_place(q, out)
+        key = layer.numbers, options["return_lse"], looks, is_in_place(q, out)
         accepted = self._accepted.get(key)
         if accepted is None:
             accepted = self._accepted[key] = paged.STAGES.accept(arguments, options)

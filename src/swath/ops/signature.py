@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from swath.cache import PagedKV
 from swath.pages import PageTable
+from swath.problem import is_in_place
 from swath.window import Window
 
 ALIGNMENT = 16
@@ -54,18 +55,13 @@ def signature_of(operands: tuple[Any, ...], options: dict[str, Any]) -> Signatur
             looks.append(_look(x))
     out = options.get("out")
     if out is not None:
-        looks.append(in_place(operands[0], out))
+        looks.append(is_in_place(operands[0], out))
     return tuple(looks)
 
 
 def tensor_look(x: Tensor) -> object:
     """What a signature says of a tensor, where no gradients are recorded."""
     return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % ALIGNMENT, x.is_neg()
-
-
-def in_place(q: object, out: object) -> bool:
-    """Whether results go where the queries are."""
-    return isinstance(q, Tensor) and isinstance(out, Tensor) and q.data_ptr() == out.data_ptr()
 
 
 class Look:
