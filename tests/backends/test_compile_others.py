@@ -59,11 +59,12 @@ def stand_on(arch: str) -> None:
 def main() -> None:
     """Compile them all for the target of the command line."""
     stand_on(sys.argv[1])
+    target = Target(sys.argv[1])
     for case in appends():
-        for call in append._plan(case).calls:  # ``warm`` would load them too, for which there is no GPU
-            call.compile(append._operands(case))
+        for call in append.plan_for(case, target).calls:  # ``warm`` would load them too, for which there is no GPU
+            call.compile(append.operands_of(case))
     for case in quantises():
-        for call in quantise.plan_for(case, Target(sys.argv[1])).calls:
+        for call in quantise.plan_for(case, target).calls:
             call.compile(quantise.operands_of(case))
     for dtype in (torch.bfloat16, torch.float32):
         out, lse = torch.zeros(5, 4, 80, dtype=dtype), torch.zeros(5, 4)

@@ -35,7 +35,7 @@ def launch_keys(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> set[
     name = op if isinstance(op, str) else op.__name__
     case = explain.prepare(name, *args, **kwargs)
     if name == "append_kv":
-        plan, operands = append._plan_of(case), append._operands(case)
+        plan, operands = append.plan_for(case, H200), append.operands_of(case)
     else:
         plan = plan_for(tiles_of(case, H200.arch)[-1], case, H200)
         operands = operands_of(case)

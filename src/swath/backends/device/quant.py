@@ -209,14 +209,14 @@ def own_scale(largest, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def encode(x, F: tl.constexpr):
+def encode(x, F: tl.constexpr, HARDWARE: tl.constexpr):
     """float32 values, scale divided out, as stored: int8 clamped to +-127 and 0 for NaN, fp8 as bytes, other types as
-    they are."""
+    they are. ``HARDWARE``: see ``encode_e4m3``."""
     if F.stored == "int8":
         x = tl.where(x == x, x, 0.0)
         return round_half_even(tl.minimum(tl.maximum(x, -127.0), 127.0)).to(tl.int8)
     elif F.stored == "e4m3":
-        return encode_fp8(x, 3, 7, 448.0)
+        return encode_e4m3(x, HARDWARE)
     elif F.stored == "e5m2":
         return encode_fp8(x, 2, 15, 57344.0)
     else:
