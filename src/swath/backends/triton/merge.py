@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from swath.backends.triton.features import FUSED
+from swath.backends.triton.features import FUSED, block_of
 from swath.problem import MergeCase
 from swath.target import on_device, why_no_triton
+
+ELEMENTS = 1024
+"""Of a program, in rows."""
 
 
 def why_not(case: MergeCase) -> str | None:
@@ -16,7 +19,8 @@ def why_not(case: MergeCase) -> str | None:
 
 def plan(case: MergeCase) -> str:
     """The launch in words."""
-    return f"merge_kernel x {case.lse.numel()}"
+    _, grid, constants = _launch_of(case)
+    return f"merge_kernel x {grid} (ROWS {constants['ROWS']}, warps {constants['num_warps']})"
 
 
 def warm(case: MergeCase) -> None:
@@ -30,19 +34,29 @@ def run(case: MergeCase) -> None:
 
 
 def _launch(case: MergeCase, warm: bool) -> None:
-    import triton
-
     from swath.backends.triton.kernels.merge import merge_kernel
 
-    rows, head_dim = case.lse.numel(), case.out.shape[-1]
-    if rows == 0:
+    arguments, grid, constants = _launch_of(case)
+    if grid == 0:
         return
-    inputs: list[Any] = [x.contiguous() for x in case.states]
-    arguments = (*inputs, case.out, case.lse, len(inputs[-1]))
-    constants = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BASE2": case.base2}
-    options = {"num_warps": 1} | FUSED
     if warm:
-        merge_kernel.warmup(*arguments, **constants, **options, grid=(rows,))
+        merge_kernel.warmup(*arguments, **constants, grid=(grid,))
     else:
         with on_device(case.out.device):
-            merge_kernel[(rows,)](*arguments, **constants, **options)
+            merge_kernel[(grid,)](*arguments, **constants)
+
+
+def _launch_of(case: MergeCase) -> tuple[tuple[Any, ...], int, dict[str, Any]]:
+    """The kernel's arguments, its programs, and what it is compiled for."""
+    rows, head_dim = case.lse.numel(), case.out.shape[-1]
+    block_d = block_of(head_dim, least=1)
+    constants = {
+        "D": head_dim,
+        "BLOCK_D": block_d,
+        "ROWS": max(ELEMENTS // block_d, 1),
+        "BASE2": case.base2,
+        "num_warps": 4,
+    }
+    inputs: list[Any] = [x.contiguous() for x in case.states]
+    arguments = (*inputs, case.out, case.lse, len(inputs[-1]), rows)
+    return arguments, -(-rows // constants["ROWS"]), constants | FUSED
