@@ -25,6 +25,9 @@ INTERPRETED := tests/ops/test_operators.py tests/ops/test_append.py tests/ops/te
 # OpenMP threads that wait without spinning: with another busy process, torch's many small operations are far faster.
 CALM := OMP_WAIT_POLICY=PASSIVE
 
+# Python compiles what it imports, which is a part of what is installed: pip would take half a minute for all of it.
+export PIP_COMPILE := 0
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
