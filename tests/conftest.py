@@ -98,7 +98,7 @@ class SmallClock(CpuClock):
 
 @pytest.fixture(scope="session", autouse=True)
 def hasten_triton_interpreter() -> Iterator[None]:
-    """Tests under TRITON_INTERPRET=1 take a fifth of their time so."""
+    """Tests under TRITON_INTERPRET=1 take a tenth of their time so."""
     with interpreter.hastened() if target.interpreting() else nullcontext():
         yield
 

@@ -206,19 +206,19 @@ def _sequence(
     if not len(rows):  # of many sequences most, where few rows are asked for
         wide, single = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2])
         return Truth(rows, wide, single, products, products, wide, single, single, single, single, wide, wide)
-    k, num_q_heads = stored * unit, q.shape[1]
-    largest_unit = unit.abs().amax(0).expand(num_kv_heads, -1) if unit.numel() else unit.new_ones(num_kv_heads, 1)
+    k, group = stored * unit, q.shape[1] // num_kv_heads
+    kv_of = [h % num_kv_heads if interleaved else h // group for h in range(q.shape[1])]
     columns: list[tuple[Tensor, ...]] = []
-    for h in range(num_q_heads):
-        kv = h % num_kv_heads if interleaved else h // (num_q_heads // num_kv_heads)
+    for h, kv in enumerate(kv_of):
         logit = None if sink is None else sink[h].double()
-        one = _head(q[:, h], k[:, kv], v[:, kv], seen, scale, softcap, logit)
-        q_unit = q[:, h] * largest_unit[kv]
-        q_largest = q_unit.abs().amax(-1) * repeats(q_unit).sqrt()
-        coarse = abs(scale) * q_largest * _masked_max(stored[:, kv].norm(dim=-1).expand_as(seen), seen)
-        columns.append((*one, coarse))
-    stacked = (torch.stack(c, 1) for c in zip(*columns, strict=True))
-    out, lse, quadrature, noise, size, peak, v_norm, spread, coarse = stacked
+        columns.append(_head(q[:, h], k[:, kv], v[:, kv], seen, scale, softcap, logit))
+    largest_unit = unit.abs().amax(0).expand(num_kv_heads, -1) if unit.numel() else unit.new_ones(num_kv_heads, 1)
+    q_unit = q * largest_unit[kv_of]
+    q_largest = q_unit.abs().amax(-1) * repeats(q_unit).sqrt()
+    k_largest = torch.stack([_masked_max(norms.expand_as(seen), seen) for norms in stored.norm(dim=-1).unbind(1)], 1)
+    coarse = abs(scale) * q_largest * k_largest[:, kv_of]
+    v_norm = torch.stack([(seen.double() @ values.square()).sqrt() for values in v.unbind(1)], 1)[:, kv_of]
+    out, lse, quadrature, noise, size, peak, spread = (torch.stack(c, 1) for c in zip(*columns, strict=True))
     keys_seen = seen.sum(1, keepdim=True).double()
     return Truth(rows, out, lse, keys_seen, products, quadrature, noise, coarse, size, peak, v_norm, spread * shared)
 
@@ -226,8 +226,8 @@ def _sequence(
 def _head(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float, sink: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """One head, q [R, D], k [N, D] and v [N, Dv]: out, lse, quadrature, noise, score_size, peak, v_norm, and what
-    ``shared`` is where keys and values are one tensor."""
+    """One head, q [R, D], k [N, D] and v [N, Dv]: out, lse, quadrature, noise, score_size, peak, and what ``shared`` is
+    where keys and values are one tensor."""
     s = scale * (q @ k.T)
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
@@ -237,8 +237,8 @@ def _head(
     lse = torch.logsumexp(logits, 1) if logits.shape[1] else torch.full_like(q[:, 0], -torch.inf)
     p = torch.exp(s - lse.where(lse != -torch.inf, 0.0)[:, None])
     noise = abs(scale) * _masked_max((q.square() @ k.square().T).sqrt(), seen)
-    quadrature, v_norm, spread = ((weights @ v.square()).sqrt() for weights in (p.square(), seen.double(), p))
-    return p @ v, lse, quadrature, noise, size, _masked_max(p, seen), v_norm, spread
+    quadrature, spread = ((weights @ v.square()).sqrt() for weights in (p.square(), p))
+    return p @ v, lse, quadrature, noise, size, _masked_max(p, seen), spread
 
 
 def _masked_max(x: Tensor, seen: Tensor) -> Tensor:
