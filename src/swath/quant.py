@@ -48,6 +48,13 @@ weighs 2^13 times as much as each other.
 """
 
 
+def check_granularity(name: str, dtype: torch.dtype, granularity: str) -> None:
+    """Check that a cache of this dtype may have such scales; "none" is for dtypes that need none."""
+    allowed = ("none",) if dtype not in LARGEST else GRANULARITIES if dtype == torch.int8 else ("none", *GRANULARITIES)
+    if granularity not in allowed:
+        raise bad_value(name, f"one of {', '.join(map(repr, allowed))} for {dtype}", repr(granularity))
+
+
 def granularity_of(scale: Tensor | None) -> str:
     """The granularity a scale tensor stands for: its rank, also where Hkv is 1."""
     return "none" if scale is None else GRANULARITIES[scale.dim()]
@@ -97,13 +104,8 @@ class KVQuant:
             raise bad_type("dtype", "int8, float8_e4m3fn, float8_e5m2, bfloat16, float16 or float32", self.dtype)
         if self.k == "default":
             object.__setattr__(self, "k", "token" if self.dtype == torch.int8 else "none")
-        quantised = self.dtype in LARGEST
-        allowed: tuple[str, ...] = GRANULARITIES if quantised else ("none",)
-        if self.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            allowed = ("none", *GRANULARITIES)
         for name, granularity in (("k", self.k), ("v", self.v_granularity)):
-            if granularity not in allowed:
-                raise bad_value(name, f"one of {allowed} for {self.dtype}", repr(granularity))
+            check_granularity(name, self.dtype, granularity)
         object.__setattr__(self, "v", self.v_granularity)  # so that equal storages compare equal
 
     @classmethod

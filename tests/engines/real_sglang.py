@@ -25,17 +25,13 @@ os.environ |= {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THR
 import pytest
 import sglang_stub
 import torch
-import transformers
+from tiny_models import VOCABULARY, save
 from torch import Tensor
 
 from swath.testing import oracle
 
 HERE = Path(__file__).parent
-VOCABULARY, NEW_TOKENS = 512, 12
-COMMON: dict[str, Any] = dict(
-    vocab_size=VOCABULARY, hidden_size=128, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+NEW_TOKENS = 12
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 1024}
 LOGPROB_BUDGET = 2e-5
 """What float32 sums in another order do to a logprob; a key lost in a window of 32 does a thousand times as much."""
@@ -70,22 +66,6 @@ RUNS = {
 }  # fmt: skip
 
 
-def make_model(run: Run, folder: Path) -> Any:
-    """A tiny random model, saved as a checkpoint."""
-    torch.manual_seed(0)
-    tied = run.config.startswith("Gemma")
-    config = getattr(transformers, run.config)(**COMMON | run.own | {"tie_word_embeddings": tied})
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter, x in model.named_parameters():
-            if parameter.endswith("sinks"):
-                x.normal_(0.5, 1.0).copy_(x.bfloat16())  # as SGLang keeps them, whatever the model's dtype
-            elif "norm" not in parameter:
-                x.normal_(0, 0.08)
-    model.save_pretrained(folder)
-    return model
-
-
 def prompts() -> list[list[list[int]]]:
     """Two calls: short and long prompts, and one whose beginning the first call has left in the cache."""
     generator = torch.Generator().manual_seed(1)
@@ -96,7 +76,7 @@ def prompts() -> list[list[list[int]]]:
 @pytest.mark.parametrize("name", RUNS)
 def test_generation(name: str, tmp_path: Path) -> None:
     run = RUNS[name]
-    model = make_model(run, tmp_path / "model")
+    model = save(tmp_path / "model", run.config, run.own)
     calls = prompts()
     job = dict(engine=run.engine | {"model_path": str(tmp_path / "model")}, calls=calls, new_tokens=NEW_TOKENS)
     (tmp_path / "job.json").write_text(json.dumps(job))

@@ -15,17 +15,19 @@ COMMON: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-def save(folder: Path, config: str, own: dict[str, Any]) -> None:
-    """Save a model in float32. ``config``: a class of Transformers; ``own``: its arguments beside ``COMMON``."""
+def save(folder: Path, config: str, own: dict[str, Any]) -> Any:
+    """Save a model in float32 and return it, with eager attention. ``config``: a class of Transformers; ``own``: its
+    arguments beside ``COMMON``."""
     torch.manual_seed(0)
     # vLLM takes the output weights of Gemma from its input embeddings.
     tied = config.startswith("Gemma")
     made = getattr(transformers, config)(**COMMON | own | {"tie_word_embeddings": tied})
-    model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for parameter, x in model.named_parameters():
             if parameter.endswith("sinks"):
-                x.normal_(0.5, 1.0)
+                x.normal_(0.5, 1.0).copy_(x.bfloat16())  # as SGLang keeps them, whatever the model's dtype
             elif "norm" not in parameter:
                 x.normal_(0, 0.08)
     model.save_pretrained(folder)
+    return model

@@ -14,7 +14,7 @@ from swath.cli.elsewhere import GPUS, cuda_is, interpreting, without_data
 from swath.dispatch import Explanation
 from swath.errors import bad_value
 from swath.ops.explain import OPS, explain
-from swath.quant import KVQuant
+from swath.quant import KVQuant, check_granularity
 from swath.target import Target
 from swath.testing import Case
 from swath.testing.cases import DTYPES as NAMED
@@ -72,7 +72,9 @@ def dtype_of(name: str, value: str) -> torch.dtype:
 def storage(dtype: str, cache_dtype: str | None, granularity: str | None) -> KVQuant:
     """How the cache stores keys and values: 8 bits with a scale for each token and head unless said."""
     stored = dtype_of("cache_dtype", cache_dtype or dtype)
-    return KVQuant(stored, granularity or ("token" if stored.itemsize == 1 else "none"))
+    granularity = granularity or ("token" if stored.itemsize == 1 else "none")
+    check_granularity("granularity", stored, granularity)
+    return KVQuant(stored, granularity)
 
 
 def ask(op: str, case: Case, device: str | None, target: str | None) -> Answer:

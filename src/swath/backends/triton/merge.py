@@ -19,7 +19,7 @@ def why_not(case: MergeCase) -> str | None:
 
 def plan(case: MergeCase) -> str:
     """The launch in words."""
-    _, grid, constants = _launch_of(case)
+    grid, constants = _grid(case)
     return f"merge_kernel x {grid} (ROWS {constants['ROWS']}, warps {constants['num_warps']})"
 
 
@@ -36,9 +36,11 @@ def run(case: MergeCase) -> None:
 def _launch(case: MergeCase, warm: bool) -> None:
     from swath.backends.triton.kernels.merge import merge_kernel
 
-    arguments, grid, constants = _launch_of(case)
+    grid, constants = _grid(case)
     if grid == 0:
         return
+    inputs: list[Any] = [x.contiguous() for x in case.states]
+    arguments = (*inputs, case.out, case.lse, len(inputs[-1]), case.lse.numel())
     if warm:
         merge_kernel.warmup(*arguments, **constants, grid=(grid,))
     else:
@@ -46,17 +48,10 @@ def _launch(case: MergeCase, warm: bool) -> None:
             merge_kernel[(grid,)](*arguments, **constants)
 
 
-def _launch_of(case: MergeCase) -> tuple[tuple[Any, ...], int, dict[str, Any]]:
-    """The kernel's arguments, its programs, and what it is compiled for."""
-    rows, head_dim = case.lse.numel(), case.out.shape[-1]
+def _grid(case: MergeCase) -> tuple[int, dict[str, Any]]:
+    """How many programs, and what they are compiled for."""
+    head_dim = case.out.shape[-1]
     block_d = block_of(head_dim, least=1)
-    constants = {
-        "D": head_dim,
-        "BLOCK_D": block_d,
-        "ROWS": max(ELEMENTS // block_d, 1),
-        "BASE2": case.base2,
-        "num_warps": 4,
-    }
-    inputs: list[Any] = [x.contiguous() for x in case.states]
-    arguments = (*inputs, case.out, case.lse, len(inputs[-1]), rows)
-    return arguments, -(-rows // constants["ROWS"]), constants | FUSED
+    rows = max(ELEMENTS // block_d, 1)
+    constants = {"D": head_dim, "BLOCK_D": block_d, "ROWS": rows, "BASE2": case.base2, "num_warps": 4}
+    return -(-case.lse.numel() // rows), constants | FUSED
