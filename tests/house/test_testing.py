@@ -11,7 +11,7 @@ import torch
 from options import DENSE, PAGED, alone, in_pairs
 from wrong_calls import WRONG
 
-from conftest import each_backend, impls
+from conftest import each_backend, impls, longest_first
 from swath.quant import KVQuant
 from swath.testing import Arithmetic, Canary, Case, Inputs, Truth, budget_used, check_budget, make, pairwise, visible
 
@@ -243,3 +243,18 @@ def test_case_names_what_differs() -> None:
         str(Case(quant=KVQuant(torch.int8, "channel", "token"), kv_lens=(3, 4)))
         == "kv_lens=3+4,quant=int8-channel-token"
     )
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [1, 5, 20, 101])
+def test_the_shares_of_processes_begin_with_as_many_long_tests(count: int, processes: int) -> None:
+    tests = list(range(count))
+    ordered = longest_first(tests, lambda i: i % 10 == 0, processes)
+    assert sorted(ordered) == tests
+    left, longs = ordered, []
+    for i in range(processes):  # as xdist cuts them
+        share, left = left[: len(left) // (processes - i)], left[len(left) // (processes - i) :]
+        longs.append(sum(test % 10 == 0 for test in share))
+        assert share[: longs[-1]] == [test for test in share if test % 10 == 0]
+    if count >= 10 * processes:
+        assert max(longs) - min(longs) <= 1
